@@ -1,0 +1,1 @@
+"""One file a world (physics, web, tools, pixels), and `records.py` for your own transitions file."""

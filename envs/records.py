@@ -1,0 +1,227 @@
+"""Your own logs as a world: read, check, write and split a transitions file.
+
+Claim: whatever is wrong with the file is said in one line, "FILE:LINE: what is wrong; what to do" (no LINE
+where the file as a whole is at fault), and no episode is on two sides of the split, whatever the line order.
+
+One JSON object a line, plain or .gz, UTF-8:
+    {"episode": str, "t": int, "x": str, "z": str or absent, "y": str}    x --z--> y, step t of the episode
+
+Notes:
+  1. An absent z: nobody wrote the action down. Such an episode can only be state-only training data.
+  2. Split, always by episode: ids that begin with train-, dev- or test- say where they belong (dev is
+     validation). Of the others, those with every z are shuffled by seed and cut 70 / 10 / 20 into train, dev,
+     test, and those that lack one go to train: scarce labels keep their share of training data.
+  3. Training episodes are halved, by episode and seed, into labelled and state-only. Episodes that lack a z
+     fill the state-only half first; if they are more than half, labelled gets all the rest.
+  4. Without any dev episode, a tenth of the labelled ones (at least one) becomes validation.
+  5. State-only transitions hold z = None in memory, so that no code can peek.
+  6. Blank lines and extra keys are skipped; an episode of one line is refused unless `min_steps=1`.
+     That y of one step is x of the next is not required.
+"""
+
+import dataclasses
+import gzip
+import json
+import os
+import random
+import zlib
+
+
+class BadData(ValueError):
+    """The user's data is at fault; str() is one line that says where, what, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Transition:
+    """One step (x, z, y) of an episode. `source`: "FILE:LINE" if it was read; == does not look at it."""
+    episode: str
+    t: int
+    x: str
+    z: str | None
+    y: str
+    source: str = dataclasses.field(default="", compare=False, repr=False)
+
+
+# ---- Read --------------------------------------------------------------------------------------------------
+
+
+def read(path, min_steps=2):
+    """List of every Transition in the file at `path` (.jsonl or .jsonl.gz), sorted by episode, then by t.
+
+    min_steps: an episode of fewer lines is refused (int >= 1; 1 takes every episode).
+    Raises BadData for anything that the docstring above does not allow, with file and line.
+    """
+    path = os.fspath(path)
+    transitions, seen, steps = [], {}, {}  # seen: (episode, t) -> line; steps: episode -> number of lines
+    for number, raw in _lines(path):
+        if not raw.strip():
+            continue
+        transition = _parse(raw, f"{path}:{number}")
+        key = (transition.episode, transition.t)
+        if key in seen:
+            raise BadData(f"{transition.source}: episode {_show(key[0])} has t = {key[1]} twice, first on "
+                          f"line {seen[key]}; remove or renumber one of them")
+        seen[key] = number
+        steps[transition.episode] = steps.get(transition.episode, 0) + 1
+        transitions.append(transition)
+    if not transitions:
+        raise BadData(f"{path}: the file holds no transitions; write one JSON object a line with the keys "
+                      "episode, t, x, z, y")
+    for transition in transitions:
+        if steps[transition.episode] < min_steps:
+            raise BadData(f"{transition.source}: episode {_show(transition.episode)} has "
+                          f"{steps[transition.episode]} line(s), and at least {min_steps} are needed; "
+                          "add the other steps or remove the episode")
+    return sorted(transitions, key=_order)
+
+
+def _lines(path):
+    """Yields (line number from 1, bytes of the line); bytes, so that bad UTF-8 can be told with its line."""
+    number = 0
+    try:
+        with (gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")) as file:
+            for number, raw in enumerate(file, 1):
+                yield number, raw
+    except FileNotFoundError:
+        raise BadData(f"{path}: there is no such file; check the path") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        place = f"{path}:{number + 1}" if number else path
+        raise BadData(f"{place}: not a whole gzip file ({error}); compress it again, or drop .gz from its "
+                      "name if it is plain text") from None
+    except OSError as error:
+        raise BadData(f"{path}: cannot read it ({error.strerror}); give a readable file") from None
+
+
+def _parse(raw, source):
+    """Transition from the bytes of one line, or BadData."""
+    try:
+        record = json.loads(raw.decode("utf-8-sig"))  # -sig: some editors begin a file with a byte-order mark
+    except UnicodeDecodeError:
+        raise BadData(f"{source}: not UTF-8 text; save it as UTF-8, or name it .gz if it is gzip") from None
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "a number too long or brackets too deep")
+        raise BadData(f"{source}: not valid JSON ({reason}); write one JSON object on each line") from None
+    if not isinstance(record, dict):
+        raise BadData(f"{source}: {_show(record)} is not a JSON object; write {{\"episode\": .., \"t\": .., "
+                      "\"x\": .., \"z\": .., \"y\": ..} on each line")
+    for key in ("episode", "t", "x", "y"):
+        if key not in record:
+            raise BadData(f"{source}: the key \"{key}\" is missing; every line needs episode, t, x and y")
+    # type() is int: True is an int to isinstance, and 3.0 is no step number.
+    if type(record["t"]) is not int:
+        raise BadData(f"{source}: \"t\" is {_show(record['t'])}; give the step as a whole number, as in 3")
+    for key in ("episode", "x", "z", "y"):
+        if key not in record:  # only z may be absent
+            continue
+        if not isinstance(record[key], str):
+            todo = ", or leave the key out if the action is unknown" if key == "z" else ""
+            raise BadData(f"{source}: \"{key}\" is {_show(record[key])}; give a string{todo}")
+        if not record[key].strip():
+            todo = "leave the key out if the action is unknown" if key == "z" else "give it some text"
+            raise BadData(f"{source}: \"{key}\" is empty; {todo}")
+        try:
+            record[key].encode("utf-8")
+        except UnicodeEncodeError:  # JSON can spell half a character, such as "\ud800"; no tokenizer takes it
+            raise BadData(f"{source}: \"{key}\" holds half a surrogate pair (\\ud800 to \\udfff); "
+                          "write the whole character or remove it") from None
+    return Transition(record["episode"], record["t"], record["x"], record.get("z"), record["y"], source)
+
+
+# ---- Write -------------------------------------------------------------------------------------------------
+
+
+def write(path, transitions):
+    """Writes the transitions to `path`, in the order given, gzipped if it ends in .gz; z = None leaves z out.
+
+    Atomic: the old file stays whole until the new one, written beside it, takes its place.
+    """
+    path = os.fspath(path)
+    lines = []
+    for tr in transitions:
+        record = {"episode": tr.episode, "t": tr.t, "x": tr.x, "z": tr.z, "y": tr.y}
+        if tr.z is None:
+            del record["z"]
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    data = "".join(lines).encode("utf-8")
+    if path.endswith(".gz"):
+        data = gzip.compress(data, mtime=0)  # no time stamp: the same transitions make the same bytes
+    unfinished = f"{path}.{os.getpid()}.unfinished"
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise BadData(f"{path}: cannot write it ({error.strerror}); name a file in a folder that exists and "
+                      "that you may write to") from None
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+
+
+# ---- Split -------------------------------------------------------------------------------------------------
+
+
+def split(transitions, seed):
+    """Splits by episode: {"labelled", "state_only", "validation", "test"}, each a list of Transition.
+
+    The same `seed` (int) and transitions, in any order, give the same split. Lists are sorted by episode,
+    then by t. state_only holds z = None and may be empty; the others hold every z and at least one episode.
+    Raises BadData where that cannot be had, or where a dev- or test- episode lacks a z.
+    """
+    transitions = sorted(transitions, key=_order)
+    has_z, train, dev, test, free = {}, [], [], [], []
+    for tr in transitions:
+        has_z[tr.episode] = has_z.get(tr.episode, True) and tr.z is not None
+        if tr.z is None and tr.episode.startswith(("dev-", "test-")):
+            raise BadData(f"{tr.source or 'transitions'}: held-out episode {_show(tr.episode)} has no z at "
+                          f"t = {tr.t}; add the action, or rename the episode to train-.. for state-only use")
+    for episode in has_z:  # sorted, as the transitions are
+        if episode.startswith("dev-"):
+            dev.append(episode)
+        elif episode.startswith("test-"):
+            test.append(episode)
+        elif episode.startswith("train-") or not has_z[episode]:
+            train.append(episode)
+        else:
+            free.append(episode)
+
+    rng = random.Random(seed)
+    rng.shuffle(free)
+    n_dev, n_test = (len(free) + 5) // 10, (2 * len(free) + 5) // 10  # 10% and 20%, rounded
+    if not test:
+        n_test = max(1, n_test)
+    test += free[:n_test]
+    dev += free[n_test:n_test + n_dev]
+    train += free[n_test + n_dev:]
+
+    train.sort()
+    rng.shuffle(train)
+    half = (len(train) + 1) // 2
+    if not dev:
+        half = max(2, half)  # labelled has to give one away
+    labelled = [episode for episode in train if has_z[episode]][:half]
+    if not dev:
+        n_dev = max(1, (len(labelled) + 5) // 10)
+        labelled, dev = labelled[n_dev:], labelled[:n_dev]
+
+    for name, episodes in (("labelled", labelled), ("validation", dev), ("test", test)):
+        if not episodes:
+            file = transitions[0].source.rpartition(":")[0] if transitions else ""
+            raise BadData(f"{file or 'transitions'}: no episode is left for the {name} split: "
+                          f"{sum(has_z.values())} of {len(has_z)} episodes have every z; add such episodes")
+    labelled, dev, test = set(labelled), set(dev), set(test)
+    rest = set(has_z) - labelled - dev - test
+    return {"labelled": [tr for tr in transitions if tr.episode in labelled],
+            "state_only": [dataclasses.replace(tr, z=None) for tr in transitions if tr.episode in rest],
+            "validation": [tr for tr in transitions if tr.episode in dev],
+            "test": [tr for tr in transitions if tr.episode in test]}
+
+
+def _order(transition):
+    return transition.episode, transition.t
+
+
+def _show(value):
+    """A value as JSON on one line, cut to what a message can bear."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,270 @@
+"""A small web shop as text, in the spirit of Mind2Web: which page does a click, a word or a choice lead to?
+
+One transition: x, the action z, and of y the lines that are new.
+
+    view: list                                z = [button] add red lamp -> CLICK
+    search: none
+    colour: red
+    sort: dear first
+    page: 1 of 1
+    1 red bag, 40
+    2 red lamp, 30
+    3 red mug, 10
+    cart: 1 blue mug                          cart: 1 blue mug, 1 red lamp
+    form: name ana, delivery post, code none
+    note: ready
+
+Rules
+ 1. The rows are the items of the catalogue (PRICES) that match the printed search and colour, in the printed
+    sort (equal prices: a to z), three a page. Next and previous turn pages as far as there are any.
+ 2. A new search, colour or sort leads to page 1; one that is chosen already changes nothing.
+ 3. Add puts an item that is on the page into the cart. The cart holds 4 things; one more is an error dialog.
+ 4. An amount can be typed for an item in the cart. Remove takes out a single thing at once, and asks first if
+    there are two or more of it. Both work in both views.
+ 5. Search, filter, order, pages, add, checkout work in view list; form, apply, pay, back in view checkout.
+ 6. Apply counts the typed coupon: spring takes 10 off from 50 of goods on, winter 20 from 90 on, autumn is
+    over. Goods that fall below the limit, or a new code, switch it off again.
+ 7. Pay wants something in the cart, a name, a delivery, and the courier for a chair. The first one missing is
+    an error dialog; otherwise a dialog asks whether to send. Sending empties cart and form.
+ 8. A dialog stands in the place of the note and blocks the rest. Yes agrees to a question, close ends any.
+ 9. What is not on offer (other view, item not on the page or not in the cart) changes nothing.
+
+Departures from the benchmark
+ 1. Mind2Web has real pages, HTML of thousands of elements; this is one shop of 12 lines without markup.
+ 2. Mind2Web asks for the action that serves a goal; here it is given, or to be read from the change.
+ 3. Actions keep its form, `[role] name -> CLICK / TYPE: word / SELECT: word`, but a visitor with simple
+    habits draws them (`propose`), not a person with a task.
+ 4. The page answers at once and in full: nothing loads, no hidden server state, nothing random.
+
+To add an action: a line in ACTIONS (each string with its argument), a weight in HABITS, an `elif kind == ...`
+in `step`. Whatever the rule needs must be printed by `text`, or be the same in every episode.
+"""
+import copy
+
+PRICES = {
+    "red lamp": 30, "blue lamp": 40, "white lamp": 20, "green lamp": 50,
+    "red mug": 10, "blue mug": 10, "white mug": 20,
+    "red bag": 40, "blue bag": 20, "green bag": 30,
+    "white chair": 50, "green chair": 40,
+}
+THINGS = ("lamp", "mug", "bag", "chair")
+COLOURS = ("red", "blue", "white", "green")
+SORTS = {"name": "a to z", "price up": "cheap first", "price down": "dear first"}    # choice: as printed
+NAMES = ("ana", "ben", "cleo", "dan")
+DELIVERY = ("pickup", "post", "courier")
+COUPONS = {"spring": (50, 10), "winter": (90, 20), "autumn": None}      # (goods from, off); None: over
+ROWS, FULL, STEPS = 3, 4, 14      # rows a page, things a cart holds, steps an episode
+
+# kind: {action string: its argument}
+ACTIONS = {
+    "search": {f"[searchbox] search -> TYPE: {thing}": thing for thing in THINGS},
+    "clear": {"[button] clear search -> CLICK": "none"},
+    "colour": {f"[combobox] filter -> SELECT: {colour}": colour for colour in ("any", *COLOURS)},
+    "sort": {f"[combobox] order by -> SELECT: {option}": shown for option, shown in SORTS.items()},
+    "next": {"[link] next -> CLICK": +1},
+    "previous": {"[link] previous -> CLICK": -1},
+    "add": {f"[button] add {item} -> CLICK": item for item in PRICES},
+    "amount": {f"[spinbutton] {item} -> TYPE: {n}": (item, n) for item in PRICES for n in (1, 2, 3)},
+    "remove": {f"[button] remove {item} -> CLICK": item for item in PRICES},
+    "checkout": {"[button] checkout -> CLICK": None},
+    "back": {"[link] back -> CLICK": None},
+    "name": {f"[textbox] name -> TYPE: {name}": name for name in NAMES},
+    "delivery": {f"[combobox] delivery -> SELECT: {way}": way for way in DELIVERY},
+    "coupon": {f"[textbox] coupon -> TYPE: {code}": code for code in COUPONS},
+    "apply": {"[button] apply -> CLICK": None},
+    "pay": {"[button] pay -> CLICK": None},
+    "yes": {"[button] yes -> CLICK": None},
+    "close": {"[button] close -> CLICK": None},
+}
+KINDS = tuple(ACTIONS)
+
+# How much a visitor likes each kind.
+HABITS = {"search": 4, "clear": 5, "colour": 4, "sort": 4, "next": 12, "previous": 24, "add": 9, "amount": 3,
+          "remove": 3, "checkout": 5, "back": 3, "name": 4, "delivery": 4, "coupon": 5, "apply": 12, "pay": 8,
+          "yes": 5, "close": 1}
+CARELESS = 0.16   # share of actions drawn without a look at the page: most of these change nothing
+BOLD = 0.3        # share of errors that a visitor who looks at the page runs into all the same
+
+
+def read(z):
+    """Kind and argument of an action string."""
+    for kind, strings in ACTIONS.items():
+        if z in strings:
+            return kind, strings[z]
+    raise ValueError(f"not an action of the web shop: {z!r}")
+
+
+class World:
+    def __init__(self, rng):
+        self.search = rng.choice(("none", "none", "none", *THINGS))
+        self.colour = rng.choice(("any", "any", "any", "any", *COLOURS))
+        self.sort = rng.choice(list(SORTS.values()))
+        self.page = rng.randint(1, self.pages())
+        self.cart = {}                                        # item: amount, in the order in which they came
+        for item in rng.sample(list(PRICES), rng.choice((0, 1, 1, 2))):
+            self.cart[item] = rng.choice((1, 1, 2))
+        self.name = rng.choice(("none", "none", *NAMES))
+        self.delivery = rng.choice(("none", *DELIVERY))
+        self.code = rng.choice(("none", "none", *COUPONS))
+        self.applied = False
+        self.view = rng.choice(("list", "list", "checkout")) if self.cart else "list"
+        self.message = "note: ready"                          # or "dialog: ..."
+
+    def text(self):
+        rows = [f"{item}, {PRICES[item]}" if item else "nothing here" for item in self.rows()]
+        off = f", {COUPONS[self.code][1]} off" if self.applied else ""
+        return "\n".join([
+            f"view: {self.view}",
+            f"search: {self.search}",
+            f"colour: {self.colour}",
+            f"sort: {self.sort}",
+            f"page: {self.page} of {self.pages()}",
+            *(f"{number} {row}" for number, row in enumerate(rows, 1)),
+            "cart: " + (", ".join(f"{n} {item}" for item, n in self.cart.items()) or "empty"),
+            f"form: name {self.name}, delivery {self.delivery}, code {self.code}{off}",
+            self.message,
+        ])
+
+    def found(self):
+        """All items that match search and colour, sorted."""
+        items = [item for item in PRICES
+                 if self.search in ("none", item.split()[1]) and self.colour in ("any", item.split()[0])]
+        sign = {"a to z": 0, "cheap first": 1, "dear first": -1}[self.sort]
+        return sorted(items, key=lambda item: (sign * PRICES[item], item))
+
+    def pages(self):
+        return max(1, -(-len(self.found()) // ROWS))          # rounded up; one empty page if nothing is found
+
+    def rows(self):
+        """The items on this page, None for an empty row."""
+        start = (self.page - 1) * ROWS
+        return (self.found() + [None] * ROWS)[start:start + ROWS]
+
+    def goods(self):
+        return sum(n * PRICES[item] for item, n in self.cart.items())
+
+    def step(self, z):
+        kind, what = read(z)
+        if self.message.startswith("dialog"):                 # rule 8: a dialog blocks the rest
+            if kind == "yes":
+                self.agree()
+            elif kind == "close":
+                self.message = "note: closed"
+        elif kind == "amount":
+            self.set_amount(*what)
+        elif kind == "remove":
+            self.remove(what)
+        elif self.view == "list":
+            if kind in ("search", "clear") and what != self.search:
+                self.search, self.page = what, 1
+            elif kind == "colour" and what != self.colour:
+                self.colour, self.page = what, 1
+            elif kind == "sort" and what != self.sort:
+                self.sort, self.page = what, 1
+            elif kind in ("next", "previous"):
+                self.page = min(max(self.page + what, 1), self.pages())
+            elif kind == "add":
+                self.add(what)
+            elif kind == "checkout" and self.cart:
+                self.view = "checkout"
+            elif kind == "checkout":
+                self.message = "dialog: nothing to check out"
+        elif kind == "back":
+            self.view = "list"
+        elif kind == "name":
+            self.name = what
+        elif kind == "delivery":
+            self.delivery = what
+        elif kind == "coupon" and what != self.code:
+            self.code, self.applied = what, False
+        elif kind == "apply" and self.code != "none" and not self.applied:
+            self.apply()
+        elif kind == "pay":
+            self.pay()
+
+    def add(self, item):
+        if item in self.rows() and sum(self.cart.values()) == FULL:
+            self.message = f"dialog: {item} does not fit"
+        elif item in self.rows():
+            self.put(item, self.cart.get(item, 0) + 1)
+
+    def set_amount(self, item, n):
+        old = self.cart.get(item, n)                    # not in the cart: as if nothing changed
+        if sum(self.cart.values()) - old + n > FULL:
+            self.message = f"dialog: {n} {item} do not fit"
+        elif n != old:
+            self.put(item, n)
+
+    def remove(self, item):
+        if self.cart.get(item, 0) > 1:
+            self.message = f"dialog: drop {item}?"
+        elif item in self.cart:
+            self.put(item, 0)
+
+    def put(self, item, n):
+        self.cart[item] = n
+        if n == 0:
+            del self.cart[item]
+        if self.applied and self.goods() < COUPONS[self.code][0]:
+            self.applied = False                              # rule 6: too little left for the coupon
+
+    def apply(self):
+        if COUPONS[self.code] is None:
+            self.message = f"dialog: {self.code} is over"
+        elif self.goods() < COUPONS[self.code][0]:
+            self.message = f"dialog: {self.code} starts at {COUPONS[self.code][0]}"
+        else:
+            self.applied = True
+
+    def pay(self):
+        if not self.cart:
+            self.message = "dialog: nothing to pay for"
+        elif self.name == "none":
+            self.message = "dialog: name is missing"
+        elif self.delivery == "none":
+            self.message = "dialog: delivery is missing"
+        elif self.delivery != "courier" and any("chair" in item for item in self.cart):
+            self.message = "dialog: chair needs courier"
+        else:
+            self.message = f"dialog: send by {self.delivery}?"
+
+    def agree(self):
+        """Yes to one of the two questions; an error dialog wants close."""
+        if self.message.startswith("dialog: drop "):
+            item = self.message.removeprefix("dialog: drop ").removesuffix("?")
+            self.put(item, 0)
+            self.message = f"note: {item} is out"
+        elif self.message.startswith("dialog: send "):
+            self.message = f"note: sent to {self.name}"
+            self.cart, self.name, self.delivery, self.code, self.applied = {}, "none", "none", "none", False
+
+    def after(self, z):
+        """The world that z would lead to."""
+        twin = copy.copy(self)
+        twin.cart = dict(self.cart)
+        twin.step(z)
+        return twin
+
+    def propose(self, rng):
+        if rng.random() < CARELESS:
+            return rng.choice(list(ACTIONS[rng.choice(KINDS)]))
+        while True:                                     # ends: search, back or close always does something
+            kind = rng.choices(list(HABITS), list(HABITS.values()))[0]
+            for z in rng.sample(list(ACTIONS[kind]), len(ACTIONS[kind])):
+                twin = self.after(z)
+                error = twin.message.startswith("dialog") and not twin.message.endswith("?")
+                if vars(twin) != vars(self) and (not error or rng.random() < BOLD):
+                    return z
+
+
+def episode(rng, steps=STEPS):
+    world = World(rng)
+    transitions, seen = [], set()
+    for _ in range(steps):
+        x, z = world.text(), world.propose(rng)
+        if world.after(z).text() in seen:                   # rather something new than back and forth
+            z = world.propose(rng)
+        seen.add(x)
+        world.step(z)
+        transitions.append((x, z, world.text()))
+    return transitions

@@ -1,0 +1,155 @@
+"""GRPO by hand: group advantage, clipped surrogate, KL to the reference, one step. It knows nothing of worlds.
+
+Claim (Eq. 4): the gradient of E[R] is estimated by (1/G) sum_k A_k grad log pi(row_k | prompt), A_k = R_k - mean_j R_j.
+Its expectation is (1 - 1/G) times the exact gradient (the mean holds the row's own reward); `scale="loo"` undoes that.
+
+With the KL in the reward, R_k - beta * log(pi(row_k) / pi_ref(row_k)), the same estimator descends Eq. 5: at beta = 1 and
+R = log P(y|x,z) it is the gradient of the ELBO (Theorem 3.2). That is `kl="reward"`, the default, and exact.
+
+Departures from the paper and its released scripts:
+1. The loss is the SUM over a row's tokens, over a fixed number B*G of rows: a mean per row or per micro-batch would be
+   another objective. The released scripts divide by the token count of the batch.
+2. The advantage is R - mean (Eq. 4). The released scripts divide by the standard deviation: `scale="std"`.
+3. The KL is in the reward, per row (k1). The released scripts put k3 into the loss, per token: `kl="loss"`.
+4. `updates` optimizer steps are taken on one batch of rollouts (the paper: one). From the second on the ratio to the
+   sampling policy differs from 1 and the clip acts. At the first, the ratio is 1 and the loss's gradient is -A grad log pi:
+   a loss near 0 is normal, read the reward and the gradient norm.
+5. Equal rows of a group are scored once and weighted by their count; rows without advantage are not run. Both exact.
+"""
+from dataclasses import dataclass
+
+import torch
+
+import lm
+
+
+@dataclass
+class GRPO:
+    """Settings of one phase. (B prompts, G rollouts each.)"""
+    group_size: int = 16        # G. Paper: 8, 16 recommended
+    max_new: int = 128          # longest rollout, in tokens; one that is cut counts as truncated and is kept
+    temperature: float = 1.0    # of sampling and scoring alike. Paper: .75 with top-p .96, scored at 1 (not exact)
+    top_p: float = 1.0          # 1 = off. Anything else samples from another policy than the one that is scored
+    top_k: int = 0              # 0 = off; as top_p
+    scale: str = "mean"         # advantage: mean (Eq. 4), std (released scripts), loo (leave-one-out, unbiased)
+    beta: float = 0.0           # weight of the KL to the reference. Paper: .1, and 1 for the exact ELBO
+    kl: str = "reward"          # reward (exact for Eq. 5) or loss (k3 per token, as released)
+    updates: int = 4            # optimizer steps on one batch of rollouts. Paper: 1
+    clip: float = 0.2           # the ratio's range is 1 - clip .. 1 + clip
+    lr: float = 1e-4            # learning rate
+    max_norm: float = 1.0       # gradient norm clip
+    budget: int = 16384         # tokens a micro-batch: bounds memory, changes no gradient
+
+
+def advantages(R, scale="mean"):
+    """R (B, G) -> A (B, G). Equal rewards give exactly 0."""
+    A = R - R.mean(1, keepdim=True)                                                # Eq. 4
+    A = torch.where(R.amax(1, keepdim=True) == R.amin(1, keepdim=True), 0.0, A)    # no rounding noise in flat groups
+    if scale == "std":
+        return A / (R.std(1, keepdim=True) + 1e-4)                                 # 1e-4: no blown-up noise
+    if scale == "loo":
+        return A * R.shape[1] / (R.shape[1] - 1)                                   # R_k minus the mean of the others
+    return A
+
+
+def shape(logp, lengths, form="sum", floor=10.0):
+    """Reward from summed log-probs (N,): "sum" is the theorems', "mean" per token the released scripts'. Nothing falls
+    below -floor (0: no floor, as in the theorems; the released scripts floor the mean at -10)."""
+    R = logp / torch.tensor(lengths).to(logp) if form == "mean" else logp
+    return R.clamp(min=-floor) if floor else R
+
+
+def k1(logp_pi, logp_ref):
+    """log(pi/ref): under samples of pi, an unbiased value of KL(pi || ref). As a loss its gradient is 0: reward only."""
+    return logp_pi - logp_ref
+
+
+def k3(logp_pi, logp_ref):
+    """ref/pi - 1 - log(ref/pi) >= 0: unbiased as well, smaller variance. As a loss it descends KL(ref || pi)."""
+    d = (logp_ref - logp_pi).clamp(max=20)                                         # exp must not overflow
+    return d.exp() - 1 - d
+
+
+def surrogate(logp, logp_old, A, clip):
+    """min(ratio * A, clip(ratio) * A), elementwise: the gradient is off where the ratio has left the range on A's side."""
+    ratio = (logp - logp_old).exp()
+    return torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+
+
+def loss_sum(logp, logp_old, A, live, cfg, logp_ref=None, count=None):
+    """Sum of the loss over rows and their tokens; logp, logp_old, logp_ref (N, T), live (N, T) bool, A and count (N,)."""
+    loss = -surrogate(logp, logp_old, A[:, None], cfg.clip)                        # (N, T)
+    if cfg.kl == "loss" and cfg.beta:
+        loss = loss + cfg.beta * k3(logp, logp_ref) * count[:, None]
+    return (loss * live).sum()
+
+
+def unique(rows, G):
+    """Equal rows within a group, once: (rows, owner, where (B*G,) the number of each rollout's row, count a row)."""
+    seen, where, kept, owner = {}, [], [], []
+    for n, row in enumerate(rows):
+        key = (n // G, tuple(row))
+        if key not in seen:
+            seen[key] = len(kept)
+            kept.append(row)
+            owner.append(n // G)
+        where.append(seen[key])
+    where = torch.tensor(where)
+    return kept, owner, where, torch.bincount(where, minlength=len(kept))
+
+
+def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_ref=None):
+    """`cfg.updates` optimizer steps on the given rows. A (N,) counts duplicates already; `total` = B*G is the normaliser,
+    whatever the number of micro-batches. Returns (mean gradient norm, {row: its token log-probs before the first step})."""
+    needed = (A.abs() > 1e-6) | (cfg.kl == "loss" and cfg.beta > 0)                # the others have no gradient
+    keep = needed.nonzero()[:, 0].tolist()
+    parts = [[keep[i] for i in part] for part in
+             lm.chunks(prompts, [rows[n] for n in keep], [owner[n] for n in keep], cfg.budget)] if keep else []
+    old, norms = [None] * len(parts), [0.0]
+    for _ in range(cfg.updates if keep else 0):
+        for i, part in enumerate(parts):
+            logp = lm.logprobs(policy, *lm.take(prompts, rows, owner, part), temperature=cfg.temperature)  # (n, T)
+            live = torch.arange(logp.shape[1]) < torch.tensor([[len(rows[n])] for n in part])              # (n, T)
+            old[i] = logp.detach() if old[i] is None else old[i]                   # at the first step the ratio is 1
+            ref = None if logp_ref is None else logp_ref[part][:, :logp.shape[1]].to(logp)
+            loss = loss_sum(logp, old[i], A[part].to(logp), live.to(logp.device), cfg, ref, count[part].to(logp))
+            (loss / total).backward()
+        norms.append(lm.optimizer_step(policy, optimizers, cfg.lr, cfg.max_norm))
+    return sum(norms) / max(1, len(norms) - 1), {n: lp for part, o in zip(parts, old) for n, lp in zip(part, o.cpu())}
+
+
+def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, allowed=None):
+    """One GRPO step. prompts: B lists of ids. reward(owner, rows) -> (N,) of the distinct rows. ref may be None if
+    beta is 0 (then no KL is logged). Returns (log, rollouts, their rewards (B*G,)). In the log, `kl` is the KL of a whole
+    row to ref, in nats, and `gap` the largest difference of a token's log-prob between sampler and trainer."""
+    B, G = len(prompts), cfg.group_size
+    sampled, logp_sampled = lm.sample(policy, prompts, G, cfg.max_new, eos, cfg.temperature, cfg.top_p, cfg.top_k,
+                                      allowed, generator)
+    rows, owner, where, count = unique(sampled, G)                                 # N distinct rows
+    R = reward(owner, rows).cpu()                                                  # (N,)
+    log = {"reward": R[where].mean().item(), "reward_std": R[where].view(B, G).std(1).mean().item(),
+           "truncated": sum(r[-1] != eos for r in sampled) / (B * G), "tokens": sum(map(len, sampled))}
+    logp_pi = {n: torch.tensor(lp) for n, lp in zip(where.tolist(), logp_sampled)}   # row: (T,)
+    logp_ref, shaped = None, R
+    if ref is not None:
+        logp_ref = score_tokens(ref, prompts, rows, owner, cfg)                    # (N, T)
+        kl = k1(torch.stack([logp_pi[n].sum() for n in range(len(rows))]), logp_ref.sum(1))   # (N,)
+        log["kl"] = kl[where].mean().item()
+        if cfg.kl == "reward":
+            shaped = R - cfg.beta * kl                                             # Eq. 5: the KL belongs to the reward
+    A = advantages(shaped[where].view(B, G), cfg.scale)                            # (B, G)
+    log["zero_std_groups"] = (A == 0).all(1).float().mean().item()
+    A = torch.zeros(len(rows)).index_add(0, where, A.flatten())                    # (N,) duplicates add up
+    log["grad_norm"], logp_old = update(policy, optimizers, prompts, rows, owner, A, count, B * G, cfg, logp_ref)
+    log["gap"] = max((float((lp[:len(rows[n])] - logp_pi[n]).abs().max()) for n, lp in logp_old.items()), default=0.0)
+    return log, sampled, R[where]
+
+
+@torch.no_grad()
+def score_tokens(model, prompts, rows, owner, cfg):
+    """(N, T) token log-probs of rows under a frozen model, in chunks."""
+    out = torch.zeros(len(rows), max(map(len, rows)))
+    for part in lm.chunks(prompts, rows, owner, cfg.budget):
+        logp = lm.logprobs(model, *lm.take(prompts, rows, owner, part), temperature=cfg.temperature)
+        out[part, :logp.shape[1]] = logp.cpu()
+    return out

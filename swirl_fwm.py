@@ -1,0 +1,83 @@
+"""P_theta(y | x, z), the forward world model (FWM), and Phase I, which trains it on pairs (x, y) whose actions nobody saw.
+
+Claim (Theorem 3.1): raising  I(theta) = E_{(x,y)~D} E_{z~Q(.|x,y)} E_{y_hat~P(.|x,z)} log Q(z | x, y_hat)   (Eq. 3)
+raises a variational lower bound of the conditional mutual information  I(Z; Y_hat | X) = H(Z|X) - H(Z|Y_hat,X)  (Eq. 1),
+since  -H(Z|Y_hat,X) >= E log Q(z | x, y_hat)  (Eq. 2) and H(Z|X) does not depend on theta. In words: predict futures in
+which the inverse model can read the action. Q is frozen throughout. `mi_bounds.py` shows the bound as numbers.
+
+| symbol | in code          | meaning                                                                                |
+| ------ | ---------------- | -------------------------------------------------------------------------------------- |
+| x, y   | str              | state before, state after                                                              |
+| z      | str              | the action; in Phase I a guess of Q's, drawn once per pair                             |
+| y_hat  | ids, then str    | one of G futures that P draws; its reward is R_k = log Q(z | x, y_hat_k), in nats      |
+
+Departures from the paper:
+1. The reward is the summed log-probability of z with its end token (Eq. 3), floored at -10 (`floor`): a few catastrophes
+   would rule the mean. The released scripts take the mean per token and floor that, which hardly ever binds.
+2. No KL by default (Eq. 3 and 4 have none; the released scripts add .04).
+3. The IDM may read the line diff of x and y instead of both states (`swirl_idm.prompt`, `view`): a small Q that reads
+   whole states is too weak a judge, P learns to fool it and gets worse while its reward rises. `--view full` shows that.
+"""
+import torch
+
+import grpo
+import lm
+import swirl_idm
+
+
+# --- P as a language model ----------------------------------------------------------------------------------------------
+
+def prompt(tok, x, z):
+    """The ids before y. x comes first, so that everything that is asked about one x shares its prefix."""
+    return [*lm.encode(tok, "\n" + x), *lm.encode(tok, "\naction: " + z), *lm.encode(tok, "\nnext:")]
+
+
+def target(tok, y):
+    """The ids of y with its end: without the end, log P would score "y as a beginning"."""
+    return [*lm.encode(tok, "\n" + y), tok.eos_token_id]
+
+
+def read(tok, ids):
+    """The state that sampled ids spell."""
+    return lm.decode(tok, ids).removeprefix("\n")
+
+
+def logp(P, tok, xs, zs, ys):
+    """(N,) log P(y | x, z), summed over tokens, in nats."""
+    return lm.score(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], [target(tok, y) for y in ys])
+
+
+def predict(P, tok, xs, zs, max_new):
+    """Greedy y_hat for each (x, z)."""
+    return [read(tok, row) for row in lm.greedy(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], max_new,
+                                                tok.eos_token_id)]
+
+
+def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
+    """Of n sampled futures, the one in which Q reads z best: the paper's test-time verification, and the forecast of what
+    Phase I can bring. Costs n times the sampling and needs z at test time."""
+    rows = lm.sample_all(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], n, max_new, tok.eos_token_id, generator)
+    y_hat = [read(tok, row) for row in rows]
+    R = swirl_idm.logp(Q, tok, [x for x in xs for _ in range(n)], [z for z in zs for _ in range(n)], y_hat, view)
+    return [y_hat[i * n + k] for i, k in enumerate(R.view(-1, n).argmax(1).tolist())]
+
+
+# --- Phase I ------------------------------------------------------------------------------------------------------------
+
+def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, max_z=32, generator=None):
+    """One step on pairs [(x, y)]; theta moves, phi is frozen. Returns (log, examples [(x, z, y, y_hat, reward)])."""
+    xs, ys = zip(*pairs)
+    rows, _ = lm.sample(Q, [swirl_idm.prompt(tok, x, y, view) for x, y in pairs], 1, max_z, tok.eos_token_id,
+                        cfg.temperature, generator=generator)
+    zs = [swirl_idm.read(tok, row) for row in rows]                                # z ~ Q(. | x, y), one a pair
+
+    def reward(owner, rows):                                                       # -> (N,)
+        at = lambda values: [values[o] for o in owner]
+        y_hat = [read(tok, row) for row in rows]
+        logq = swirl_idm.logp(Q, tok, at(xs), at(zs), y_hat, view)                 # Eq. 3: R = log Q(z | x, y_hat)
+        return grpo.shape(logq, [len(swirl_idm.target(tok, z)) for z in at(zs)], form, floor)
+
+    log, rows, R = grpo.step(P, ref, optimizers, [prompt(tok, x, z) for x, z in zip(xs, zs)], reward, cfg,
+                               tok.eos_token_id, generator)
+    G = cfg.group_size
+    return log, [(x, z, y, read(tok, rows[i * G]), R[i * G].item()) for i, (x, z, y) in enumerate(zip(xs, zs, ys))]

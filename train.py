@@ -1,0 +1,498 @@
+"""SWIRL, Algorithm 1, straight down the page: warm up on labels, then Phase I and Phase II in turn on state-only pairs.
+
+    python train.py                                 the tools world, a tiny model from scratch, ten minutes of a laptop
+    python train.py --env physics --seed 1
+    python train.py --data transitions.jsonl.gz     your own (x, z, y); half of the training episodes lose their z
+
+Splits are by episode. Half of the training episodes keep their actions (warm-up), the other half lose them for good: the
+phases get pairs (x, y) and nothing else. Test episodes are apart. The same command again resumes an unfinished run.
+
+Departures from the paper: the models are tiny and start from random weights, so the warm-up teaches them to read as well;
+each phase is a few dozen steps, not an epoch over 30k pairs; see `swirl_fwm.py`, `swirl_idm.py`, `grpo.py` for the rest.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import grpo
+import lm
+import mi_bounds
+import swirl_fwm
+import swirl_idm
+from envs import physics, records, tools, web
+from evals import metrics
+
+WORLDS = {"physics": physics, "web": web, "tools": tools}
+OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm",
+        "checkpoint-a", "checkpoint-b"}
+
+
+def setting(default, text, **extra):
+    return dataclasses.field(default=default, metadata={"help": text, **extra})
+
+
+@dataclasses.dataclass
+class Config:
+    """Every setting; each is a flag (`lr_fwm` is `--lr-fwm`)."""
+    env: str = setting("tools", "built-in world", choices=sorted(WORLDS))
+    data: str = setting("", "transitions file (JSONL, .gz) instead of a world")
+    model: str = setting("tiny", "tiny (made here, from random weights), a Hub id or a local folder")
+    seed: int = setting(0, "everything that is random")
+    out: str = setting("", "where the run lives (default runs/ENV-MODEL-SEED)")
+    device: str = setting("auto", "where to compute", choices=["auto", "cpu", "cuda"])
+    minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, else none)")
+    fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
+    # data
+    episodes: int = setting(300, "training episodes of a built-in world, halved into labelled and state-only")
+    eval_size: int = setting(400, "test transitions that are scored, drawn once with the seed")
+    validation_size: int = setting(160, "transitions of the labelled half that are kept aside to choose checkpoints")
+    # warm-up (SFT on the labelled half)
+    warmup_steps: int = setting(700, "most steps for the FWM; the IDM takes as many. Rate decays linearly to 0")
+    warmup_batch: int = setting(32, "transitions a step")
+    warmup_lr: float = setting(4e-3, "Muon and AdamW. For a pretrained model: 2e-5 (paper)")
+    warmup_every: int = setting(50, "steps between validations; the best checkpoint is kept")
+    patience: int = setting(6, "validations without a gain that end the warm-up")
+    # Algorithm 1
+    iterations: int = setting(2, "times Phase I and Phase II alternate. Paper: up to 3")
+    phase1_steps: int = setting(100, "steps of each Phase I")
+    phase2_steps: int = setting(40, "steps of each Phase II")
+    batch: int = setting(16, "pairs (x, y) a step, B. Paper: 64 to 128")
+    group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
+    lr_fwm: float = setting(1e-3, "learning rate of Phase I. Paper: 1e-6 for 3B to 7B models")
+    lr_idm: float = setting(3e-4, "learning rate of Phase II")
+    muon: bool = setting(True, "Muon on the weight matrices, also in the phases (paper: AdamW)")
+    updates: int = setting(4, "optimizer steps on one batch of rollouts (paper: 1)")
+    clip: float = setting(0.2, "range of the policy ratio")
+    scale: str = setting("mean", "advantage: R - mean (Eq. 4), / std (released), leave-one-out",
+                         choices=["mean", "std", "loo"])
+    beta: float = setting(0.1, "KL to the reference in Phase II. Paper: .1; 1 is the exact ELBO (Eq. 5)")
+    beta_fwm: float = setting(0.0, "KL to the reference in Phase I. Eq. 3 and 4: 0; released scripts: .04")
+    kl: str = setting("reward", "KL in the reward (exact) or k3 in the loss (released)", choices=["reward", "loss"])
+    temperature: float = setting(1.0, "of rollouts and of their scores (paper: .75)")
+    top_p: float = setting(1.0, "off; the paper's .96 samples from another policy than it scores")
+    top_k: int = setting(0, "off")
+    reward_form: str = setting("sum", "sum of the opposite's token log-probs (theorems) or mean (released)",
+                               choices=["sum", "mean"])
+    floor: float = setting(10.0, "least reward is -floor; 0 is none (theorems). See swirl_fwm.py, departure 1")
+    view: str = setting("diff", "what the IDM reads: diff (changed lines, ours) or full (x and y, the paper's)",
+                        choices=["diff", "full"])
+
+
+def fail(message):
+    """The user's input is at fault: one line, exit code 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="SWIRL: self-improving world modelling with latent actions.")
+    parser.error = fail
+    for f in dataclasses.fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
+            dict(type=f.type, choices=f.metadata.get("choices"))
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
+                            help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    cfg.minutes = cfg.minutes if cfg.minutes is not None else 10.0 if cfg.model == "tiny" else float("inf")
+    cfg.out = cfg.out or f"runs/{Path(cfg.data).name.split('.')[0] or cfg.env}-{Path(cfg.model).name}-{cfg.seed}"
+    return cfg
+
+
+# --- data ---------------------------------------------------------------------------------------------------------------
+
+def load_splits(cfg):
+    """labelled, validation, test: [(x, z, y)]; state_only: [(x, y)], no z anywhere in memory."""
+    if cfg.data:
+        part = records.split(records.read(cfg.data), cfg.seed)
+        labelled, validation, test = ([(t.x, t.z, t.y) for t in part[k]] for k in ("labelled", "validation", "test"))
+        state_only = [(t.x, t.y) for t in part["state_only"]]
+    else:
+        def draw(split, n):
+            return [t for i in range(n) for t in WORLDS[cfg.env].episode(random.Random(f"{cfg.seed} {split} {i}"))]
+        half = cfg.episodes // 2
+        held = max(1, half // 10)
+        labelled, validation = draw("labelled", half - held), draw("validation", held)
+        state_only = [(x, y) for x, _, y in draw("state-only", half)]
+        test = draw("test", 60)
+    seen = {s for x, _, y in labelled for s in (x, y)} | {s for pair in state_only for s in pair}
+    test = [t for t in test if t[0] not in seen] or test       # no test state that training held word for word
+    rng = random.Random(cfg.seed)
+    pick = lambda rows, n: rng.sample(rows, n) if len(rows) > n else rows
+    return labelled, pick(validation, cfg.validation_size), state_only, pick(test, cfg.eval_size)
+
+
+def load_models(cfg, labelled, state_only):
+    """(P, Q, tok). Tiny models get a tokenizer fitted on the run's own training text."""
+    if cfg.model != "tiny":
+        try:
+            P, tok = lm.load(cfg.model)
+        except (OSError, ValueError) as e:
+            fail(f"--model {cfg.model}: {str(e).splitlines()[0]}; give tiny, a Hub id or a folder with safetensors")
+        return P, lm.load(cfg.model)[0], tok
+    states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
+    tok = lm.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
+                            + ["\n- \n+ \nnext:\naction:"] * 100)
+    return lm.make_tiny(tok, seed=2 * cfg.seed), lm.make_tiny(tok, seed=2 * cfg.seed + 1), tok
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------------
+
+def evaluate(P, Q, tok, data, cfg, limits):
+    """({"fwm": .., "idm": ..} as in results.json, samples): greedy y_hat and z_hat on held-out (x, z, y)."""
+    xs, zs, ys = map(list, zip(*data))
+    y_hat = swirl_fwm.predict(P, tok, xs, zs, limits[0])
+    z_hat = swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view)
+    scores = {"fwm": metrics.fwm_scores(xs, y_hat, ys, swirl_fwm.logp(P, tok, xs, zs, ys).tolist()),
+              "idm": metrics.idm_scores(z_hat, zs, swirl_idm.logp(Q, tok, xs, zs, ys, cfg.view).tolist())}
+    return scores, [dict(x=x, z=z, y=y, y_hat=a, z_hat=b) for x, z, y, a, b in zip(xs, zs, ys, y_hat, z_hat)]
+
+
+def best_of_8(P, Q, tok, data, cfg, limits):
+    """Test-time verification with the warm-up's models, in both directions."""
+    xs, zs, ys = map(list, zip(*data))
+    gen = torch.Generator(P.device).manual_seed(cfg.seed)
+    return {"fwm": metrics.fwm_scores(xs, swirl_fwm.best_of_n(P, Q, tok, xs, zs, limits[0], cfg.view, 8, gen), ys),
+            "idm": metrics.idm_scores(swirl_idm.best_of_n(Q, P, tok, xs, ys, limits[1], cfg.view, 8, gen), zs)}
+
+
+# --- the run's folder ---------------------------------------------------------------------------------------------------
+
+class Run:
+    """The files of a run (contract: config.json, metrics.jsonl, samples.jsonl, results.json, fwm/, idm/) and its clock."""
+
+    def __init__(self, cfg):
+        self.dir, self.cfg = Path(cfg.out), cfg
+        config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "fresh")}
+        try:
+            self.prepare(cfg, config)
+        except OSError as e:
+            fail(f"--out {cfg.out}: {e.strerror or e}; give a folder that can be written")
+        self.progress = self.load("progress.json") or {"stages": [], "seconds": {}, "baselines": {}, "folder": None}
+        self.begin = time.time() - sum(self.progress["seconds"].values())
+
+    def prepare(self, cfg, config):
+        found = {p.name for p in self.dir.iterdir()} if self.dir.exists() else set()
+        if found and "config.json" not in found:
+            fail(f"--out {cfg.out} holds files that no run wrote; give another folder")
+        if cfg.fresh and found:
+            if found - OURS:
+                fail(f"--fresh: {cfg.out} holds {sorted(found - OURS)[0]}, which no run wrote; move it away first")
+            shutil.rmtree(self.dir)
+        old = self.load("config.json")
+        changed = [k for k in config if old and old["settings"].get(k) != json.loads(json.dumps(config[k]))]
+        if changed:
+            k = changed[0]
+            fail(f"--out {cfg.out} holds a run with {k}={old['settings'].get(k)}, this one has {config[k]}; "
+                 "give another --out, or --fresh to start over")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        if not old:
+            git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                                 cwd=Path(__file__).parent).stdout.strip() or None
+            self.write("config.json", {"settings": config, "git": git, "versions": {
+                "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}})
+
+    def load(self, name):
+        path = self.dir / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write(self, name, value):
+        """Whole or not at all."""
+        new = self.dir / (name + ".new")
+        new.write_text(json.dumps(value, indent=1))
+        os.replace(new, self.dir / name)
+
+    def log(self, name, **line):
+        with open(self.dir / name, "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def elapsed(self):
+        return time.time() - self.begin
+
+    def spend(self, what, since):
+        self.progress["seconds"][what] = self.progress["seconds"].get(what, 0.0) + time.time() - since
+
+    def done(self, stage):
+        return any(s["name"] == stage for s in self.progress["stages"])
+
+    def finish_stage(self, name, scores, P, Q, tok):
+        """Save both models beside the last ones, then name them in progress.json: a cut loses one stage at most."""
+        folder = "checkpoint-b" if self.progress["folder"] == "checkpoint-a" else "checkpoint-a"
+        shutil.rmtree(self.dir / folder, ignore_errors=True)
+        lm.save(P, tok, self.dir / folder / "fwm")
+        lm.save(Q, tok, self.dir / folder / "idm")
+        self.progress["stages"].append({"name": name, **scores})
+        self.progress["folder"] = folder
+        self.write("progress.json", self.progress)
+
+    def finish(self, results):
+        """Move the last models to fwm/ and idm/, then write results.json: the run is complete when that is there."""
+        for side in ("fwm", "idm"):
+            source = self.dir / self.progress["folder"] / side
+            if source.exists():
+                shutil.rmtree(self.dir / side, ignore_errors=True)
+                os.replace(source, self.dir / side)
+        self.write("results.json", results)
+        for rest in ("checkpoint-a", "checkpoint-b"):
+            shutil.rmtree(self.dir / rest, ignore_errors=True)
+
+
+def show(scores):
+    return (f"FWM exact {scores['fwm']['exact']:.3f}, of changed {scores['fwm']['exact_changed'] or 0:.3f}, "
+            f"logp {scores['fwm']['logp']:.2f} | IDM exact {scores['idm']['exact']:.3f}, logp {scores['idm']['logp']:.3f}")
+
+
+def show_sample(s):
+    """One transition as a person reads it: what changed, what P predicts, what Q reads."""
+    lines = lambda y: " / ".join(swirl_idm.line_diff(s["x"], y)) or "(nothing changes)"
+    return (f"    z     {s['z']}\n    y     {lines(s['y'])}\n    y_hat {'= y' if s['y_hat'] == s['y'] else lines(s['y_hat'])}"
+            f"\n    z_hat {'= z' if s['z_hat'] == s['z'] else s['z_hat']}")
+
+
+# --- warm-up ------------------------------------------------------------------------------------------------------------
+
+def warm_up(model, name, rows, validate, cfg, run, seconds):
+    """SFT: raise log p(target | prompt) of rows [(prompt, target)] until validation stops improving or `seconds` are up.
+
+    validate() -> float, higher is better. The best checkpoint is kept, so that a phase's gain is not undone training.
+    """
+    rng, begin, order = random.Random(cfg.seed), time.time(), []
+    optimizers, best, best_at, weights = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon), -1e9, 0, None
+    steps, bar = cfg.warmup_steps, tqdm(total=cfg.warmup_steps, desc=f"warm-up {name}", leave=False)
+    step = 0
+    while step < steps:
+        if len(order) < cfg.warmup_batch:
+            order = rng.sample(rows, len(rows))
+        part, order = order[:cfg.warmup_batch], order[cfg.warmup_batch:]
+        prompts, targets = zip(*part)
+        tokens = sum(map(len, targets))
+        loss = 0.0
+        for chosen in lm.chunks(prompts, targets, range(len(part)), 16384):
+            piece = -lm.logprobs(model, *lm.take(prompts, targets, range(len(part)), chosen)).sum() / tokens
+            piece.backward()
+            loss += piece.item()
+        rate = cfg.warmup_lr * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        norm = lm.optimizer_step(model, optimizers, rate)
+        step += 1
+        if step == 20:                                         # plan: the steps that fit, so that the rate still ends at 0
+            fits = int(20 * seconds / (time.time() - begin))
+            if fits < steps:
+                steps = bar.total = max(40, fits)
+        bar.update()
+        if step % cfg.warmup_every == 0 or step == steps:
+            score = validate()
+            if score > best:
+                best, best_at, weights = score, step, {k: v.clone() for k, v in model.state_dict().items()}
+            run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=step, seconds=run.elapsed(), loss=loss,
+                    grad_norm=norm, validation=score)
+            bar.set_postfix(loss=f"{loss:.3f}", validation=f"{score:.3f}")
+            if step - best_at >= cfg.patience * cfg.warmup_every:
+                break
+    bar.close()
+    model.load_state_dict(weights)
+    print(f"  warm-up {name}: best validation {best:.3f} at step {best_at} of {step}"
+          + ("" if step < steps or step == cfg.warmup_steps else f" (planned {cfg.warmup_steps}, the budget held {steps})"))
+
+
+# --- the job ------------------------------------------------------------------------------------------------------------
+
+def train(cfg):
+    run = Run(cfg)
+    if run.load("results.json"):
+        return report(run.load("results.json"))
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    torch.manual_seed(cfg.seed)
+    labelled, validation, state_only, test = load_splits(cfg)
+    P, Q, tok = load_models(cfg, labelled, state_only)
+    if run.progress["folder"]:
+        (P, tok), (Q, _) = (lm.load(run.dir / run.progress["folder"] / side) for side in ("fwm", "idm"))
+        print(f"resuming after {run.progress['stages'][-1]['name']}")
+    P, Q = P.to(device), Q.to(device)
+    limits = check_lengths(P, tok, labelled, validation, state_only, test, cfg)
+    budget = cfg.minutes * 60
+    print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
+          f"state-only, {len(test)} test transitions; {sum(p.numel() for p in P.parameters())/1e6:.2f}M parameters a model; "
+          f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes < 1e6 else ""))
+
+    def stage_ends(name, since, what):
+        run.spend(what, since)
+        since = time.time()
+        scores, samples = evaluate(P, Q, tok, test, cfg, limits)
+        for s in samples[:20]:
+            run.log("samples.jsonl", stage=name, **s)
+        run.log("metrics.jsonl", phase="eval", stage=name, seconds=run.elapsed(), **scores)
+        print(f"{name}: {show(scores)}  [{run.elapsed()/60:.1f} min]\n{show_sample(samples[0])}", flush=True)
+        run.spend("eval", since)
+        run.finish_stage(name, scores, P, Q, tok)
+
+    # Warm-up: SFT of both directions on the labelled half
+    if not run.done("sft"):
+        since = time.time()
+        xs, zs, ys = map(list, zip(*validation))
+        warm_up(Q, "IDM", [(swirl_idm.prompt(tok, x, y, cfg.view), swirl_idm.target(tok, z)) for x, z, y in labelled],
+                lambda: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .12 * budget)
+        warm_up(P, "FWM", [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in labelled],
+                lambda: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys), cfg, run, .28 * budget)
+        stage_ends("sft", since, "warmup")
+    if "best_of_8" not in run.progress["baselines"]:
+        since = time.time()
+        run.progress["baselines"] = {"copy_x": metrics.copy_x([x for x, _, _ in test], [y for _, _, y in test]),
+                                     "best_of_8": best_of_8(P, Q, tok, test, cfg, limits)}
+        run.spend("eval", since)
+        run.write("progress.json", run.progress)
+
+    # Algorithm 1
+    reward = dict(view=cfg.view, form=cfg.reward_form, floor=cfg.floor)
+    for i in range(1, cfg.iterations + 1):
+        left = 2 * (cfg.iterations - i) + 2                                        # phases to come
+        # Phase I: theta moves, phi is frozen (Eq. 3, Theorem 3.1)
+        if not run.done(f"iteration{i}/phase1"):
+            since = time.time()
+            settings = phase_settings(cfg, cfg.beta_fwm, cfg.lr_fwm, limits[0])
+            phase(run, cfg, f"iteration{i}/phase1", P, Q, state_only, settings, cfg.phase1_steps, time_share(run, budget, left),
+                  lambda ref, opt, pairs, gen: swirl_fwm.phase1_step(P, Q, ref, opt, tok, pairs, settings, **reward,
+                                                                     max_z=limits[1], generator=gen))
+            stage_ends(f"iteration{i}/phase1", since, "phase1")
+        # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
+        if not run.done(f"iteration{i}/phase2"):
+            since = time.time()
+            settings = phase_settings(cfg, cfg.beta, cfg.lr_idm, limits[1])
+            phase(run, cfg, f"iteration{i}/phase2", Q, P, state_only, settings, cfg.phase2_steps, time_share(run, budget, left - 1),
+                  lambda ref, opt, pairs, gen: swirl_idm.phase2_step(Q, P, ref, opt, tok, pairs, settings, **reward,
+                                                                     generator=gen))
+            stage_ends(f"iteration{i}/phase2", since, "phase2")
+    return finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device)
+
+
+def check_lengths(P, tok, labelled, validation, state_only, test, cfg):
+    """(longest y, longest z) to sample, in tokens: the longest in training and a margin. Fails if a prompt and its
+    completion do not fit the model."""
+    z = max(len(lm.encode(tok, " " + z)) for _, z, _ in labelled) + 8
+    n = {s: len(lm.encode(tok, "\n" + s)) for rows in (labelled, validation, state_only, test) for row in rows
+         for s in (row[0], row[-1])}
+    y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
+    longest = max(n, key=n.get)
+    if n[longest] + y + 2 * z + 16 > lm.context(P):
+        fail(f"{cfg.data or cfg.env}: a state of {n[longest]} tokens ({longest[:40]!r}...) is longer than the model takes "
+             f"({lm.context(P)} tokens for x, z and y together); shorten the states or choose another --model")
+    return y, z
+
+
+def time_share(run, budget, phases_left):
+    """Seconds that the next phase may take: what is left after the evaluations to come, Phase I taking four times
+    Phase II's share (its rollouts are whole states)."""
+    evals = [s for s in run.progress["seconds"].items() if s[0] == "eval"]
+    each = evals[0][1] / (len(run.progress["stages"]) + 1) if evals else 0.0
+    left = max(0.0, budget - run.elapsed() - each * phases_left - 5)
+    return left * (4 if phases_left % 2 == 0 else 1) / (5 * ((phases_left + 1) // 2) - (4 if phases_left % 2 else 0))
+
+
+def phase_settings(cfg, beta, lr, max_new):
+    return grpo.GRPO(group_size=cfg.group_size, max_new=max_new, temperature=cfg.temperature, top_p=cfg.top_p,
+                     top_k=cfg.top_k, scale=cfg.scale, beta=beta, kl=cfg.kl, updates=cfg.updates, clip=cfg.clip, lr=lr)
+
+
+def phase(run, cfg, name, policy, frozen, pairs, settings, steps, seconds, take_step):
+    """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold."""
+    begin, rng, order = time.time(), random.Random(f"{cfg.seed} {name}"), []
+    gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31))
+    ref, optimizers = lm.freeze(policy), lm.make_optimizers(policy, settings.lr, cfg.muon)   # the reference: pi at the start
+    before = [p.detach().clone() for p in frozen.parameters()]
+    iteration, kind = name.removeprefix("iteration").split("/")
+    bar = tqdm(range(1, steps + 1), desc=name, leave=False)
+    kl = 0.0
+    for step in bar:
+        if len(order) < cfg.batch:
+            order = rng.sample(pairs, len(pairs))
+        part, order = order[:cfg.batch], order[cfg.batch:]
+        since = time.time()
+        need_ref = settings.beta or step % 10 == 1                                 # without beta the KL is only logged
+        log, examples = take_step(ref if need_ref else None, optimizers, part, gen)
+        if step == 1 and not log["gap"] < 1e-3 and settings.top_p == 1 and settings.top_k == 0:
+            raise RuntimeError(f"sampler and trainer disagree by {log['gap']} nats a token")
+        kl = log.get("kl", kl)
+        log["tokens_per_second"] = log.pop("tokens") / (time.time() - since)
+        run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), **log)
+        bar.set_postfix(reward=f"{log['reward']:.3f}", kl=f"{kl:.3f}",
+                        heldout=f"{held_out(run, kind):.3f}")
+        if time.time() - begin > seconds * step / (step + 1):                      # the next one would not fit
+            break
+    bar.close()
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen.parameters())), "the frozen model moved"
+    print(f"  {name}: {step} steps" + (f" (planned {steps}, the budget held {step})" if step < steps else "")
+          + f", {kind[-1] == '1' and 'Q' or 'P'} frozen and unchanged")
+
+
+def held_out(run, kind):
+    side = "fwm" if kind == "phase1" else "idm"
+    return run.progress["stages"][-1][side]["exact"]
+
+
+# --- the end ------------------------------------------------------------------------------------------------------------
+
+def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
+    gen = torch.Generator(Q.device).manual_seed(cfg.seed)
+    some = state_only[:256]
+    z_hat = [swirl_idm.read(tok, row) for row in lm.sample_all(
+        Q, [swirl_idm.prompt(tok, x, y, cfg.view) for x, y in some], 1, limits[1], tok.eos_token_id, gen)]
+    progress, seconds = run.progress, run.progress["seconds"]
+    results = {
+        "version": 1, "env": cfg.data or cfg.env, "model": cfg.model, "seed": cfg.seed,
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else
+        f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "seconds": {"total": sum(seconds.values())} | {k: seconds.get(k, 0.0) for k in ("warmup", "phase1", "phase2", "eval")},
+        "splits": {"labelled": len(labelled), "state_only": len(state_only), "test": len(test)},
+        "baselines": progress["baselines"],
+        "stages": progress["stages"] + [progress["stages"][-1] | {"name": "swirl"}],
+        "collapse": mi_bounds.collapse(z_hat, [z for _, z, _ in labelled[:len(z_hat)]]),
+        "presets": {"bleu": "mirrorapi (characters, method3, mean)", "rouge_l": "rouge_score, no stemmer"},
+        "sizes": {"parameters": sum(p.numel() for p in P.parameters()),
+                  "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}}
+    run.finish(results)
+    return report(results)
+
+
+def report(results):
+    """The final table: a row a stage, FWM and IDM side by side."""
+    rows = [(s["name"], s["fwm"], s["idm"]) for s in results["stages"]]
+    best = results["baselines"]["best_of_8"]
+    rows += [("sft, best of 8", best["fwm"], best["idm"]), ("copy x", results["baselines"]["copy_x"], None)]
+    columns = [(0, "exact", 100), (0, "exact_changed", 100), (0, "bleu", 1), (0, "rouge_l", 1), (0, "logp", 1),
+               (1, "exact", 100), (1, "logp", 1)]
+    cell = lambda value, scale: f"{value * scale:10.2f}" if value is not None else "         -"
+    print(f"\n{results['env']}, seed {results['seed']}: {results['splits']['test']} held-out transitions, "
+          f"{results['seconds']['total'] / 60:.1f} minutes on {results['hardware']}")
+    print(f"{'':18}{'FWM: exact %':>10}{'changed %':>10}{'BLEU':>10}{'ROUGE-L':>10}{'logp':>10}{'IDM: ex %':>10}{'logp':>10}")
+    for name, *sides in rows:
+        print(f"{name:18}" + "".join(cell(sides[i] and sides[i].get(key), scale) for i, key, scale in columns))
+    return 0
+
+
+def main(argv=None):
+    cfg = parse(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return train(cfg)
+    except records.BadData as e:
+        fail(e)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {cfg.out} holds every finished stage: the same command resumes after the last one",
+              file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
