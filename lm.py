@@ -12,7 +12,8 @@ project is one of two calls: `sample` draws rows and returns their token log-pro
 Departures from a plain Hugging Face loop, each exact:
 1. A prefix goes through the model once for all its rows: its keys and values are cached, copied to the rows, and the
    last prefix token is fed again with each row, since it predicts the row's first token. Gradients flow through the copy.
-2. A finished row leaves the batch while sampling; logits are computed only where a token is scored.
+2. While sampling, rollouts of a group that are equal so far are one row, and a finished row leaves the batch; logits
+   are computed only where a token is scored.
 3. Masks come from lengths, never from token ids, so pad == eos is harmless. Positions are always explicit.
 4. Models stay in eval mode (no dropout): the sampler and the trainer see the same distribution.
 """
@@ -142,34 +143,32 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
     the trainer scores the unfiltered distribution. Returns (rows, logps), B*G lists each, prompt-major (p0g0, p0g1, ..):
     ids up to and including eos (a row without eos was cut at max_new) and their log-probs under what was sampled from.
     """
-    cache, mask, token, position = prefill(model, prefixes)
-    owner = torch.arange(len(prefixes), device=model.device).repeat_interleave(G)  # (N,)
-    cache.batch_select_indices(owner)
-    mask, token, position = mask[owner], token[owner], position[owner]
-    live, rows, logps = list(range(len(owner))), [[] for _ in owner], [[] for _ in owner]
+    cache, mask, token, position = prefill(model, prefixes)                        # one row a prefix, U = B at first
+    N, rows, logps = len(prefixes) * G, [[] for _ in range(len(prefixes) * G)], [[] for _ in range(len(prefixes) * G)]
+    live = torch.arange(N, device=model.device)                                    # (n,) rollouts that go on
+    at = live // G                                                                 # (n,) the row that each stands on
     for _ in range(max_new):
         mask = torch.cat([mask, torch.ones_like(token)], 1)
         logits = model(token, attention_mask=mask, position_ids=position, past_key_values=cache,
-                       use_cache=True).logits[:, -1].float()                       # (n, V)
+                       use_cache=True).logits[:, -1].float()                       # (U, V)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
-        if temperature == 0:
-            logp, token = logits.log_softmax(-1).max(-1, keepdim=True)             # (n, 1) both
-        else:
-            logp_all = truncate(logits / temperature, top_p, top_k).log_softmax(-1)
-            token = torch.multinomial(logp_all.exp(), 1, generator=generator)      # (n, 1)
-            logp = logp_all.gather(1, token)
-        for n, t, lp in zip(live, token[:, 0].tolist(), logp[:, 0].tolist()):
+        logp_all = truncate(logits / (temperature or 1.0), top_p, top_k).log_softmax(-1)
+        drawn = logp_all.argmax(-1)[at] if temperature == 0 else \
+            torch.multinomial(logp_all.exp()[at], 1, generator=generator)[:, 0]    # (n,)
+        for n, t, lp in zip(live.tolist(), drawn.tolist(), logp_all[at, drawn].tolist()):
             rows[n].append(t)
             logps[n].append(lp)
-        position = position + 1
-        going = (token[:, 0] != eos).nonzero()[:, 0]
-        if len(going) == 0:
+        going = drawn != eos
+        if not going.any():
             break
-        if len(going) < len(live):                                                 # finished rows leave the batch
-            cache.batch_select_indices(going)
-            mask, token, position = mask[going], token[going], position[going]
-            live = [live[i] for i in going.tolist()]
+        # rollouts that are equal so far stand on one row; a row goes when its last rollout has ended
+        row, at = torch.unique(at[going] * logits.shape[-1] + drawn[going], return_inverse=True)
+        live, parent, token = live[going], row // logits.shape[-1], row[:, None] % logits.shape[-1]
+        if not torch.equal(parent, torch.arange(len(mask), device=model.device)):
+            cache.batch_select_indices(parent)
+            mask, position = mask[parent], position[parent]
+        position = position + 1
     return rows, logps
 
 

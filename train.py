@@ -270,7 +270,7 @@ def warm_up(model, name, rows, validate, cfg, run, seconds):
     """
     rng, begin, order = random.Random(cfg.seed), time.time(), []
     optimizers, best, best_at, weights = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon), -1e9, 0, None
-    steps, bar = cfg.warmup_steps, tqdm(total=cfg.warmup_steps, desc=f"warm-up {name}", leave=False)
+    steps, bar = cfg.warmup_steps, tqdm(total=cfg.warmup_steps, desc=f"warm-up {name}", leave=False, disable=None)
     step = 0
     while step < steps:
         if len(order) < cfg.warmup_batch:
@@ -411,7 +411,7 @@ def phase(run, cfg, name, policy, frozen, pairs, settings, steps, seconds, take_
     ref, optimizers = lm.freeze(policy), lm.make_optimizers(policy, settings.lr, cfg.muon)   # the reference: pi at the start
     before = [p.detach().clone() for p in frozen.parameters()]
     iteration, kind = name.removeprefix("iteration").split("/")
-    bar = tqdm(range(1, steps + 1), desc=name, leave=False)
+    bar = tqdm(range(1, steps + 1), desc=name, leave=False, disable=None)
     kl = 0.0
     for step in bar:
         if len(order) < cfg.batch:

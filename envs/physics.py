@@ -1,21 +1,17 @@
-"""Household physics in the spirit of ScienceWorld: phases, heat, light, growth and a circuit, all in sight.
+"""Household physics in the spirit of ScienceWorld: heat and phases, vessels and devices, all in sight.
 
 A drawn transition: x on the left; z = `wait`; y is x with the lines on the right in place of theirs.
-    time: morning                                       time: noon
     stove: on
     freezer: on, shut
-    chest: shut
-    lamp: on, glowing                                   lamp: on, dark
-    battery: 20 percent, wired to the lamp              battery: 0 percent, wired to the lamp
-    shelf: mint, sugar, bean
-    soil: wet, bean seed, at the window                 soil: damp, bean sprout, at the window
-    pot: solid chocolate, solid sugar, 20 C, in the chest
-    cup: liquid milk, solid chocolate, 20 C, on the bench
-    jar: liquid water, 20 C, in the freezer             jar: solid water, -20 C, in the freezer
+    chest: open
+    shelf: mint, sugar
+    pot: liquid water, 60 C, on the stove               pot: boiling water, 100 C, on the stove
+    cup: liquid milk, 20 C, in the freezer              cup: solid milk, -20 C, in the freezer
+    jar: solid chocolate, 20 C, on the bench
 
 The rules:
- 1. Time passes only on `wait`: morning, noon, evening, night and round again. What a wait does follows from
-    the state before it. An action whose condition fails changes nothing.
+ 1. Time passes only on `wait`. What a wait does follows from the state before it. An action whose condition
+    fails changes nothing.
  2. Heat, on a wait: on the stove, if it is on, what a vessel holds warms by 40 C, to 120 C at most and never
     past a boiling point. In the freezer, on and shut, it cools by 40 C, to -20 C. In the shut chest, lined
     with cork, it stays as it is. Anywhere else it moves 20 C towards the room's 20 C.
@@ -26,18 +22,11 @@ The rules:
  6. `pour` moves what is not solid, all or nothing. `fill` needs the vessel in the sink.
  7. `stir` makes one substance of two if RECIPES has them and they are warm enough.
  8. Nothing in a shut freezer or chest can be reached. Stove, freezer, chest and sink take one vessel each.
- 9. The lamp glows if it is on and wired to a battery that is not empty. A wait takes 20 percent while it
-    glows, and adds 20 by day (morning, noon) if the battery is wired to the solar panel. There is one wire.
-10. `sow` needs bare soil. `pull up` bares it; a flower gives the shelf a seed, if it has none of the kind.
-    `water` needs a vessel of water alone, not frozen, and soil that is not wet; from 60 C it wilts the plant.
-11. Growth, on a wait: soil goes from wet to damp to dry. If it was not dry, a seed becomes a sprout and a
-    sprout a flower: bean and rose in the light, ivy in the shade. If it was dry, sprouts and flowers wilt.
-    It is light at the window by day, and by the lamp while it glows.
 
 Departures from the benchmark:
  1. One room, all of it in sight: no walking, no inventory, no looking; no task and no score.
  2. No amounts, no hot empty vessels; melting points are moved to fit (sugar melts above 100 C here).
- 3. A failed action says nothing (ScienceWorld answers with a message). No animals, genetics or friction.
+ 3. A failed action says nothing (ScienceWorld answers with a message). No plants, circuits or friction.
 
 To add an action: a `case` in step() (and a method, if it is long), a line in propose(), its name in KINDS.
 To add a substance or a recipe: a line in SUBSTANCES or RECIPES (and STOCK, if the shelf may offer it).
@@ -45,8 +34,7 @@ To add a substance or a recipe: a line in SUBSTANCES or RECIPES (and STOCK, if t
 import copy
 
 STEPS = 14
-KINDS = ("put", "take", "turn on", "turn off", "open", "close", "fill", "pour", "empty", "stir", "add",
-         "water", "sow", "pull up", "carry", "connect", "disconnect", "wait")
+KINDS = ("put", "take", "turn on", "turn off", "open", "close", "fill", "pour", "empty", "stir", "add", "wait")
 NEVER = 999                                         # a temperature that nothing here reaches
 SUBSTANCES = {                                      # name: (melting point, boiling point)
     "water": (0, 100), "milk": (0, 100), "oil": (-20, NEVER), "butter": (20, NEVER), "chocolate": (40, NEVER),
@@ -57,12 +45,8 @@ RECIPES = {                                         # (one, other), in any order
     ("milk", "chocolate"): ("cocoa", 60), ("butter", "sugar"): ("caramel", 100)}
 RESIDUE = {"brine": "salt", "syrup": "sugar"}       # what stays when it boils away
 STOCK = ["milk", "oil", "butter", "chocolate", "wax", "sugar", "salt", "mint"]
-SEEDS, VESSELS = ["bean", "rose", "ivy"], ["pot", "cup", "jar"]
+VESSELS = ["pot", "cup", "jar"]
 PLACES = {"stove": "on", "freezer": "in", "chest": "in", "sink": "in"}      # for a vessel, besides the bench
-SPOTS = {"window": "at", "lamp": "by", "corner": "in"}                      # for the soil
-TIMES = ["morning", "noon", "evening", "night"]
-DRIER = {"wet": "damp", "damp": "dry", "dry": "dry"}
-OLDER = {"seed": "sprout", "sprout": "flower", "flower": "flower", "wilted": "wilted"}
 
 
 def phase(substance, heat):
@@ -72,13 +56,9 @@ def phase(substance, heat):
 
 class World:
     def __init__(self, rng):
-        self.time = rng.choice(TIMES)
-        self.on = {device: rng.random() < 0.5 for device in ("stove", "freezer", "lamp")}
+        self.on = {device: rng.random() < 0.5 for device in ("stove", "freezer")}
         self.open = {device: rng.random() < 0.5 for device in ("freezer", "chest")}
-        self.charge, self.wire = rng.choice([0, 20, 40, 60]), rng.choice([None, "lamp", "panel"])
-        self.shelf = rng.sample(STOCK, 2) + rng.sample(SEEDS, 1)
-        self.soil, self.spot = rng.choice(list(DRIER)), rng.choice(list(SPOTS))
-        self.plant = rng.choice([None, (rng.choice(SEEDS), rng.choice(["seed", "sprout", "flower"]))])
+        self.shelf = rng.sample(STOCK, 2)
         self.where = dict(zip(VESSELS, rng.sample([*PLACES, "bench"], 3)))
         self.holds, self.heat = {}, {}
         for v in VESSELS:
@@ -90,25 +70,13 @@ class World:
     def text(self):
         on = {device: "on" if self.on[device] else "off" for device in self.on}
         door = {device: "open" if self.open[device] else "shut" for device in self.open}
-        shine = "" if not self.on["lamp"] else ", glowing" if self.glows() else ", dark"
-        wire = f"wired to the {self.wire}" if self.wire else "loose"
-        plant = " ".join(self.plant) if self.plant else "bare"
-        lines = [f"time: {self.time}", f"stove: {on['stove']}",
-                 f"freezer: {on['freezer']}, {door['freezer']}", f"chest: {door['chest']}",
-                 f"lamp: {on['lamp']}{shine}", f"battery: {self.charge} percent, {wire}",
-                 f"shelf: {', '.join(self.shelf) or 'bare'}",
-                 f"soil: {self.soil}, {plant}, {SPOTS[self.spot]} the {self.spot}"]
+        lines = [f"stove: {on['stove']}", f"freezer: {on['freezer']}, {door['freezer']}", f"chest: {door['chest']}",
+                 f"shelf: {', '.join(self.shelf) or 'bare'}"]
         for v in VESSELS:
             stuff = [f"{phase(s, self.heat[v])} {s}" for s in self.holds[v]]
             inside = ", ".join(stuff + [f"{self.heat[v]} C"]) if stuff else "empty"
             lines.append(f"{v}: {inside}, {PLACES.get(self.where[v], 'on')} the {self.where[v]}")
         return "\n".join(lines)
-
-    def glows(self):
-        return self.on["lamp"] and self.wire == "lamp" and self.charge > 0
-
-    def daylight(self):
-        return self.time in ("morning", "noon")
 
     def reach(self, v):
         return self.open.get(self.where[v], True)
@@ -142,22 +110,6 @@ class World:
             case ["add", "the", s, "to", "the", v] if s in STOCK and v in VESSELS:
                 if s in self.shelf and self.join(v, [s], 20):
                     self.shelf.remove(s)
-            case ["water", "the", "soil", "from", "the", v] if v in VESSELS:
-                self.water(v)
-            case ["sow", "the", seed] if seed in SEEDS:
-                if seed in self.shelf and not self.plant:
-                    self.shelf.remove(seed)
-                    self.plant = (seed, "seed")
-            case ["pull", "up", "the", "plant"]:
-                if self.plant and self.plant[1] == "flower" and self.plant[0] not in self.shelf:
-                    self.shelf.append(self.plant[0])
-                self.plant = None
-            case ["carry", "the", "soil", "to", "the", spot] if spot in SPOTS:
-                self.spot = spot
-            case ["connect", "the", "battery", "to", "the", device] if device in ("lamp", "panel"):
-                self.wire = self.wire or device             # a wire in use must come off first
-            case ["disconnect", "the", "battery"]:
-                self.wire = None
             case ["wait"]:
                 self.wait()
             case _:
@@ -177,24 +129,10 @@ class World:
         self.holds[v] = stuff
         self.heat[v] = self.heat[v] if stuff else 20
 
-    def water(self, v):
-        flows = self.holds[v] == ["water"] and phase("water", self.heat[v]) != "solid"
-        if flows and self.reach(v) and self.soil != "wet":
-            if self.plant and self.heat[v] >= 60:
-                self.plant = (self.plant[0], "wilted")
-            self.soil = "wet"
-            self.keep(v, [])
-
     def wait(self):
         for v in VESSELS:
             if self.holds[v]:
                 self.heat_or_cool(v)
-        self.grow()                                                         # by the light before the wait
-        if self.glows():
-            self.charge -= 20
-        elif self.wire == "panel" and self.daylight():
-            self.charge = min(self.charge + 20, 100)
-        self.time = TIMES[(TIMES.index(self.time) + 1) % 4]
 
     def heat_or_cool(self, v):
         heat, place = self.heat[v], self.where[v]
@@ -210,16 +148,6 @@ class World:
         elif place != "chest" or self.open["chest"]:
             self.heat[v] += 20 if heat < 20 else -20 if heat > 20 else 0
 
-    def grow(self):
-        light = {"window": self.daylight(), "lamp": self.glows(), "corner": False}[self.spot]
-        if self.plant:
-            name, stage = self.plant
-            if self.soil == "dry":
-                self.plant = (name, stage if stage == "seed" else "wilted")
-            elif light != (name == "ivy"):
-                self.plant = (name, OLDER[stage])
-        self.soil = DRIER[self.soil]
-
     def propose(self, rng):
         """Mostly what changes something, and sooner what leads somewhere; at times a careless try."""
         careless = rng.random() < 0.17
@@ -230,19 +158,15 @@ class World:
                 f"put the {v} {PLACES[place]} the {place}", f"take the {v}", f"turn on the {device}",
                 f"turn off the {device}", f"open the {door}", f"close the {door}", f"fill the {v}",
                 f"pour the {v} into the {w}", f"empty the {v}", f"stir the {v}",
-                f"add the {rng.choice([s for s in self.shelf if s in STOCK] or STOCK)} to the {v}",
-                f"water the soil from the {v}", f"sow the {rng.choice(SEEDS)}", "pull up the plant",
-                f"carry the soil to the {rng.choice(list(SPOTS))}", "disconnect the battery", "wait",
-                f"connect the battery to the {rng.choice(['lamp', 'panel'])}"]
+                f"add the {rng.choice(self.shelf or STOCK)} to the {v}",
+                "wait"]
             if not careless:                        # what leads somewhere comes up more often
                 if self.holds[v]:
                     options += [f"pour the {v} into the {w}", f"put the {v} on the stove"] * 2
                     options += [f"stir the {v}"] * 24
                 else:
                     options += [f"put the {v} in the sink", f"fill the {v}"] * 2
-                if self.plant and self.soil != "wet":
-                    options += [f"water the soil from the {v}"] * 4
-                if self.where[v] == "stove" or self.heat[v] != 20 or (self.plant and self.soil != "dry"):
+                if self.where[v] == "stove" or self.heat[v] != 20:
                     options += ["turn on the stove", "wait"]
             z, trial = rng.choice(options), copy.deepcopy(self)
             trial.step(z)

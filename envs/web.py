@@ -18,7 +18,7 @@ Rules
  1. The rows are the items of the catalogue (PRICES) that match the printed search and colour, in the printed
     sort (equal prices: a to z), three a page. Next and previous turn pages as far as there are any.
  2. A new search, colour or sort leads to page 1; one that is chosen already changes nothing.
- 3. Add puts an item that is on the page into the cart. The cart holds 4 things; one more is an error dialog.
+ 3. Add puts an item that is on the page into the cart. The cart holds 3 things; one more is an error dialog.
  4. An amount can be typed for an item in the cart. Remove takes out a single thing at once, and asks first if
     there are two or more of it. Both work in both views.
  5. Search, filter, order, pages, add, checkout work in view list; form, apply, pay, back in view checkout.
@@ -53,7 +53,7 @@ SORTS = {"name": "a to z", "price up": "cheap first", "price down": "dear first"
 NAMES = ("ana", "ben", "cleo", "dan")
 DELIVERY = ("pickup", "post", "courier")
 COUPONS = {"spring": (50, 10), "winter": (90, 20), "autumn": None}      # (goods from, off); None: over
-ROWS, FULL, STEPS = 3, 4, 14      # rows a page, things a cart holds, steps an episode
+ROWS, FULL, STEPS = 3, 3, 14      # rows a page, things a cart holds, steps an episode
 
 # kind: {action string: its argument}
 ACTIONS = {
@@ -64,7 +64,7 @@ ACTIONS = {
     "next": {"[link] next -> CLICK": +1},
     "previous": {"[link] previous -> CLICK": -1},
     "add": {f"[button] add {item} -> CLICK": item for item in PRICES},
-    "amount": {f"[spinbutton] {item} -> TYPE: {n}": (item, n) for item in PRICES for n in (1, 2, 3)},
+    "amount": {f"[spinbutton] {item} -> TYPE: {n}": (item, n) for item in PRICES for n in (1, 2)},
     "remove": {f"[button] remove {item} -> CLICK": item for item in PRICES},
     "checkout": {"[button] checkout -> CLICK": None},
     "back": {"[link] back -> CLICK": None},
@@ -111,7 +111,7 @@ class World:
         self.message = "note: ready"                          # or "dialog: ..."
 
     def text(self):
-        rows = [f"{item}, {PRICES[item]}" if item else "nothing here" for item in self.rows()]
+        rows = [item or "nothing" for item in self.rows()]
         off = f", {COUPONS[self.code][1]} off" if self.applied else ""
         return "\n".join([
             f"view: {self.view}",
@@ -121,7 +121,9 @@ class World:
             f"page: {self.page} of {self.pages()}",
             *(f"{number} {row}" for number, row in enumerate(rows, 1)),
             "cart: " + (", ".join(f"{n} {item}" for item, n in self.cart.items()) or "empty"),
-            f"form: name {self.name}, delivery {self.delivery}, code {self.code}{off}",
+            f"name: {self.name}",
+            f"delivery: {self.delivery}",
+            f"code: {self.code}{off}",
             self.message,
         ])
 

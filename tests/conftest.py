@@ -1,0 +1,114 @@
+"""Tiny random models, and the two oracles that everything is held against: one row, no cache, no padding."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import lm
+
+torch.set_num_threads(1)
+
+EOS = 0  # of the small vocabularies, and their padding too
+TEXTS = ["\nlamp is on\ndoor is shut", "\nlamp is off\ndoor is open", " turn off", " open the door",
+         "\n- lamp is on\n+ lamp is off", "\nnext:", "\naction:"] * 3
+
+
+class Alphabet:
+    """What `make_tiny` asks of a tokenizer, for V tokens and pad == eos."""
+    eos_token_id = pad_token_id = EOS
+
+    def __init__(self, V):
+        self.V = V
+
+    def __len__(self):
+        return self.V
+
+
+def sharpen(model, factor):
+    """Scale the weights up: the next token then depends on the context and on its position."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(factor)
+    return model
+
+
+def tiny_llama(V=9, seed=0, factor=12.0):
+    """Rotary positions, grouped heads, tied embeddings."""
+    return sharpen(lm.make_tiny(Alphabet(V), width=32, layers=2, context=256, seed=seed), factor)
+
+
+def tiny_gpt2(V=9, seed=0, factor=12.0):
+    """Learned absolute positions: a padded prompt with wrong positions gives wrong numbers."""
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=V, n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=EOS,
+                        eos_token_id=EOS, pad_token_id=EOS)
+    return sharpen(GPT2LMHeadModel(config).eval(), factor)
+
+
+MAKERS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+
+
+@pytest.fixture(params=list(MAKERS))
+def model(request):
+    """A fresh model with 9 tokens, pad == eos == 0."""
+    return MAKERS[request.param]()
+
+
+@pytest.fixture(scope="session")
+def tok():
+    return lm.make_tokenizer(TEXTS, vocab_size=300)
+
+
+@pytest.fixture
+def P(tok):
+    return sharpen(lm.make_tiny(tok, width=32, layers=2, context=512, seed=1), 8.0)
+
+
+@pytest.fixture
+def Q(tok):
+    return sharpen(lm.make_tiny(tok, width=32, layers=2, context=512, seed=2), 8.0)
+
+
+def naive(model, prefix, row, temperature=1.0):
+    """(T,) log p(row_t | prefix, row_<t) from one full forward pass; differentiable."""
+    ids = torch.tensor([[*prefix, *row]])
+    logits = model(ids, use_cache=False).logits[0].float() / temperature
+    t = torch.arange(len(row))
+    return logits.log_softmax(-1)[len(prefix) - 1 + t, torch.tensor(row)]
+
+
+@torch.no_grad()
+def naive_greedy(model, prefix, max_new, eos):
+    """The likeliest row, token by token, the whole text anew for each."""
+    row = []
+    while len(row) < max_new and eos not in row:
+        ids = torch.tensor([[*prefix, *row]])
+        row.append(model(ids, use_cache=False).logits[0, -1].argmax().item())
+    return row
+
+
+def grads(model):
+    """One long vector; a parameter without gradient counts as 0."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+class Recorder:
+    """An optimizer that keeps the gradient and changes nothing."""
+
+    def __init__(self, model):
+        self.model, self.param_groups, self.seen = model, [{"lr": 0.0}], []
+
+    def step(self):
+        self.seen.append(grads(self.model))
+
+    def zero_grad(self, set_to_none=True):
+        self.model.zero_grad(set_to_none=set_to_none)

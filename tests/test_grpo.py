@@ -1,0 +1,460 @@
+"""Claims of `grpo.py`, held against enumeration of all groups, autograd of the exact objective, and a naive loop."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import grpo
+import lm
+import mi_bounds
+from conftest import EOS, MAKERS, Recorder, grads, naive, relative, tiny_llama, weights
+from grpo import GRPO
+
+REWARDS = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
+THETA = torch.tensor([0.4, -0.2, 0.1, 0.8], dtype=torch.float64)
+PROMPTS = [[5], [3, 1, 4, 1, 5, 2, 6], [2, 7, 1]]
+
+
+def settings(**kw):
+    """Every setting that a test relies on is said here or in the test: defaults are free to change."""
+    plain = dict(group_size=4, max_new=4, temperature=1.0, top_p=1.0, top_k=0, scale="mean", beta=0.0, kl="reward",
+                 updates=1, clip=0.2, lr=0.1, max_norm=1e9, budget=10**6)
+    return GRPO(**{**plain, **kw})
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0).item()
+
+
+# --- the estimator, on policies small enough to enumerate ---------------------------------------------------
+
+def expected_update(theta, G, R, cfg, table=lambda theta: theta.log_softmax(-1)[:, None], live=None):
+    """Mean over all groups of the ascent direction. table(theta) -> (K, T) token log-probs of all K outcomes; R(logp)
+    their rewards (K,), which may hold the KL. The loss is linear in A, so a group's probability can weigh its A."""
+    theta = theta.clone().requires_grad_()
+    logp = table(theta)                                                            # (K, T)
+    live = torch.ones_like(logp, dtype=torch.bool) if live is None else live
+    p, reward = logp.detach().sum(1).exp(), R(logp.detach())
+    groups = torch.tensor(list(itertools.product(range(len(p)), repeat=G)))        # (K^G, G)
+    A = grpo.advantages(reward[groups], cfg.scale) * p[groups].prod(1, keepdim=True)
+    n = groups.flatten()
+    grpo.loss_sum(logp[n], logp[n].detach(), A.flatten(), live[n], cfg).div(G).neg().backward()
+    return theta.grad
+
+
+def exact_gradient(theta, J):
+    theta = theta.clone().requires_grad_()
+    J(theta).backward()
+    return theta.grad
+
+
+@pytest.mark.parametrize("G", [2, 3, 4])
+@pytest.mark.parametrize("scale", ["mean", "loo"])
+def test_expected_update_is_the_gradient_of_the_expected_reward(G, scale):
+    """Eq. 4: over all K^G groups, (1 - 1/G) of it with R - mean, all of it with leave-one-out."""
+    update = expected_update(THETA, G, lambda logp: REWARDS, settings(scale=scale))
+    truth = exact_gradient(THETA, lambda theta: (theta.softmax(-1) * REWARDS).sum())
+    assert torch.allclose(update, truth * (1 if scale == "loo" else 1 - 1 / G), rtol=1e-10)
+
+
+def test_dividing_by_the_deviation_is_another_direction():
+    """scale="std" climbs, but neither along the gradient nor in the rewards' unit: ten times the rewards, same step."""
+    update = expected_update(THETA, 3, lambda logp: REWARDS, settings(scale="std"))
+    truth = exact_gradient(THETA, lambda theta: (theta.softmax(-1) * REWARDS).sum())
+    assert 0.8 < cosine(update, truth) < 0.9999
+    tenfold = expected_update(THETA, 3, lambda logp: 10 * REWARDS, settings(scale="std"))
+    assert relative(tenfold, update) < 1e-3
+    R = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 3.0]])
+    by_hand = [[(r - sum(g) / 3) / (torch.tensor(g).std().item() + 1e-4) for r in g] for g in R.tolist()]
+    assert torch.allclose(grpo.advantages(R, "std"), torch.tensor(by_hand))
+
+
+def world():
+    """One x; four actions z, three next states y: P (1, 4, 3), prior (1, 4); y = 1 was seen."""
+    gen = torch.Generator().manual_seed(0)
+    P = torch.rand(1, 4, 3, generator=gen, dtype=torch.float64) + .05
+    prior = torch.rand(1, 4, generator=gen, dtype=torch.float64) + .1
+    return P / P.sum(-1, keepdim=True), prior / prior.sum(-1, keepdim=True)
+
+
+def elbo_of(theta, P, prior, beta):
+    Q = torch.full((1, 3, 4), .25, dtype=torch.float64)
+    return mi_bounds.elbo(P, torch.stack([Q[0, 0], theta.softmax(-1), Q[0, 2]])[None], prior, beta)[0, 1]
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+@pytest.mark.parametrize("scale", ["mean", "loo"])
+def test_kl_in_the_reward_climbs_the_elbo_of_eq_5(beta, scale):
+    P, prior = world()
+    logP, logprior = P[0, :, 1].log(), prior[0].log()
+    update = expected_update(THETA, 3, lambda logp: logP - beta * grpo.k1(logp[:, 0], logprior), settings(scale=scale))
+    truth = exact_gradient(THETA, lambda theta: elbo_of(theta, P, prior, beta))
+    assert torch.allclose(update, truth * (1 if scale == "loo" else 2 / 3), rtol=1e-9)
+    swapped = expected_update(THETA, 3, lambda logp: logP - beta * grpo.k1(logprior, logp[:, 0]), settings(scale=scale))
+    assert relative(swapped, update) > 1e-2  # the sign of the KL is tested
+
+
+def sequences(V, T):
+    """All rows that end at the first EOS or at T tokens."""
+    rows, open_ = [], [()]
+    for t in range(T):
+        longer = [(*r, v) for r in open_ for v in range(V)]
+        rows += [r for r in longer if r[-1] == EOS or t == T - 1]
+        open_ = [r for r in longer if r[-1] != EOS]
+    return rows
+
+
+SEQUENCES = sequences(3, 3)
+HISTORIES = sorted({r[:t] for r in SEQUENCES for t in range(len(r))})
+LIVE = torch.tensor([[t < len(r) for t in range(3)] for r in SEQUENCES])
+
+
+def sequence_table(theta):
+    """(K, 3) token log-probs of all rows, 0 after the end; theta (histories, V): one softmax for each history."""
+    logp = theta.log_softmax(-1)
+    zero = logp.new_zeros(())
+    return torch.stack([torch.stack([logp[HISTORIES.index(r[:t]), r[t]] if t < len(r) else zero for t in range(3)])
+                        for r in SEQUENCES])
+
+
+def test_sequence_update_is_the_gradient_of_the_sequence_elbo():
+    """V = 3, up to 3 tokens, early ends. The SUM over tokens is exact; a mean per token, in loss or KL, is not."""
+    gen = torch.Generator().manual_seed(1)
+    theta, other = (torch.randn(len(HISTORIES), 3, generator=gen, dtype=torch.float64) for _ in range(2))
+    logP = 2 * torch.randn(len(SEQUENCES), generator=gen, dtype=torch.float64)
+    ref, lengths = sequence_table(other).sum(1), LIVE.sum(1)
+    assert len(SEQUENCES) == 15 and sequence_table(theta).sum(1).exp().sum().item() == pytest.approx(1)
+
+    def J(theta):
+        logq = sequence_table(theta).sum(1)
+        return (logq.exp() * (logP - (logq - ref))).sum()
+
+    truth = exact_gradient(theta, J)
+    run = lambda R, table=sequence_table: expected_update(theta, 2, R, settings(), table, LIVE)
+    assert relative(run(lambda logp: logP - grpo.k1(logp.sum(1), ref)), truth / 2) < 1e-10
+    assert cosine(run(lambda logp: logP - grpo.k1(logp.sum(1), ref) / lengths), truth) < .99
+
+
+@pytest.mark.parametrize("scale", ["mean", "loo"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_whole_step_on_a_model_averages_to_the_exact_gradient(monkeypatch, scale, beta):
+    """`step` itself, fed with all groups of two of all 7 rows of V = 3, T <= 2, weighted by their probability."""
+    policy, ref, rows = tiny_llama(3, 1), tiny_llama(3, 2), sequences(3, 2)
+    values = {r: math.sin(3 * n) * 2 for n, r in enumerate(rows)}
+    logq = torch.stack([naive(policy, [1, 2], r, 0.7).sum() for r in rows])
+    logref = torch.stack([naive(ref, [1, 2], r, 0.7).sum() for r in rows]).detach()
+    assert logq.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    (logq.exp() * (torch.tensor([values[r] for r in rows]) - beta * (logq - logref))).sum().backward()
+    truth = grads(policy)
+    policy.zero_grad()
+    mean, cfg = torch.zeros_like(truth), settings(group_size=2, max_new=2, scale=scale, beta=beta, temperature=0.7)
+    reward = lambda owner, rows: torch.tensor([values[tuple(r)] for r in rows])
+    for a, b in itertools.product(range(len(rows)), repeat=2):
+        drawn = [list(rows[a]), list(rows[b])], [naive(policy, [1, 2], rows[n], 0.7).tolist() for n in (a, b)]
+        monkeypatch.setattr(lm, "sample", lambda *args, **kw: drawn)
+        recorder = Recorder(policy)
+        grpo.step(policy, ref, [recorder], [[1, 2]], reward, cfg, EOS)
+        if recorder.seen:
+            mean -= (logq[a] + logq[b]).exp().item() * recorder.seen[0]
+    assert relative(mean, truth * (1 if scale == "loo" else 1 / 2)) < 1e-4
+
+
+# --- advantages ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scale", ["mean", "std", "loo"])
+@pytest.mark.parametrize("value", [0.1, -7.3, 1e8, 1 / 3])
+def test_equal_rewards_give_exactly_nothing(scale, value):
+    """Also where the mean of equal numbers is off by a rounding."""
+    for G in (2, 3, 7, 16):
+        assert (grpo.advantages(torch.full((4, G), value), scale) == 0).all()
+
+
+@pytest.mark.parametrize("scale", ["mean", "std", "loo"])
+def test_rounding_noise_is_not_blown_up(scale):
+    R = 1e-7 * torch.rand(8, 6, generator=torch.Generator().manual_seed(0))
+    assert 0 < grpo.advantages(R, scale).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("scale", ["mean", "std", "loo"])
+def test_advantages_are_relative_to_the_group(scale):
+    R = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    A = grpo.advantages(R, scale)
+    assert torch.allclose(A.sum(1), torch.zeros(5), atol=1e-5)
+    assert torch.allclose(grpo.advantages(R + torch.arange(5.)[:, None], scale), A, atol=1e-5)
+    for b in range(5):
+        assert torch.allclose(grpo.advantages(R[b:b + 1], scale)[0], A[b])
+        assert A[b].argmax() == R[b].argmax()
+
+
+def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others():
+    R = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    A = grpo.advantages(R, "loo")
+    for b, k in itertools.product(range(3), range(4)):
+        others = [R[b, j] for j in range(4) if j != k]
+        assert A[b, k].item() == pytest.approx((R[b, k] - sum(others) / 3).item(), abs=1e-6)
+
+
+# --- KL -----------------------------------------------------------------------------------------------------
+
+REF = torch.tensor([0.1, 0.9, -0.6, 0.2], dtype=torch.float64).log_softmax(-1)
+
+
+def kl(a, b):
+    return (a.exp() * (a - b)).sum()
+
+
+def test_k1_and_k3_are_unbiased_values_of_the_kl_to_the_reference():
+    pi = THETA.log_softmax(-1)
+    for k in (grpo.k1, grpo.k3):
+        assert (pi.exp() * k(pi, REF)).sum().item() == pytest.approx(kl(pi, REF).item(), rel=1e-12)
+        assert (pi.exp() * k(REF, pi)).sum().item() != pytest.approx(kl(pi, REF).item(), rel=1e-2)  # not swapped
+    assert (grpo.k3(pi, REF) > 0).all() and (grpo.k3(pi, pi) == 0).all() and (grpo.k1(pi, pi) == 0).all()
+
+
+def test_k1_as_a_loss_has_no_expected_gradient():
+    g = exact_gradient(THETA, lambda theta: (THETA.softmax(-1) * grpo.k1(theta.log_softmax(-1), REF)).sum())
+    assert g.abs().max() < 1e-15
+
+
+def test_k3_as_a_loss_descends_the_forward_kl_for_one_token():
+    g = exact_gradient(THETA, lambda theta: (THETA.softmax(-1) * grpo.k3(theta.log_softmax(-1), REF)).sum())
+    forward = exact_gradient(THETA, lambda theta: kl(REF, theta.log_softmax(-1)))
+    reverse = exact_gradient(THETA, lambda theta: kl(theta.log_softmax(-1), REF))
+    assert torch.allclose(g, forward, rtol=1e-10) and relative(g, reverse) > 1e-2
+
+
+def test_k3_does_not_overflow():
+    assert grpo.k3(torch.tensor(-1000.0), torch.tensor(0.0)).isfinite()
+
+
+# --- surrogate, loss ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("A", [2.0, -3.0])
+@pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0])
+def test_clip_acts_only_where_the_ratio_left_the_range_on_the_advantage_s_side(A, ratio):
+    old = torch.tensor(-1.3)
+    logp = (old + math.log(ratio)).requires_grad_()
+    value = grpo.surrogate(logp, old, torch.tensor(A), 0.2)
+    value.backward()
+    off = (A > 0 and ratio > 1.2) or (A < 0 and ratio < 0.8)
+    assert logp.grad.item() == pytest.approx(0 if off else A * ratio, rel=1e-5, abs=1e-12)
+    assert value.item() == pytest.approx(A * min(max(ratio, 0.8), 1.2) if off else A * ratio, rel=1e-5)
+
+
+def test_gradient_at_the_first_step_is_a_grad_logp():
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    A = torch.tensor([1.5, -0.7])
+    grpo.surrogate(logp, logp.detach(), A, 0.2).sum().backward()
+    assert torch.allclose(logp.grad, A)
+
+
+def test_loss_counts_live_tokens_only():
+    logp = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    live = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    for cfg in (settings(), settings(kl="loss", beta=0.5)):
+        logp.grad = None
+        A, count = torch.tensor([1., -1., 2.]), torch.tensor([1., 1., 2.])
+        grpo.loss_sum(logp, logp.detach(), A, live, cfg, logp.detach() - 1, count).backward()
+        assert (logp.grad[~live] == 0).all() and (logp.grad[live] != 0).all()
+
+
+# --- one step against a naive loop --------------------------------------------------------------------------
+
+def value(owner, row):
+    """Any reward will do: it depends on the prompt, the tokens and their order."""
+    return math.sin(1 + 3 * owner + sum((t + 1) * v for t, v in enumerate(row)))
+
+
+def reward(owner, rows):
+    return torch.tensor([value(o, r) for o, r in zip(owner, rows)])
+
+
+def naive_loss(policy, ref, prompts, rows, cfg, old=None):
+    """The objective as the docstring states it, over all B*G rollouts: no batch, no cache, no rows left out."""
+    B, G = len(prompts), cfg.group_size
+    prompt = lambda n: prompts[n // G]
+    logp = [naive(policy, prompt(n), r, cfg.temperature) for n, r in enumerate(rows)]
+    old = [lp.detach() for lp in logp] if old is None else old
+    logref = [naive(ref, prompt(n), r, cfg.temperature).detach() for n, r in enumerate(rows)]
+    R = [value(n // G, r) for n, r in enumerate(rows)]
+    if cfg.kl == "reward":
+        R = [R[n] - cfg.beta * (old[n].sum() - logref[n].sum()).item() for n in range(B * G)]
+    total = 0.0
+    for n in range(B * G):
+        group = R[n // G * G:(n // G + 1) * G]
+        A = R[n] - sum(group) / G
+        A = A * G / (G - 1) if cfg.scale == "loo" else A
+        A = A / (torch.tensor(group).std().item() + 1e-4) if cfg.scale == "std" else A
+        for t in range(len(rows[n])):
+            ratio = (logp[n][t] - old[n][t]).exp()
+            off = ratio > 1 + cfg.clip if A > 0 else ratio < 1 - cfg.clip
+            total = total - (0 if off else ratio * A)  # off: a constant, no gradient
+            if cfg.kl == "loss":
+                d = logref[n][t] - logp[n][t]
+                total = total + cfg.beta * (d.exp() - 1 - d)
+    return total / (B * G), old
+
+
+@pytest.mark.parametrize("kl", ["reward", "loss"])
+@pytest.mark.parametrize("scale", ["mean", "std", "loo"])
+@pytest.mark.parametrize("kind", list(MAKERS))
+def test_gradient_equals_a_naive_loop_for_every_micro_batch(kind, scale, kl):
+    """Unequal lengths, duplicates within and across groups, T = 0.7, pad == eos, any budget."""
+    policy, ref = MAKERS[kind](4, 1, 14.0), MAKERS[kind](4, 2, 14.0)
+    prompts = [[t % 4 for t in p] for p in PROMPTS]
+    for budget in (1, 20, 40, 10**6):
+        cfg = settings(group_size=6, max_new=4, temperature=0.7, kl=kl, beta=0.4, scale=scale, budget=budget)
+        recorder, gen = Recorder(policy), torch.Generator().manual_seed(1)
+        log, rows, R = grpo.step(policy, ref, [recorder], prompts, reward, cfg, EOS, gen)
+        if budget == 1:
+            lengths = set(map(len, rows))
+            assert len(lengths) > 2 and len({(n // 6, *r) for n, r in enumerate(rows)}) < 18 == len(rows)
+            naive_loss(policy, ref, prompts, rows, cfg)[0].backward()
+            truth = grads(policy)
+            policy.zero_grad()
+            first = rows
+        assert rows == first and R.tolist() == pytest.approx([value(n // 6, r) for n, r in enumerate(rows)])
+        assert relative(recorder.seen[0], truth) < 1e-4 and len(recorder.seen) == 1
+        assert log["grad_norm"] == pytest.approx(truth.norm().item(), rel=1e-4) and log["gap"] < 1e-4
+
+
+@pytest.mark.parametrize("kl", ["reward", "loss"])
+def test_several_updates_keep_the_first_log_probs_and_clip(kl):
+    """Three SGD steps, far enough for the clip to act, end where the naive loop ends."""
+    cfg = settings(group_size=5, kl=kl, beta=0.2, updates=3, lr=0.1, clip=0.1, budget=25)
+    ours, plain, ref = tiny_llama(9, 1), tiny_llama(9, 1), tiny_llama(9, 2)
+    sgd = lambda model: [torch.optim.SGD(model.parameters(), lr=cfg.lr)]
+    _, rows, _ = grpo.step(ours, ref, sgd(ours), PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(3))
+    start, (optimizer,), old = weights(plain), sgd(plain), None
+    for _ in range(3):
+        loss, old = naive_loss(plain, ref, PROMPTS, rows, cfg, old)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert relative(weights(ours) - start, weights(plain) - start) < 1e-3
+    ratios = torch.cat([(naive(plain, PROMPTS[n // 5], r) - old[n]).exp() for n, r in enumerate(rows)])
+    assert ratios.max() > 1.1 and ratios.min() < 0.9
+
+
+def test_log_tells_the_truth():
+    policy, ref, cfg = tiny_llama(9, 1), tiny_llama(9, 2), settings(beta=0.1, temperature=0.7)
+    truth = tiny_llama(9, 1)
+    log, rows, R = grpo.step(policy, ref, lm.make_optimizers(policy, 1e-3), PROMPTS, reward, cfg, EOS,
+                             torch.Generator().manual_seed(0))
+    owner = [n // 4 for n in range(12)]
+    d = [(naive(truth, PROMPTS[o], r, 0.7) - naive(ref, PROMPTS[o], r, 0.7)).sum().item() for o, r in zip(owner, rows)]
+    assert log["kl"] == pytest.approx(sum(d) / 12, abs=1e-4)
+    assert log["reward"] == pytest.approx(sum(value(o, r) for o, r in zip(owner, rows)) / 12, abs=1e-6)
+    assert log["reward_std"] == pytest.approx(R.view(3, 4).std(1).mean().item())
+    assert log["truncated"] == sum(EOS not in r for r in rows) / 12 and log["tokens"] == sum(map(len, rows))
+    assert log["gap"] < 1e-4 and log["zero_std_groups"] == 0
+
+
+def test_kl_is_zero_when_the_phase_begins():
+    policy = tiny_llama()
+    ref = lm.freeze(policy)
+    run = lambda n: grpo.step(policy, ref, opt, PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(n))[0]
+    cfg, opt = settings(beta=0.1, lr=1e-2, temperature=0.7), lm.make_optimizers(policy, 1e-2)
+    assert abs(run(0)["kl"]) < 1e-4
+    assert max(abs(run(n)["kl"]) for n in range(1, 4)) > 1e-2  # and not because ref follows
+
+
+def test_gap_sees_a_sampler_that_is_not_the_trainer():
+    """top_k samples from another policy than the one that is scored: the log says so."""
+    policy = tiny_llama()
+    run = lambda **kw: grpo.step(policy, None, [Recorder(policy)], PROMPTS, reward, settings(**kw), EOS,
+                                 torch.Generator().manual_seed(0))[0]["gap"]
+    assert run() < 1e-4 < 1e-2 < run(top_k=2)
+
+
+def test_no_reference_is_needed_without_a_kl():
+    grad = []
+    for ref in (None, tiny_llama(9, 2)):
+        recorder = Recorder(tiny_llama())
+        grpo.step(recorder.model, ref, [recorder], PROMPTS, reward, settings(beta=0.0), EOS,
+                  torch.Generator().manual_seed(0))
+        grad += recorder.seen
+    assert torch.equal(*grad)
+
+
+def test_constant_reward_changes_no_parameter():
+    for scale in ("mean", "std", "loo"):
+        policy = tiny_llama()
+        before, opt = weights(policy), lm.make_optimizers(policy, 1e-2)
+        constant = lambda owner, rows: torch.full((len(rows),), -7.3)
+        log, *_ = grpo.step(policy, None, opt, PROMPTS, constant, settings(updates=2, scale=scale), EOS,
+                            torch.Generator().manual_seed(0))
+        assert torch.equal(weights(policy), before)
+        assert log["zero_std_groups"] == 1 and log["reward"] == pytest.approx(-7.3) and log["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("scale", ["mean", "std", "loo"])
+def test_noise_in_equal_rewards_gives_a_tiny_gradient(scale):
+    norm = []
+    for size in (1.0, 1e-7):
+        recorder = Recorder(tiny_llama())
+        noisy = lambda owner, rows: size * reward(owner, rows)
+        log, *_ = grpo.step(recorder.model, None, [recorder], PROMPTS, noisy, settings(scale=scale), EOS,
+                            torch.Generator().manual_seed(0))
+        norm.append(log["grad_norm"])
+    assert norm[1] < 1e-2 * norm[0] and norm[0] > 0.1
+
+
+def test_rewards_stay_with_their_group():
+    """A reward that is the prompt's number has no spread in any group, and none is learned from."""
+    policy = tiny_llama()
+    before = weights(policy)
+    number = lambda owner, rows: torch.tensor(owner, dtype=torch.float)
+    log, _, R = grpo.step(policy, None, lm.make_optimizers(policy, 1e-2), PROMPTS, number, settings(), EOS,
+                          torch.Generator().manual_seed(0))
+    assert R.tolist() == [0.] * 4 + [1.] * 4 + [2.] * 4
+    assert log["zero_std_groups"] == 1 and log["reward_std"] == 0 and torch.equal(weights(policy), before)
+
+
+# --- reward shape, duplicates -------------------------------------------------------------------------------
+
+def test_mean_times_length_is_the_sum_and_the_floor_comes_last():
+    logp, lengths = torch.tensor([-3.0, -30.0, -0.5, -44.0]), [2, 5, 1, 4]
+    assert torch.allclose(grpo.shape(logp, lengths, "mean", 0) * torch.tensor([2., 5., 1., 4.]), logp)
+    assert torch.equal(grpo.shape(logp, lengths, "sum", 0), logp)
+    assert grpo.shape(logp, lengths, "sum", 10).tolist() == [-3.0, -10.0, -0.5, -10.0]
+    assert grpo.shape(logp, lengths, "mean", 10).tolist() == [-1.5, -6.0, -0.5, -10.0]
+
+
+def test_unique_keeps_groups_apart_and_counts():
+    rows = [[1], [2, 3], [1], [1], [2, 3], [2, 3], [2], [1]]
+    kept, owner, where, count = grpo.unique(rows, 4)
+    assert [(owner[n], kept[n]) for n in where.tolist()] == [(i // 4, r) for i, r in enumerate(rows)]
+    assert len({(o, *r) for o, r in zip(owner, kept)}) == len(kept) == 5
+    assert count.tolist() == [sum(w == n for w in where.tolist()) for n in range(5)] and count.sum() == len(rows)
+
+
+# --- learning -----------------------------------------------------------------------------------------------
+
+def first_token(model, prefix=(5,)):
+    return model(torch.tensor([prefix])).logits[0, -1].detach().log_softmax(-1)
+
+
+@pytest.mark.parametrize("kl_form", ["reward", "loss"])
+def test_without_reward_a_kl_drives_the_policy_to_the_reference(kl_form):
+    policy, ref = tiny_llama(9, 1), tiny_llama(9, 2)
+    cfg = settings(group_size=32, max_new=1, beta=3.0, kl=kl_form, lr=0.03, max_norm=1.0)
+    opt, gen = lm.make_optimizers(policy, cfg.lr, muon=False), torch.Generator().manual_seed(0)
+    before = kl(first_token(policy), first_token(ref)).item()
+    for _ in range(30):
+        grpo.step(policy, ref, opt, [[5]], lambda owner, rows: torch.zeros(len(rows)), cfg, EOS, gen)
+    assert kl(first_token(policy), first_token(ref)).item() < 0.2 * before > 0.1
+
+
+@pytest.mark.parametrize("muon", [True, False])
+def test_a_rewarded_first_token_becomes_likely(muon):
+    policy, cfg = tiny_llama(9, 1), settings(group_size=16, max_new=2, lr=0.02, max_norm=1.0)
+    start = first_token(policy)
+    wanted = start.argsort()[4].item()  # neither likely nor unheard of
+    opt, gen = lm.make_optimizers(policy, cfg.lr, muon), torch.Generator().manual_seed(0)
+    hit = lambda owner, rows: torch.tensor([float(r[0] == wanted) for r in rows])
+    for _ in range(30):
+        grpo.step(policy, None, opt, [[5]], hit, cfg, EOS, gen)
+    assert start.exp()[wanted] < 0.3 and first_token(policy).exp()[wanted] > 0.9

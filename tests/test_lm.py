@@ -1,0 +1,349 @@
+"""Claims of `lm.py`: the cache, the batch and the padding change no number, and the sampler samples what is scored."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lm
+from conftest import EOS, MAKERS, grads, naive, naive_greedy, relative, tiny_llama, weights
+
+RAGGED = [[5], [3, 1, 4, 1, 5, 2, 6], [2, 7], [1, 8, 2, 8], [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8]]
+
+
+def draw(seed, n=14, V=9):
+    """Rows of every length, with eos in odd places, in no order, some prompts asked twice and one never."""
+    rng = random.Random(seed)
+    rows = [[rng.randrange(V) for _ in range(rng.randint(1, 7))] for _ in range(n)]
+    return rows, [rng.choice([0, 1, 2, 4]) for _ in rows]
+
+
+# --- score --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_sampler_and_trainer_agree_on_every_token(model, temperature):
+    gen = torch.Generator().manual_seed(0)
+    rows, sampled = lm.sample(model, RAGGED, 6, 10, EOS, temperature, generator=gen)
+    owner = [b for b in range(len(RAGGED)) for _ in range(6)]
+    scored = lm.logprobs(model, RAGGED, rows, owner, temperature=temperature)
+    assert len(set(map(len, rows))) > 3  # ragged, some cut, some ended
+    assert {r[-1] == EOS for r in rows} == {True, False}
+    for n, row in enumerate(rows):
+        truth = naive(model, RAGGED[owner[n]], row, temperature)
+        assert torch.allclose(torch.tensor(sampled[n]), truth, atol=1e-4)
+        assert torch.allclose(scored[n, :len(row)], truth, atol=1e-4)
+        assert (scored[n, len(row):] == 0).all()
+    assert (naive(model, RAGGED[1], rows[6], 0.7) - naive(model, RAGGED[1], rows[6])).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_shared_prefix_equals_each_row_alone_in_values_and_gradients(model, partial):
+    rows, owner = draw(1)
+    rng = random.Random(2)
+    k = [rng.randint(1, len(r)) for r in rows] if partial else None
+    weight = torch.randn(len(rows), max(map(len, rows)), generator=torch.Generator().manual_seed(3))
+    shared = lm.logprobs(model, RAGGED, rows, owner, k, temperature=0.7)
+    (shared * weight).sum().backward()
+    ours = grads(model)
+    model.zero_grad()
+    for n, row in enumerate(rows):
+        alone = naive(model, RAGGED[owner[n]], row, 0.7)
+        first = len(row) - k[n] if partial else 0
+        assert torch.allclose(shared[n, first:len(row)], alone[first:], rtol=1e-5, atol=1e-5)
+        assert (shared[n, :first] == 0).all() and (shared[n, len(row):] == 0).all()
+        (alone[first:] * weight[n, first:len(row)]).sum().backward()
+    assert relative(ours, grads(model)) < 1e-5
+
+
+def test_gradient_reaches_the_prompt(model):
+    """The cache is not detached: the embedding of a token that only the prompt holds learns."""
+    lm.logprobs(model, [[7, 3, 2]], [[1, 4], [5]], [0, 0]).sum().backward()
+    table = model.get_input_embeddings().weight
+    ours = table.grad.clone()
+    model.zero_grad()
+    (naive(model, [7, 3, 2], [1, 4]).sum() + naive(model, [7, 3, 2], [5]).sum()).backward()
+    assert ours[7].norm() > 0 and relative(ours, table.grad) < 1e-5
+
+
+@pytest.mark.parametrize("budget", [1, 20, 60, 10**6])
+def test_score_does_not_depend_on_the_budget(model, budget):
+    rows, owner = draw(4)
+    k = [1 + n % len(r) for n, r in enumerate(rows)]
+    truth = [naive(model, RAGGED[o], r)[-j:].sum().item() for r, o, j in zip(rows, owner, k)]
+    total = lm.score(model, RAGGED, rows, owner, k, budget=budget)
+    assert total.tolist() == pytest.approx(truth, abs=1e-4) and not total.requires_grad
+
+
+def test_score_without_owner_pairs_prompt_and_row(model):
+    rows = [[1, 2], [3], [4, 4, 4], [EOS], [6, 5, 4, 3]]
+    truth = [naive(model, p, r, 0.7).sum().item() for p, r in zip(RAGGED, rows)]
+    assert lm.score(model, RAGGED, rows, temperature=0.7).tolist() == pytest.approx(truth, abs=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 15, 40, 100, 10**6])
+def test_chunks_hold_every_row_once_and_keep_to_the_budget(budget):
+    for seed in range(20):
+        rows, owner = draw(seed, n=25)
+        parts = lm.chunks(RAGGED, rows, owner, budget)
+        assert sorted(n for part in parts for n in part) == list(range(25))
+        for part in parts:
+            used = {owner[n] for n in part}
+            tokens = len(used) * max(len(RAGGED[o]) for o in used) + len(part) * max(len(rows[n]) for n in part)
+            assert tokens <= budget or len(part) == 1
+        assert len(parts) == 1 or budget < 10**6
+
+
+def test_take_keeps_each_row_with_its_own_prompt():
+    rng = random.Random(0)
+    for seed in range(20):
+        rows, owner = draw(seed)
+        chosen = rng.sample(range(len(rows)), rng.randint(1, len(rows)))
+        few, some, where = lm.take(RAGGED, rows, owner, chosen)
+        assert [(few[o], r) for o, r in zip(where, some)] == [(RAGGED[owner[n]], rows[n]) for n in chosen]
+        assert len(few) == len({owner[n] for n in chosen})  # no prompt runs for nothing
+
+
+def test_end_token_is_learned_though_it_is_also_the_padding(model):
+    rows = [[3, EOS], [EOS], [1, 2, 4, 5, EOS]]
+    logp = lm.logprobs(model, RAGGED[:3], rows, [0, 1, 2])
+    ends = torch.stack([logp[n, len(r) - 1] for n, r in enumerate(rows)])
+    truth = torch.stack([naive(model, p, r)[-1] for p, r in zip(RAGGED, rows)])
+    assert torch.allclose(ends, truth, atol=1e-4) and (ends < 0).all()
+    ends.sum().backward()
+    ours = grads(model)
+    model.zero_grad()
+    truth.sum().backward()
+    assert ours.norm() > 1e-2 and relative(ours, grads(model)) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["checkpointing", "train"])
+def test_modes_that_would_change_the_numbers_are_refused(model, how):
+    if how == "checkpointing":
+        model.gradient_checkpointing_enable()
+    else:
+        model.train()
+    with pytest.raises(AssertionError):
+        lm.logprobs(model, RAGGED, [[1]], [0])
+    with pytest.raises(AssertionError):
+        lm.sample(model, RAGGED, 1, 2, EOS)
+
+
+# --- sample -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("eos", [0, 3])
+def test_rows_end_at_the_first_eos_or_at_max_new(model, eos):
+    rows, logps = lm.sample(model, RAGGED, 12, 7, eos, generator=torch.Generator().manual_seed(1))
+    assert len(rows) == 12 * len(RAGGED) and len(set(map(len, rows))) > 3
+    for row, logp in zip(rows, logps):
+        assert eos not in row[:-1] and len(row) == len(logp)
+        assert row[-1] == eos or len(row) == 7
+
+
+@pytest.mark.parametrize("eos", range(9))
+def test_greedy_is_a_loop_without_cache_token_by_token(model, eos):
+    """For every choice of the end token: rows leave the batch at different times, and it changes nothing."""
+    truth = [naive_greedy(model, p, 8, eos) for p in RAGGED]
+    assert lm.greedy(model, RAGGED, 8, eos) == truth
+    assert lm.greedy(model, RAGGED, 8, eos, batch=2) == truth
+    rows, logps = lm.sample(model, RAGGED, 2, 8, eos, temperature=0)
+    assert rows == [r for r in truth for _ in range(2)]
+    for n, row in enumerate(rows):
+        assert torch.allclose(torch.tensor(logps[n]), naive(model, RAGGED[n // 2], row), atol=1e-4)
+
+
+def test_greedy_equals_transformers_generate(model):
+    for prefix, row in zip(RAGGED, lm.greedy(model, RAGGED, 8, EOS)):
+        ids = torch.tensor([prefix])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8,
+                             eos_token_id=EOS, pad_token_id=EOS)
+        assert out[0, len(prefix):].tolist() == row
+
+
+def test_rows_are_prompt_major(model):
+    """Each row is likely under its own prompt: prompts of one repeated token, a model that copies."""
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if p.ndim > 1 and ("layers." in n or ".h." in n or "wpe" in n):
+                p.zero_()  # only the embedding is left
+        model.get_input_embeddings().weight.copy_(12 * torch.eye(9, 32))           # gpt2, llama: head is tied
+    rows, _ = lm.sample(model, [[3], [5, 5], [7, 7, 7]], 4, 3, EOS, generator=torch.Generator().manual_seed(0))
+    assert rows == [[t] * 3 for t in (3, 5, 7) for _ in range(4)]
+
+
+def chi_square(tokens, p):
+    """Tokens that are expected fewer than 5 times count as one."""
+    seen, want = torch.bincount(tokens, minlength=len(p)).double(), len(tokens) * p
+    rare = want < 5
+    seen = torch.cat([seen[~rare], seen[rare].sum(0, keepdim=True)])
+    want = torch.cat([want[~rare], want[rare].sum(0, keepdim=True)])
+    return ((seen - want) ** 2 / want.clamp(min=.1)).sum().item()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_first_token_follows_softmax_of_logits_over_temperature(model, temperature):
+    """Chi-square, at most 8 degrees of freedom: 40 has p = 3e-6. The other temperature is told apart, so the test has power."""
+    gen = torch.Generator().manual_seed(0)
+    rows, _ = lm.sample(model, RAGGED, 3000, 1, EOS, temperature, generator=gen)
+    for b, prefix in enumerate(RAGGED):
+        logits = model(torch.tensor([prefix])).logits[0, -1].double()
+        tokens = torch.tensor(rows[3000 * b:3000 * (b + 1)])[:, 0]
+        assert chi_square(tokens, (logits / temperature).softmax(-1)) < 40
+        assert chi_square(tokens, (logits / (1.7 - temperature)).softmax(-1)) > 40
+
+
+def smallest_set(p, top_p):
+    """By enumeration: of the smallest sets whose mass reaches top_p, the heaviest."""
+    for k in range(1, len(p) + 1):
+        best = max(itertools.combinations(range(len(p)), k), key=lambda s: sum(p[i] for i in s))
+        if sum(p[i] for i in best) >= top_p:
+            return set(best)
+    return set(range(len(p)))
+
+
+def kept(p, top_p, top_k):
+    out = lm.truncate(torch.tensor([p]).log(), top_p, top_k)[0]
+    return {i for i, v in enumerate(out.tolist()) if v > -1e9}
+
+
+def test_truncation_is_exact_on_a_distribution_made_by_hand():
+    p = [.2, .4, .1, .3]
+    assert kept(p, 1.0, 0) == kept(p, 1.0, 4) == kept(p, 1.0, 9) == {0, 1, 2, 3}   # 0 and too many: off
+    assert kept(p, 1.0, 1) == {1} and kept(p, 1.0, 2) == {1, 3} and kept(p, 1.0, 3) == {0, 1, 3}
+    assert kept(p, .01, 0) == kept(p, .35, 0) == {1}                               # never empty
+    assert kept(p, .45, 0) == kept(p, .65, 0) == {1, 3} and kept(p, .75, 0) == {0, 1, 3}
+    assert kept(p, .95, 0) == {0, 1, 2, 3}
+    assert kept(p, .75, 3) == {1, 3}                                               # .7 / .9 = .78 after top-k
+    probs = lm.truncate(torch.tensor([p]).log(), 1.0, 2).softmax(-1)[0]
+    assert probs.tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-6)
+
+
+def test_top_p_is_the_smallest_set_that_reaches_the_mass():
+    gen = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        p = torch.randn(6, generator=gen).mul(2).softmax(-1).tolist()
+        top_p = torch.rand(1, generator=gen).item()
+        assert kept(p, top_p, 0) == smallest_set(p, top_p)
+
+
+def test_truncated_sampling_reports_the_truncated_log_probs(model):
+    rows, logps = lm.sample(model, RAGGED, 300, 1, EOS, 0.7, top_k=3, generator=torch.Generator().manual_seed(0))
+    for b, prefix in enumerate(RAGGED):
+        value, index = (model(torch.tensor([prefix])).logits[0, -1] / 0.7).topk(3)
+        truth = dict(zip(index.tolist(), value.log_softmax(-1).tolist()))
+        part = slice(300 * b, 300 * (b + 1))
+        assert {r[0] for r in rows[part]} <= set(truth)
+        assert [lp[0] for lp in logps[part]] == pytest.approx([truth[r[0]] for r in rows[part]], abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_only_allowed_tokens_are_emitted_and_their_mass_is_one(model, temperature):
+    allowed = torch.zeros(9, dtype=torch.bool)
+    allowed[[EOS, 4, 6]] = True
+    gen = torch.Generator().manual_seed(0)
+    rows, logps = lm.sample(model, RAGGED, 8, 5, EOS, temperature, allowed=allowed, generator=gen)
+    assert {t for row in rows for t in row} == {EOS, 4, 6}
+    for n, row in enumerate(rows):
+        logits = model(torch.tensor([[*RAGGED[n // 8], *row[:-1]]])).logits[0, -1]
+        truth = logits[[EOS, 4, 6]].log_softmax(-1)[[EOS, 4, 6].index(row[-1])].item()
+        assert logps[n][-1] == pytest.approx(truth, abs=1e-4)
+
+
+def test_sample_all_draws_n_rows_of_each_prompt_in_order(model):
+    """Batch by batch it is `sample` itself, whose rows are prompt-major."""
+    rows = lm.sample_all(model, RAGGED, 3, 4, EOS, torch.Generator().manual_seed(0), batch=2)
+    gen = torch.Generator().manual_seed(0)
+    truth = [r for i in (0, 2, 4) for r in lm.sample(model, RAGGED[i:i + 2], 3, 4, EOS, generator=gen)[0]]
+    assert rows == truth and len(rows) == 15
+
+
+# --- tokenizer ----------------------------------------------------------------------------------------------
+
+def odd_text(rng):
+    """Any characters at all, surrogates aside, with much white space."""
+    pools = ["abc lamp is", " \n\t\r ", "\u00e9\u00df\u0416\u4e2d", "\U0001f916\u200d\u0301\ufeff", "\x00\x1b\u2028"]
+    chars = [rng.choice(rng.choice(pools)) for _ in range(rng.randrange(25))]
+    chars += [chr(rng.choice([rng.randrange(0xd800), rng.randrange(0xe000, 0x110000)])) for _ in range(3)]
+    rng.shuffle(chars)
+    return "".join(chars)
+
+
+def test_no_text_is_unknown(tok):
+    rng = random.Random(0)
+    for _ in range(300):
+        text = odd_text(rng)
+        ids = lm.encode(tok, text)
+        assert lm.decode(tok, ids) == text and not {tok.eos_token_id, tok.pad_token_id} & set(ids)
+
+
+@pytest.mark.parametrize("text", ["say <eos> aloud", "<eos>", "a<pad>b"])
+def test_text_that_spells_a_special_token_is_text(tok, text):
+    """A page may hold "<eos>"; read as the end token it would cut a target in two."""
+    ids = lm.encode(tok, text)
+    assert lm.decode(tok, ids) == text and not {tok.eos_token_id, tok.pad_token_id} & set(ids)
+
+
+def test_segments_that_start_with_white_space_join_by_ids_as_by_text(tok):
+    rng = random.Random(0)
+    for _ in range(100):
+        a, b = odd_text(rng), rng.choice(" \n") + odd_text(rng)
+        assert lm.encode(tok, a) + lm.encode(tok, b) == lm.encode(tok, a + b)
+    assert lm.encode(tok, " la") + lm.encode(tok, "mp") != lm.encode(tok, " lamp")   # others do not: join ids
+
+
+# --- optimizers, copies, files ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", list(MAKERS))
+@pytest.mark.parametrize("muon", [True, False])
+def test_optimizers_hold_every_parameter_once(kind, muon):
+    model = MAKERS[kind]()
+    optimizers = lm.make_optimizers(model, 1e-3, muon)
+    held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    assert all(g["weight_decay"] == 0 for o in optimizers for g in o.param_groups)
+    mine = [p for o in optimizers if isinstance(o, torch.optim.Muon) for g in o.param_groups for p in g["params"]]
+    assert all(p.ndim == 2 and p is not model.get_input_embeddings().weight for p in mine)
+    assert bool(mine) == (muon and kind == "llama")
+
+
+def test_optimizer_step_clips_the_whole_norm_steps_and_clears(model):
+    before = weights(model)
+    lm.logprobs(model, RAGGED, [[1, 2]], [1]).sum().backward()
+    g = grads(model)
+    parts = list(model.parameters())[:3], list(model.parameters())[3:]
+    sgd = [torch.optim.SGD(part, lr=9.0) for part in parts]
+    norm = lm.optimizer_step(model, sgd, 0.5, clip=0.1)
+    assert norm == pytest.approx(g.norm().item(), rel=1e-5) and norm > 0.1
+    assert torch.allclose(weights(model), before - 0.5 * 0.1 * g / g.norm(), atol=1e-6)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_frozen_copy_stays_behind(model):
+    ref, before = lm.freeze(model), weights(model)
+    assert not any(p.requires_grad for p in ref.parameters()) and all(p.requires_grad for p in model.parameters())
+    lm.logprobs(model, RAGGED, [[1, 2]], [1]).sum().backward()
+    lm.optimizer_step(model, lm.make_optimizers(model, 1e-2), 1e-2)
+    assert torch.equal(weights(ref), before) and not torch.equal(weights(model), before)
+
+
+def test_saved_folder_gives_the_same_log_probs(tmp_path, tok, P):
+    ids = list(lm.encode(tok, "\nlamp is on"))
+    lm.save(P, tok, tmp_path)
+    truth = naive(P, ids, [5, 9, tok.eos_token_id])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    model, tok2 = lm.load(str(tmp_path))
+    for other in (again, model):
+        assert torch.allclose(naive(other, ids, [5, 9, tok.eos_token_id]), truth, atol=1e-6)
+    assert list(lm.encode(tok2, "\nlamp is on")) == ids and tok2.eos_token_id == tok.eos_token_id
+    assert not model.training and lm.decode(tok2, ids) == "\nlamp is on"
+
+
+def test_context_is_the_longest_text_the_model_takes(model):
+    assert lm.context(model) == 256
+    assert lm.logprobs(model, [[1] * 250], [[2] * 6], [0]).isfinite().all()
+
+
+def test_a_tiny_model_is_a_function_of_its_seed():
+    assert torch.equal(weights(tiny_llama(seed=3)), weights(tiny_llama(seed=3)))
+    assert not torch.equal(weights(tiny_llama(seed=3)), weights(tiny_llama(seed=4)))

@@ -1,0 +1,305 @@
+"""Claims of `swirl_fwm.py` and `swirl_idm.py`: prompts, rewards, and that a phase moves one model and reads no z."""
+
+import random
+
+import pytest
+import torch
+
+import grpo
+import lm
+import swirl_fwm
+import swirl_idm
+from conftest import Recorder, naive, naive_greedy, weights
+from grpo import GRPO
+
+PAIRS = [("lamp is on\ndoor is shut", "lamp is off\ndoor is shut"), ("a\nb\nc", "a\nc"),
+         ("door is open", "door is open"), ("x\ny", "x\ny\nlamp is on\nq")]
+XS, YS = map(list, zip(*PAIRS))
+ZS = ["turn off", "drop b", "", "add two lines"]
+ODD = ["", " ", "\n", "\n\n", " a", "a ", "\na", "a\n", "\t", "caf\u00e9 \U0001f916\u200d", "\r\n", "action:", "a  b", "\x00"]
+VIEWS = ["diff", "full"]
+
+
+def settings(**kw):
+    plain = dict(group_size=3, max_new=5, temperature=1.0, top_p=1.0, top_k=0, scale="mean", beta=0.0, kl="reward",
+                 updates=1, clip=0.2, lr=1e-2, max_norm=1.0, budget=10**6)
+    return GRPO(**{**plain, **kw})
+
+
+def ids(tok, *segments):
+    """Each segment tokenised alone."""
+    return [t for s in segments for t in tok.encode(s, add_special_tokens=False)]
+
+
+def fwm_prompt(tok, x, z):
+    return ids(tok, "\n" + x, "\naction: " + z, "\nnext:")
+
+
+def idm_prompt(tok, x, y, view):
+    if view == "full":
+        return ids(tok, "\n" + x, "\nnext:", "\n" + y, "\naction:")
+    return ids(tok, *["\n" + line for line in swirl_idm.line_diff(x, y)], "\naction:")
+
+
+def logp_y(P, tok, x, z, y):
+    """log P(y | x, z): one row, one forward pass, the end token scored."""
+    return naive(P, fwm_prompt(tok, x, z), ids(tok, "\n" + y) + [tok.eos_token_id]).sum().item()
+
+
+def logq_z(Q, tok, x, z, y, view):
+    return naive(Q, idm_prompt(tok, x, y, view), ids(tok, " " + z) + [tok.eos_token_id]).sum().item()
+
+
+def shaped(logp, length, form, floor):
+    value = logp / length if form == "mean" else logp
+    return max(value, -floor) if floor else value
+
+
+def run_phase(which, P, Q, tok, cfg, pairs=PAIRS, optimizers=None, ref=None, view="diff", seed=0, **kw):
+    policy, frozen = (P, Q) if which == 1 else (Q, P)
+    step = swirl_fwm.phase1_step if which == 1 else swirl_idm.phase2_step
+    optimizers = lm.make_optimizers(policy, cfg.lr) if optimizers is None else optimizers
+    extra = {"max_z": 4} if which == 1 else {}
+    return step(policy, frozen, ref, optimizers, tok, pairs, cfg, view=view,
+                generator=torch.Generator().manual_seed(seed), **extra, **kw)
+
+
+# --- prompts ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", range(len(PAIRS)))
+def test_prompts_are_segments_tokenised_alone_x_first(tok, n):
+    x, z, y = XS[n], ZS[n], YS[n]
+    begin = ids(tok, "\n" + x)
+    assert swirl_fwm.prompt(tok, x, z) == fwm_prompt(tok, x, z)
+    assert swirl_fwm.prompt(tok, x, z)[:len(begin)] == begin
+    assert swirl_idm.prompt(tok, x, y, "full") == idm_prompt(tok, x, y, "full")
+    assert swirl_idm.prompt(tok, x, y, "full")[:len(begin)] == begin
+    assert swirl_idm.prompt(tok, x, y, "diff") == idm_prompt(tok, x, y, "diff")
+
+
+def test_prompt_of_p_does_not_hold_y_nor_the_prompt_of_q_z(tok):
+    """What is asked for is not shown: P's prompt holds x and z, Q's full view x and y, its diff only their lines."""
+    show = lambda row: lm.decode(tok, row)
+    assert show(swirl_fwm.prompt(tok, "XX", "ZZ")) == "\nXX\naction: ZZ\nnext:"
+    assert show(swirl_idm.prompt(tok, "XX", "YY", "full")) == "\nXX\nnext:\nYY\naction:"
+    assert show(swirl_idm.prompt(tok, "XX\nsame", "YY\nsame", "diff")) == "\n- XX\n+ YY\naction:"
+    assert show(swirl_idm.prompt(tok, "same", "same", "diff")) == "\naction:"
+
+
+def test_diff_view_does_not_read_the_lines_that_stay(tok):
+    """Around distinct lines, some replaced, anything may stand; the full view reads all of it."""
+    rng = random.Random(0)
+    for _ in range(50):
+        x, y = replaced(rng)
+        around = [f"top {rng.random()}\n%s\ntail {rng.random()}" for _ in range(2)]
+        for view in VIEWS:
+            prompts = [swirl_idm.prompt(tok, a % "\n".join(x), a % "\n".join(y), view) for a in around]
+            assert (prompts[0] == prompts[1]) == (view == "diff")
+
+
+def replaced(rng):
+    """Distinct lines, and the same with some values changed."""
+    x = [f"k{n} is {rng.randrange(3)}" for n in range(rng.randint(1, 8))]
+    return x, [f"{line.split(' ')[0]} is {rng.randrange(3)}" for line in x]
+
+
+def edited(rng, pool="abcdef"):
+    """A random state and a random edit of it; lines repeat, may be empty, and may look like a diff."""
+    line = lambda: rng.choice([*pool, "", "- a", "+ b", " a "])
+    x = [line() for _ in range(rng.randint(1, 7))]
+    y = list(x)
+    for _ in range(rng.randint(0, 4)):
+        i = rng.randrange(len(y) + 1)
+        y[i:i + rng.randint(0, 2)] = [line() for _ in range(rng.randint(0, 2))]
+    return "\n".join(x), "\n".join(y) if y else ""
+
+
+def explains(diff, x, y):
+    """Is there a walk through x and y that keeps, drops ("- ") and adds ("+ ") lines and spells the diff?"""
+    todo = {(0, 0, 0)}
+    seen = set()
+    while todo:
+        i, j, k = state = todo.pop()
+        if state == (len(x), len(y), len(diff)):
+            return True
+        seen.add(state)
+        if i < len(x) and j < len(y) and x[i] == y[j]:
+            todo |= {(i + 1, j + 1, k)} - seen
+        if k < len(diff) and i < len(x) and diff[k] == "- " + x[i]:
+            todo |= {(i + 1, j, k + 1)} - seen
+        if k < len(diff) and j < len(y) and diff[k] == "+ " + y[j]:
+            todo |= {(i, j + 1, k + 1)} - seen
+    return False
+
+
+def test_line_diff_applied_to_x_gives_y():
+    rng, wrong = random.Random(0), 0
+    for _ in range(400):
+        x, y = edited(rng)
+        diff = swirl_idm.line_diff(x, y)
+        assert explains(diff, x.split("\n"), y.split("\n")) and (diff == []) == (x == y)
+        other = edited(rng)[1]
+        wrong += other != y and not explains(diff, x.split("\n"), other.split("\n"))
+    assert wrong > 200                                                             # `explains` can say no
+
+
+def test_line_diff_replaces_lines_in_place():
+    """Distinct lines, some replaced: the diff alone turns x into y."""
+    rng = random.Random(1)
+    for _ in range(200):
+        x, y = replaced(rng)
+        out, gone, new = list(x), [], []
+        for entry in [*swirl_idm.line_diff("\n".join(x), "\n".join(y)), "- end"]:
+            if entry.startswith("+ "):
+                new.append(entry[2:])
+            elif gone and len(gone) == len(new):                                   # a block is complete
+                for a, b in zip(gone, new):
+                    out[out.index(a)] = b
+                gone, new = [entry[2:]], []
+            else:
+                gone.append(entry[2:])
+        assert out == y
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_what_is_written_is_read(tok, text):
+    for module in (swirl_fwm, swirl_idm):
+        row = module.target(tok, text)
+        assert module.read(tok, row) == text and module.read(tok, row[:-1]) == text
+        assert row[-1] == tok.eos_token_id and row.count(tok.eos_token_id) == 1
+        assert len(row) > 1  # also "" is a text to score
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+def test_logp_is_a_single_row_forward_with_the_end_scored(tok, P, Q):
+    ours = swirl_fwm.logp(P, tok, XS, ZS, YS)
+    assert ours.tolist() == pytest.approx([logp_y(P, tok, *t) for t in zip(XS, ZS, YS)], abs=1e-3)
+    for view in VIEWS:
+        ours = swirl_idm.logp(Q, tok, XS, ZS, YS, view)
+        assert ours.tolist() == pytest.approx([logq_z(Q, tok, *t, view) for t in zip(XS, ZS, YS)], abs=1e-3)
+
+
+def captured(monkeypatch, which, P, Q, tok, **kw):
+    """The prompts and the reward function that a phase hands to `grpo.step`."""
+    got, step = {}, grpo.step
+
+    def spy(policy, ref, optimizers, prompts, reward, cfg, eos, *rest, **more):
+        got.update(prompts=prompts, reward=reward, eos=eos)
+        return step(policy, ref, optimizers, prompts, reward, cfg, eos, *rest, **more)
+
+    monkeypatch.setattr(grpo, "step", spy)
+    got["examples"] = run_phase(which, P, Q, tok, settings(), **kw)[1]
+    return got
+
+
+FORMS = [("sum", 0), ("mean", 0), ("sum", 45.0), ("mean", 6.0)]
+
+
+@pytest.mark.parametrize("form,floor", FORMS)
+@pytest.mark.parametrize("view", VIEWS)
+def test_phase_1_reward_is_log_q_of_the_group_s_z_given_y_hat(monkeypatch, tok, P, Q, view, form, floor):
+    """Eq. 3. Every future of a pair is judged by one z, drawn by Q, its end token included."""
+    kw = dict(optimizers=[Recorder(P)], view=view, form=form, floor=floor)
+    got = captured(monkeypatch, 1, P, Q, tok, **kw)
+    truth = lambda x, z, y_hat: shaped(logq_z(Q, tok, x, z, y_hat, view), len(ids(tok, " " + z)) + 1, form, floor)
+    assert [(x, y) for x, z, y, y_hat, R in got["examples"]] == PAIRS
+    assert got["prompts"] == [fwm_prompt(tok, x, z) for x, z, *_ in got["examples"]]
+    assert [R for *_, R in got["examples"]] == pytest.approx([truth(x, z, h) for x, z, _, h, _ in got["examples"]], abs=1e-3)
+    futures, owner = ["a", "lamp is off", "", "b\nc", "a"], [3, 0, 2, 0, 1]  # in no order, not one a pair
+    rewards = got["reward"](owner, [swirl_fwm.target(tok, h) for h in futures])
+    zs = [z for _, z, *_ in got["examples"]]
+    assert rewards.tolist() == pytest.approx([truth(XS[o], zs[o], h) for o, h in zip(owner, futures)], abs=1e-3)
+    assert got["eos"] == tok.eos_token_id
+
+
+@pytest.mark.parametrize("form,floor", FORMS)
+def test_phase_2_reward_is_log_p_of_the_observed_y(monkeypatch, tok, P, Q, form, floor):
+    """Eq. 5. The whole y with its end, whatever the action."""
+    got = captured(monkeypatch, 2, P, Q, tok, optimizers=[Recorder(Q)], view="full", form=form, floor=floor)
+    truth = lambda x, y, z: shaped(logp_y(P, tok, x, z, y), len(ids(tok, "\n" + y)) + 1, form, floor)
+    assert [(x, y) for x, y, z, R in got["examples"]] == PAIRS
+    assert got["prompts"] == [idm_prompt(tok, x, y, "full") for x, y in PAIRS]
+    assert [R for *_, R in got["examples"]] == pytest.approx([truth(x, y, z) for x, y, z, _ in got["examples"]], abs=1e-3)
+    actions, owner = ["turn off", "", "open the door", "drop b"], [2, 0, 0, 3]
+    rewards = got["reward"](owner, [swirl_idm.target(tok, z) for z in actions])
+    assert rewards.tolist() == pytest.approx([truth(*PAIRS[o], z) for o, z in zip(owner, actions)], abs=1e-3)
+
+
+def test_floor_binds_for_some_and_not_for_all(tok, P, Q):
+    """The floors above are tested for real: they lie inside the range of the rewards."""
+    values = [logp_y(P, tok, *t) for t in zip(XS, ZS, YS)]
+    lengths = [len(ids(tok, "\n" + y)) + 1 for y in YS]
+    assert min(values) < -45 < max(values)
+    assert min(v / n for v, n in zip(values, lengths)) < -6 < max(v / n for v, n in zip(values, lengths))
+
+
+# --- phases -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("kl", ["reward", "loss"])
+def test_a_phase_moves_one_model_and_only_that(tok, P, Q, which, kl):
+    policy, frozen = (P, Q) if which == 1 else (Q, P)
+    ref, opt = lm.freeze(policy), lm.make_optimizers(policy, 1e-2)
+    before = weights(policy), weights(frozen), weights(ref)
+    for seed in range(3):
+        log, _ = run_phase(which, P, Q, tok, settings(beta=0.1, kl=kl), optimizers=opt, ref=ref, seed=seed,
+                           floor=0.0)
+    assert not torch.equal(weights(policy), before[0])
+    assert torch.equal(weights(frozen), before[1]) and torch.equal(weights(ref), before[2])
+    assert all(p.grad is None for m in (frozen, ref) for p in m.parameters())
+    assert log["gap"] < 1e-4 and log["kl"] != 0
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_phase_takes_pairs_without_actions(tok, P, Q, which):
+    log, examples = run_phase(which, P, Q, tok, settings(), pairs=[("a", "b"), ("a\nb", "b")])
+    assert len(examples) == 2 and log["gap"] < 1e-4
+    with pytest.raises(ValueError):  # a z would not go unnoticed
+        run_phase(which, P, Q, tok, settings(), pairs=[("a", "z", "b")])
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_phase_1_draws_z_from_q_given_x_and_y(monkeypatch, tok, P, Q, view):
+    """The first sample is Q's: one row for each pair, at the prompts of (x, y), at most max_z tokens."""
+    calls, sample = [], lm.sample
+
+    def spy(model, prefixes, G, max_new, *rest, **kw):
+        out = sample(model, prefixes, G, max_new, *rest, **kw)
+        calls.append((model, prefixes, G, max_new, out[0]))
+        return out
+
+    monkeypatch.setattr(lm, "sample", spy)
+    _, examples = run_phase(1, P, Q, tok, settings(), view=view)
+    model, prefixes, G, max_new, rows = calls[0]
+    assert model is Q and G == 1 and max_new == 4
+    assert prefixes == [idm_prompt(tok, x, y, view) for x, y in PAIRS]
+    assert [z for _, z, *_ in examples] == [swirl_idm.read(tok, r) for r in rows]
+    model, prefixes, G, max_new, rows = calls[1]
+    assert model is P and G == 3 and [h for *_, h, _ in examples] == [swirl_fwm.read(tok, r) for r in rows[::3]]
+
+
+# --- forecasts ----------------------------------------------------------------------------------------------
+
+def test_predict_is_greedy_and_in_order(tok, P, Q):
+    """Also when the batch is sorted by length inside."""
+    row = lambda model, prefix: naive_greedy(model, prefix, 6, tok.eos_token_id)
+    assert swirl_fwm.predict(P, tok, XS, ZS, 6) == [swirl_fwm.read(tok, row(P, fwm_prompt(tok, x, z)))
+                                                    for x, z in zip(XS, ZS)]
+    for view in VIEWS:
+        assert swirl_idm.predict(Q, tok, XS, YS, 6, view) == [swirl_idm.read(tok, row(Q, idm_prompt(tok, x, y, view)))
+                                                              for x, y in PAIRS]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_best_of_n_is_the_likeliest_under_the_opposite(tok, P, Q, view):
+    gen = lambda: torch.Generator().manual_seed(5)
+    rows = lm.sample_all(P, [fwm_prompt(tok, x, z) for x, z in zip(XS, ZS)], 5, 6, tok.eos_token_id, gen())
+    drawn = [swirl_fwm.read(tok, r) for r in rows]
+    best = [max(drawn[5 * i:5 * i + 5], key=lambda h: logq_z(Q, tok, x, z, h, view))
+            for i, (x, z) in enumerate(zip(XS, ZS))]
+    assert swirl_fwm.best_of_n(P, Q, tok, XS, ZS, 6, view, n=5, generator=gen()) == best
+    rows = lm.sample_all(Q, [idm_prompt(tok, x, y, view) for x, y in PAIRS], 5, 6, tok.eos_token_id, gen())
+    drawn = [swirl_idm.read(tok, r) for r in rows]
+    best = [max(drawn[5 * i:5 * i + 5], key=lambda z: logp_y(P, tok, x, z, y)) for i, (x, y) in enumerate(PAIRS)]
+    assert swirl_idm.best_of_n(Q, P, tok, XS, YS, 6, view, n=5, generator=gen()) == best
