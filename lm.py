@@ -19,7 +19,7 @@ Departures from a plain Hugging Face loop, each exact:
 """
 import copy
 import functools
-import os
+import random
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -43,12 +43,12 @@ def make_tokenizer(texts, vocab_size=1024):
                                    clean_up_tokenization_spaces=False)
 
 
-def make_tiny(tokenizer, width=128, layers=4, heads=4, kv_heads=2, context=2048, seed=0):
+def make_tiny(tokenizer, width=128, layers=4, heads=4, context=2048, seed=0):
     """A small Llama with random weights (about 1M parameters): nothing is downloaded."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=context,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)).eval()
 
@@ -123,7 +123,7 @@ def pad(rows, side, value, device):
 
 def prefill(model, prefixes):
     """Run the prefixes but for their last token: (cache, mask (B, P-1), last token (B, 1), its position (B, 1))."""
-    assert not model.training and not model.is_gradient_checkpointing, "checkpointing would drop the cache silently"
+    assert not model.training and not model.is_activation_checkpointing, "checkpointing would drop the cache silently"
     ids, mask = pad(prefixes, "left", 0, model.device)                             # (B, P)
     position = (mask.cumsum(1) - 1).clamp(min=0)                                   # (B, P)
     cache = DynamicCache(config=model.config)
@@ -254,3 +254,20 @@ def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, bud
         k = None if n_scored is None else [n_scored[n] for n in chosen]
         total[chosen] = logprobs(model, *take(prefixes, rows, owner, chosen), k, temperature).sum(1)
     return total
+
+
+# --- a stand-in for pretraining -----------------------------------------------------------------------------------------
+
+def teach_copying(model, steps=250, lr=8e-3, batch=64, longest=16, seed=0):
+    """Train a random model to repeat strings of random tokens: [string][1 to 8 other tokens] -> [string].
+
+    A pretrained model can copy from its prompt; a random one would spend most of a small labelled set on learning it
+    (measured: README). No text of the run is used, and random strings cannot be learned by heart. Yields each loss."""
+    rng, V, optimizers = random.Random(seed), model.config.vocab_size, make_optimizers(model, lr)
+    for step in range(steps):
+        strings = [[rng.randrange(V) for _ in range(rng.randint(4, longest))] for _ in range(batch)]
+        prompts = [s + [rng.randrange(V) for _ in range(rng.randint(1, 8))] for s in strings]
+        loss = -logprobs(model, prompts, strings, range(batch)).sum() / sum(map(len, strings))
+        loss.backward()
+        optimizer_step(model, optimizers, lr * min(1, (step + 1) / 20) * min(1, 4 * (1 - step / steps)))
+        yield loss.item()

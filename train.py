@@ -56,25 +56,26 @@ class Config:
     minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, else none)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
-    episodes: int = setting(300, "training episodes of a built-in world, halved into labelled and state-only")
-    eval_size: int = setting(400, "test transitions that are scored, drawn once with the seed")
+    episodes: int = setting(260, "training episodes of a built-in world, halved into labelled and state-only")
+    eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed")
     validation_size: int = setting(160, "transitions of the labelled half that are kept aside to choose checkpoints")
     # warm-up (SFT on the labelled half)
-    warmup_steps: int = setting(700, "most steps for the FWM; the IDM takes as many. Rate decays linearly to 0")
+    copy_steps: int = setting(250, "steps in which a tiny model learns to copy random strings, in place of pretraining")
+    warmup_steps: int = setting(500, "most steps for the FWM; the IDM takes as many. Rate decays linearly to 0")
     warmup_batch: int = setting(32, "transitions a step")
     warmup_lr: float = setting(4e-3, "Muon and AdamW. For a pretrained model: 2e-5 (paper)")
     warmup_every: int = setting(50, "steps between validations; the best checkpoint is kept")
+    muon: bool = setting(True, "Muon on the weight matrices in the warm-up; the phases use AdamW, as the paper")
     patience: int = setting(6, "validations without a gain that end the warm-up")
     # Algorithm 1
     iterations: int = setting(2, "times Phase I and Phase II alternate. Paper: up to 3")
-    phase1_steps: int = setting(100, "steps of each Phase I")
+    phase1_steps: int = setting(150, "steps of each Phase I")
     phase2_steps: int = setting(40, "steps of each Phase II")
-    batch: int = setting(16, "pairs (x, y) a step, B. Paper: 64 to 128")
+    batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
-    lr_fwm: float = setting(1e-3, "learning rate of Phase I. Paper: 1e-6 for 3B to 7B models")
-    lr_idm: float = setting(3e-4, "learning rate of Phase II")
-    muon: bool = setting(True, "Muon on the weight matrices, also in the phases (paper: AdamW)")
-    updates: int = setting(4, "optimizer steps on one batch of rollouts (paper: 1)")
+    lr_fwm: float = setting(1e-4, "learning rate of Phase I. Paper: 1e-6 for 3B to 7B models")
+    lr_idm: float = setting(1e-4, "learning rate of Phase II")
+    updates: int = setting(2, "optimizer steps on one batch of rollouts (paper: 1)")
     clip: float = setting(0.2, "range of the policy ratio")
     scale: str = setting("mean", "advantage: R - mean (Eq. 4), / std (released), leave-one-out",
                          choices=["mean", "std", "loo"])
@@ -87,6 +88,8 @@ class Config:
     reward_form: str = setting("sum", "sum of the opposite's token log-probs (theorems) or mean (released)",
                                choices=["sum", "mean"])
     floor: float = setting(10.0, "least reward is -floor; 0 is none (theorems). See swirl_fwm.py, departure 1")
+    skip_unchanged: bool = setting(True, "leave pairs with y = x out of Phase I: no action can be read in them, so P "
+                                   "would be paid for inventing an effect (paper: all pairs)")
     view: str = setting("diff", "what the IDM reads: diff (changed lines, ours) or full (x and y, the paper's)",
                         choices=["diff", "full"])
 
@@ -145,7 +148,8 @@ def load_models(cfg, labelled, state_only):
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
     tok = lm.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
                             + ["\n- \n+ \nnext:\naction:"] * 100)
-    return lm.make_tiny(tok, seed=2 * cfg.seed), lm.make_tiny(tok, seed=2 * cfg.seed + 1), tok
+    P = lm.make_tiny(tok, seed=cfg.seed)
+    return P, lm.make_tiny(tok, seed=cfg.seed), tok
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------------
@@ -340,6 +344,11 @@ def train(cfg):
     # Warm-up: SFT of both directions on the labelled half
     if not run.done("sft"):
         since = time.time()
+        if cfg.model == "tiny":
+            for loss in tqdm(lm.teach_copying(P, cfg.copy_steps, seed=cfg.seed), "copying", cfg.copy_steps, False, disable=None):
+                pass
+            Q.load_state_dict(P.state_dict())                  # both start from one model, as in the paper
+            print(f"  learned to copy random strings: loss {loss:.2f} nats a token  [{run.elapsed() / 60:.1f} min]")
         xs, zs, ys = map(list, zip(*validation))
         warm_up(Q, "IDM", [(swirl_idm.prompt(tok, x, y, cfg.view), swirl_idm.target(tok, z)) for x, z, y in labelled],
                 lambda: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .12 * budget)
@@ -361,7 +370,8 @@ def train(cfg):
         if not run.done(f"iteration{i}/phase1"):
             since = time.time()
             settings = phase_settings(cfg, cfg.beta_fwm, cfg.lr_fwm, limits[0])
-            phase(run, cfg, f"iteration{i}/phase1", P, Q, state_only, settings, cfg.phase1_steps, time_share(run, budget, left),
+            pairs = [(x, y) for x, y in state_only if x != y or not cfg.skip_unchanged]
+            phase(run, cfg, f"iteration{i}/phase1", P, Q, pairs, settings, cfg.phase1_steps, time_share(run, budget, left),
                   lambda ref, opt, pairs, gen: swirl_fwm.phase1_step(P, Q, ref, opt, tok, pairs, settings, **reward,
                                                                      max_z=limits[1], generator=gen))
             stage_ends(f"iteration{i}/phase1", since, "phase1")
@@ -408,7 +418,7 @@ def phase(run, cfg, name, policy, frozen, pairs, settings, steps, seconds, take_
     """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold."""
     begin, rng, order = time.time(), random.Random(f"{cfg.seed} {name}"), []
     gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31))
-    ref, optimizers = lm.freeze(policy), lm.make_optimizers(policy, settings.lr, cfg.muon)   # the reference: pi at the start
+    ref, optimizers = lm.freeze(policy), lm.make_optimizers(policy, settings.lr, muon=False)   # the reference: pi at the start
     before = [p.detach().clone() for p in frozen.parameters()]
     iteration, kind = name.removeprefix("iteration").split("/")
     bar = tqdm(range(1, steps + 1), desc=name, leave=False, disable=None)

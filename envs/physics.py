@@ -3,11 +3,11 @@
 A drawn transition: x on the left; z = `wait`; y is x with the lines on the right in place of theirs.
     stove: on
     freezer: on, shut
-    chest: open
-    shelf: mint, sugar
-    pot: liquid water, 60 C, on the stove               pot: boiling water, 100 C, on the stove
-    cup: liquid milk, 20 C, in the freezer              cup: solid milk, -20 C, in the freezer
-    jar: solid chocolate, 20 C, on the bench
+    chest: shut
+    shelf: oil, butter
+    pot: liquid water, 20 C, in the freezer             pot: solid water, -20 C, in the freezer
+    cup: liquid water, 20 C, on the bench
+    jar: liquid water, 60 C, on the stove               jar: boiling water, 100 C, on the stove
 
 The rules:
  1. Time passes only on `wait`. What a wait does follows from the state before it. An action whose condition
@@ -34,7 +34,8 @@ To add a substance or a recipe: a line in SUBSTANCES or RECIPES (and STOCK, if t
 import copy
 
 STEPS = 14
-KINDS = ("put", "take", "turn on", "turn off", "open", "close", "fill", "pour", "empty", "stir", "add", "wait")
+KINDS = ("put", "take", "turn on", "turn off", "open", "close",
+         "fill", "pour", "empty", "stir", "add", "wait")
 NEVER = 999                                         # a temperature that nothing here reaches
 SUBSTANCES = {                                      # name: (melting point, boiling point)
     "water": (0, 100), "milk": (0, 100), "oil": (-20, NEVER), "butter": (20, NEVER), "chocolate": (40, NEVER),
@@ -70,8 +71,8 @@ class World:
     def text(self):
         on = {device: "on" if self.on[device] else "off" for device in self.on}
         door = {device: "open" if self.open[device] else "shut" for device in self.open}
-        lines = [f"stove: {on['stove']}", f"freezer: {on['freezer']}, {door['freezer']}", f"chest: {door['chest']}",
-                 f"shelf: {', '.join(self.shelf) or 'bare'}"]
+        lines = [f"stove: {on['stove']}", f"freezer: {on['freezer']}, {door['freezer']}",
+                 f"chest: {door['chest']}", f"shelf: {', '.join(self.shelf) or 'bare'}"]
         for v in VESSELS:
             stuff = [f"{phase(s, self.heat[v])} {s}" for s in self.holds[v]]
             inside = ", ".join(stuff + [f"{self.heat[v]} C"]) if stuff else "empty"
@@ -158,8 +159,7 @@ class World:
                 f"put the {v} {PLACES[place]} the {place}", f"take the {v}", f"turn on the {device}",
                 f"turn off the {device}", f"open the {door}", f"close the {door}", f"fill the {v}",
                 f"pour the {v} into the {w}", f"empty the {v}", f"stir the {v}",
-                f"add the {rng.choice(self.shelf or STOCK)} to the {v}",
-                "wait"]
+                f"add the {rng.choice(self.shelf or STOCK)} to the {v}", "wait"]
             if not careless:                        # what leads somewhere comes up more often
                 if self.holds[v]:
                     options += [f"pour the {v} into the {w}", f"put the {v} on the stove"] * 2

@@ -3,34 +3,35 @@
 A family of three shares one travel site, one bank and one calendar. A state is the whole session in eleven
 lines, an action is one call, and the next state is the session after it. A drawn transition:
 
-    x   user: leo                       z   book(f5)
-        cash: 80
-        savings: 100                    y   the same but for these three lines
-        euros: 60                           cash: 20
-        rome: f1 3, f2 3, h1 3, h2 1        lima: f5 2, f6 1, h4 0
-        oslo: f3 3, f4 1, h3 1              bookings: h4 mia, f6 leo, f5 leo
-        lima: f5 3, f6 1, h4 0
-        results: f5, f6, h4
-        bookings: h4 mia, f6 leo
-        reminders: tuesday pay, thursday pack
+    x   user: leo                               z   book(h1)
+        cash: 20
+        savings: 10                             y   the same but for these three lines
+        euros: 50                                   euros: 30
+        rome: f1 3, h1 2                            rome: f1 3, h1 1
+        oslo: f2 1, h2 0                            bookings: h2 mia, h1 leo
+        lima: f3 0, h3 1
+        results: f1, h1
+        bookings: h2 mia
+        reminders: tuesday call, friday pay
         reply: ok
 
-Only the catalogue (PRICE) knows that f5 costs 60. With less cash only the reply would change, to an error.
+Only the catalogue (PRICE) knows that h1 costs 20. With fewer euros only the reply would change, to an error.
 
 Rules
  1. A city's line shows the seats left of each offer. Flights (f) are paid in cash, hotels (h) in euros.
  2. sign_in(mia) works when nobody is in. sign_out() also clears the results.
  3. search(rome) lists all that the catalogue has there, full or not. filter_results(hotels) keeps the hotels,
     filter_results(free) what has seats left; if nothing would stay, it is an error and the list stays.
-    sort_results(price) puts the cheapest first, sort_results(seats) the emptiest; ties keep their order.
+    sort_results(price) puts the cheapest first, sort_results(seats) the emptiest (most left); ties stay.
  4. check_price(f2) and can_afford(f2) only answer: the price; full, or the money missing, or yes.
  5. book(f2) takes a seat and the price. Errors, the first that holds: nobody is in, somebody has booked f2,
-    three bookings already, no seats left, not enough money.
- 6. cancel(f2) is for the user who holds f2. It gives back the seat, and the price less a fee of 10 (what an
-    account cannot hold above 60 is lost).
+    two bookings already, no seats left, not enough money.
+ 6. cancel(f2) is for the user who holds f2, else an error. It gives back the seat, and the price less a fee
+    of 10 (what an account cannot hold above 60 is lost).
  7. transfer(cash, savings, 20) moves money; exchange(cash, 20) makes 10 euros, exchange(euros, 20) 40 cash.
-    Both need a user; deposit(cash, 20) needs none. An account stays within 0 and 60, or it is an error.
- 8. set_reminder(monday, call), move_reminder(monday, friday), clear_reminder(monday): one reminder a day.
+    Both need a user; deposit(cash, 20) needs none. An account below 0 or above 60 would be an error.
+ 8. set_reminder(monday, call), move_reminder(monday, friday), clear_reminder(monday): one reminder a day,
+    one more is an error.
  9. A call that finds nothing to do (signing out twice, clearing a free day, sorting one result) changes no
     line, the reply included. Nor does a read or an error whose reply is already there.
 

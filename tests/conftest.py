@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lm
 
@@ -11,17 +11,6 @@ torch.set_num_threads(1)
 EOS = 0  # of the small vocabularies, and their padding too
 TEXTS = ["\nlamp is on\ndoor is shut", "\nlamp is off\ndoor is open", " turn off", " open the door",
          "\n- lamp is on\n+ lamp is off", "\nnext:", "\naction:"] * 3
-
-
-class Alphabet:
-    """What `make_tiny` asks of a tokenizer, for V tokens and pad == eos."""
-    eos_token_id = pad_token_id = EOS
-
-    def __init__(self, V):
-        self.V = V
-
-    def __len__(self):
-        return self.V
 
 
 def sharpen(model, factor):
@@ -35,7 +24,11 @@ def sharpen(model, factor):
 
 def tiny_llama(V=9, seed=0, factor=12.0):
     """Rotary positions, grouped heads, tied embeddings."""
-    return sharpen(lm.make_tiny(Alphabet(V), width=32, layers=2, context=256, seed=seed), factor)
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=V, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                         tie_word_embeddings=True, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS)
+    return sharpen(LlamaForCausalLM(config).eval(), factor)
 
 
 def tiny_gpt2(V=9, seed=0, factor=12.0):
@@ -90,7 +83,8 @@ def naive_greedy(model, prefix, max_new, eos):
 
 def grads(model):
     """One long vector; a parameter without gradient counts as 0."""
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+    flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]
+    return torch.cat(flat)
 
 
 def weights(model):

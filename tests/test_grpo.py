@@ -1,4 +1,4 @@
-"""Claims of `grpo.py`, held against enumeration of all groups, autograd of the exact objective, and a naive loop."""
+"""Claims of `grpo.py`, against enumeration, autograd of the exact objective, and a naive loop."""
 
 import itertools
 import math
@@ -19,8 +19,8 @@ PROMPTS = [[5], [3, 1, 4, 1, 5, 2, 6], [2, 7, 1]]
 
 def settings(**kw):
     """Every setting that a test relies on is said here or in the test: defaults are free to change."""
-    plain = dict(group_size=4, max_new=4, temperature=1.0, top_p=1.0, top_k=0, scale="mean", beta=0.0, kl="reward",
-                 updates=1, clip=0.2, lr=0.1, max_norm=1e9, budget=10**6)
+    plain = dict(group_size=4, max_new=4, temperature=1.0, top_p=1.0, top_k=0, scale="mean", beta=0.0,
+                 kl="reward", updates=1, clip=0.2, lr=0.1, max_norm=1e9, budget=10**6)
     return GRPO(**{**plain, **kw})
 
 
@@ -31,8 +31,8 @@ def cosine(a, b):
 # --- the estimator, on policies small enough to enumerate ---------------------------------------------------
 
 def expected_update(theta, G, R, cfg, table=lambda theta: theta.log_softmax(-1)[:, None], live=None):
-    """Mean over all groups of the ascent direction. table(theta) -> (K, T) token log-probs of all K outcomes; R(logp)
-    their rewards (K,), which may hold the KL. The loss is linear in A, so a group's probability can weigh its A."""
+    """Mean over all groups of the ascent direction. table(theta) -> (K, T) token log-probs of all K outcomes;
+    R(logp) -> (K,) rewards, maybe with the KL. The loss is linear in A: the group's probability scales it."""
     theta = theta.clone().requires_grad_()
     logp = table(theta)                                                            # (K, T)
     live = torch.ones_like(logp, dtype=torch.bool) if live is None else live
@@ -60,7 +60,7 @@ def test_expected_update_is_the_gradient_of_the_expected_reward(G, scale):
 
 
 def test_dividing_by_the_deviation_is_another_direction():
-    """scale="std" climbs, but neither along the gradient nor in the rewards' unit: ten times the rewards, same step."""
+    """scale="std" climbs, but not along the gradient, and without unit: ten times the rewards, same step."""
     update = expected_update(THETA, 3, lambda logp: REWARDS, settings(scale="std"))
     truth = exact_gradient(THETA, lambda theta: (theta.softmax(-1) * REWARDS).sum())
     assert 0.8 < cosine(update, truth) < 0.9999
@@ -89,11 +89,13 @@ def elbo_of(theta, P, prior, beta):
 def test_kl_in_the_reward_climbs_the_elbo_of_eq_5(beta, scale):
     P, prior = world()
     logP, logprior = P[0, :, 1].log(), prior[0].log()
-    update = expected_update(THETA, 3, lambda logp: logP - beta * grpo.k1(logp[:, 0], logprior), settings(scale=scale))
+    cfg = settings(scale=scale)
+    run = lambda kl: expected_update(THETA, 3, lambda logp: logP - beta * kl(logp[:, 0]), cfg)
+    update = run(lambda logq: grpo.k1(logq, logprior))
     truth = exact_gradient(THETA, lambda theta: elbo_of(theta, P, prior, beta))
     assert torch.allclose(update, truth * (1 if scale == "loo" else 2 / 3), rtol=1e-9)
-    swapped = expected_update(THETA, 3, lambda logp: logP - beta * grpo.k1(logprior, logp[:, 0]), settings(scale=scale))
-    assert relative(swapped, update) > 1e-2  # the sign of the KL is tested
+    swapped = run(lambda logq: grpo.k1(logprior, logq))
+    assert relative(swapped, update) > 1e-2  # the sign of the KL matters
 
 
 def sequences(V, T):
@@ -112,15 +114,15 @@ LIVE = torch.tensor([[t < len(r) for t in range(3)] for r in SEQUENCES])
 
 
 def sequence_table(theta):
-    """(K, 3) token log-probs of all rows, 0 after the end; theta (histories, V): one softmax for each history."""
+    """(K, 3) token log-probs of all rows, 0 after the end. theta: (histories, V), one softmax each."""
     logp = theta.log_softmax(-1)
     zero = logp.new_zeros(())
-    return torch.stack([torch.stack([logp[HISTORIES.index(r[:t]), r[t]] if t < len(r) else zero for t in range(3)])
-                        for r in SEQUENCES])
+    at = lambda r, t: logp[HISTORIES.index(r[:t]), r[t]] if t < len(r) else zero
+    return torch.stack([torch.stack([at(r, t) for t in range(3)]) for r in SEQUENCES])
 
 
 def test_sequence_update_is_the_gradient_of_the_sequence_elbo():
-    """V = 3, up to 3 tokens, early ends. The SUM over tokens is exact; a mean per token, in loss or KL, is not."""
+    """V = 3, up to 3 tokens, early ends. The SUM over tokens is exact; a KL per token is not."""
     gen = torch.Generator().manual_seed(1)
     theta, other = (torch.randn(len(HISTORIES), 3, generator=gen, dtype=torch.float64) for _ in range(2))
     logP = 2 * torch.randn(len(SEQUENCES), generator=gen, dtype=torch.float64)
@@ -140,7 +142,7 @@ def test_sequence_update_is_the_gradient_of_the_sequence_elbo():
 @pytest.mark.parametrize("scale", ["mean", "loo"])
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_whole_step_on_a_model_averages_to_the_exact_gradient(monkeypatch, scale, beta):
-    """`step` itself, fed with all groups of two of all 7 rows of V = 3, T <= 2, weighted by their probability."""
+    """`step` itself, fed with all groups of two of the 7 rows of V = 3, T <= 2, weighed by probability."""
     policy, ref, rows = tiny_llama(3, 1), tiny_llama(3, 2), sequences(3, 2)
     values = {r: math.sin(3 * n) * 2 for n, r in enumerate(rows)}
     logq = torch.stack([naive(policy, [1, 2], r, 0.7).sum() for r in rows])
@@ -149,7 +151,8 @@ def test_whole_step_on_a_model_averages_to_the_exact_gradient(monkeypatch, scale
     (logq.exp() * (torch.tensor([values[r] for r in rows]) - beta * (logq - logref))).sum().backward()
     truth = grads(policy)
     policy.zero_grad()
-    mean, cfg = torch.zeros_like(truth), settings(group_size=2, max_new=2, scale=scale, beta=beta, temperature=0.7)
+    cfg = settings(group_size=2, max_new=2, scale=scale, beta=beta, temperature=0.7)
+    mean = torch.zeros_like(truth)
     reward = lambda owner, rows: torch.tensor([values[tuple(r)] for r in rows])
     for a, b in itertools.product(range(len(rows)), repeat=2):
         drawn = [list(rows[a]), list(rows[b])], [naive(policy, [1, 2], rows[n], 0.7).tolist() for n in (a, b)]
@@ -209,7 +212,8 @@ def test_k1_and_k3_are_unbiased_values_of_the_kl_to_the_reference():
     pi = THETA.log_softmax(-1)
     for k in (grpo.k1, grpo.k3):
         assert (pi.exp() * k(pi, REF)).sum().item() == pytest.approx(kl(pi, REF).item(), rel=1e-12)
-        assert (pi.exp() * k(REF, pi)).sum().item() != pytest.approx(kl(pi, REF).item(), rel=1e-2)  # not swapped
+        swapped = (pi.exp() * k(REF, pi)).sum().item()
+        assert swapped != pytest.approx(kl(pi, REF).item(), rel=1e-2)
     assert (grpo.k3(pi, REF) > 0).all() and (grpo.k3(pi, pi) == 0).all() and (grpo.k1(pi, pi) == 0).all()
 
 
@@ -272,7 +276,7 @@ def reward(owner, rows):
 
 
 def naive_loss(policy, ref, prompts, rows, cfg, old=None):
-    """The objective as the docstring states it, over all B*G rollouts: no batch, no cache, no rows left out."""
+    """The objective as `grpo` states it, over all B*G rollouts: no batch, no cache, no row left out."""
     B, G = len(prompts), cfg.group_size
     prompt = lambda n: prompts[n // G]
     logp = [naive(policy, prompt(n), r, cfg.temperature) for n, r in enumerate(rows)]
@@ -310,7 +314,7 @@ def test_gradient_equals_a_naive_loop_for_every_micro_batch(kind, scale, kl):
         log, rows, R = grpo.step(policy, ref, [recorder], prompts, reward, cfg, EOS, gen)
         if budget == 1:
             lengths = set(map(len, rows))
-            assert len(lengths) > 2 and len({(n // 6, *r) for n, r in enumerate(rows)}) < 18 == len(rows)
+            assert len(lengths) > 1 and len({(n // 6, *r) for n, r in enumerate(rows)}) < 18 == len(rows)
             naive_loss(policy, ref, prompts, rows, cfg)[0].backward()
             truth = grads(policy)
             policy.zero_grad()
@@ -344,8 +348,8 @@ def test_log_tells_the_truth():
     log, rows, R = grpo.step(policy, ref, lm.make_optimizers(policy, 1e-3), PROMPTS, reward, cfg, EOS,
                              torch.Generator().manual_seed(0))
     owner = [n // 4 for n in range(12)]
-    d = [(naive(truth, PROMPTS[o], r, 0.7) - naive(ref, PROMPTS[o], r, 0.7)).sum().item() for o, r in zip(owner, rows)]
-    assert log["kl"] == pytest.approx(sum(d) / 12, abs=1e-4)
+    total = lambda model: sum(naive(model, PROMPTS[o], r, 0.7).sum().item() for o, r in zip(owner, rows))
+    assert log["kl"] == pytest.approx((total(truth) - total(ref)) / 12, abs=1e-4)
     assert log["reward"] == pytest.approx(sum(value(o, r) for o, r in zip(owner, rows)) / 12, abs=1e-6)
     assert log["reward_std"] == pytest.approx(R.view(3, 4).std(1).mean().item())
     assert log["truncated"] == sum(EOS not in r for r in rows) / 12 and log["tokens"] == sum(map(len, rows))
@@ -355,7 +359,8 @@ def test_log_tells_the_truth():
 def test_kl_is_zero_when_the_phase_begins():
     policy = tiny_llama()
     ref = lm.freeze(policy)
-    run = lambda n: grpo.step(policy, ref, opt, PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(n))[0]
+    gen = lambda n: torch.Generator().manual_seed(n)
+    run = lambda n: grpo.step(policy, ref, opt, PROMPTS, reward, cfg, EOS, gen(n))[0]
     cfg, opt = settings(beta=0.1, lr=1e-2, temperature=0.7), lm.make_optimizers(policy, 1e-2)
     assert abs(run(0)["kl"]) < 1e-4
     assert max(abs(run(n)["kl"]) for n in range(1, 4)) > 1e-2  # and not because ref follows
@@ -428,7 +433,7 @@ def test_unique_keeps_groups_apart_and_counts():
     kept, owner, where, count = grpo.unique(rows, 4)
     assert [(owner[n], kept[n]) for n in where.tolist()] == [(i // 4, r) for i, r in enumerate(rows)]
     assert len({(o, *r) for o, r in zip(owner, kept)}) == len(kept) == 5
-    assert count.tolist() == [sum(w == n for w in where.tolist()) for n in range(5)] and count.sum() == len(rows)
+    assert count.tolist() == [where.tolist().count(n) for n in range(5)] and count.sum() == len(rows)
 
 
 # --- learning -----------------------------------------------------------------------------------------------
@@ -440,10 +445,10 @@ def first_token(model, prefix=(5,)):
 @pytest.mark.parametrize("kl_form", ["reward", "loss"])
 def test_without_reward_a_kl_drives_the_policy_to_the_reference(kl_form):
     policy, ref = tiny_llama(9, 1), tiny_llama(9, 2)
-    cfg = settings(group_size=32, max_new=1, beta=3.0, kl=kl_form, lr=0.03, max_norm=1.0)
+    cfg = settings(group_size=64, max_new=1, beta=3.0, kl=kl_form, lr=0.01, max_norm=1.0)
     opt, gen = lm.make_optimizers(policy, cfg.lr, muon=False), torch.Generator().manual_seed(0)
     before = kl(first_token(policy), first_token(ref)).item()
-    for _ in range(30):
+    for _ in range(40):
         grpo.step(policy, ref, opt, [[5]], lambda owner, rows: torch.zeros(len(rows)), cfg, EOS, gen)
     assert kl(first_token(policy), first_token(ref)).item() < 0.2 * before > 0.1
 

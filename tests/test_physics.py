@@ -5,25 +5,18 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from envs import physics
-from envs.physics import KINDS, VESSELS, World, episode
+from envs.physics import KINDS, STEPS, VESSELS, World, __doc__ as doc, episode
 
 EPISODES = [episode(random.Random(seed)) for seed in range(200)]
-DRAWN = [t for e in EPISODES for t in e]
+DRAWN = [transition for e in EPISODES for transition in e]
 
 
 def read(text):
-    """The world that a state text describes; it uses nothing but the text."""
+    """The world that a state text describes, from nothing but the text."""
     world, line = World(random.Random(0)), dict(row.split(": ") for row in text.split("\n"))
-    world.time = line["time"]
-    world.on = {device: line[device].split(", ")[0] == "on" for device in ("stove", "freezer", "lamp")}
+    world.on = {device: line[device].split(", ")[0] == "on" for device in ("stove", "freezer")}
     world.open = {device: line[device].endswith("open") for device in ("freezer", "chest")}
-    world.charge = int(line["battery"].split()[0])
-    world.wire = None if line["battery"].endswith("loose") else line["battery"].split()[-1]
     world.shelf = [] if line["shelf"] == "bare" else line["shelf"].split(", ")
-    world.soil, plant, spot = line["soil"].split(", ")
-    world.plant = None if plant == "bare" else tuple(plant.split())
-    world.spot = spot.split()[-1]
     for v in VESSELS:
         *inside, place = line[v].split(", ")
         world.where[v] = place.split()[-1]
@@ -32,176 +25,106 @@ def read(text):
     return world
 
 
-PLAIN = """time: night
-stove: off
-freezer: off, shut
-chest: shut
-lamp: off
-battery: 40 percent, loose
-shelf: salt, milk, bean
-soil: dry, bare, at the window
-pot: empty, on the bench
-cup: empty, on the bench
-jar: empty, on the bench"""
-
-
 def given(*lines):
-    """The plain state with these lines in place of its own."""
-    text = PLAIN
-    for new in lines:
-        text = re.sub(rf"^{new.split(':')[0]}: .*$", new, text, flags=re.M)
-    return read(text)
+    """A plain state, with these lines in place of its own."""
+    plain = {"stove": "off", "freezer": "off, shut", "chest": "shut", "shelf": "salt, milk",
+             **{v: "empty, on the bench" for v in VESSELS}} | dict(row.split(": ") for row in lines)
+    return read("\n".join(f"{name}: {facts}" for name, facts in plain.items()))
 
 
 def after(world, *actions):
+    """The lines of the state that the actions lead to."""
     for z in actions:
         world.step(z)
     return world.text().split("\n")
 
-
-# ---- the rules
-
-def test_stove_melts_and_boils_away():
-    world = given("stove: on", "pot: solid butter, 20 C, on the stove",
-                  "cup: liquid water, 60 C, on the bench")
-    lines = after(world, "wait")
-    assert "pot: liquid butter, 60 C, on the stove" in lines
-    assert "cup: liquid water, 40 C, on the bench" in lines                 # what stands about cools
-    world = given("stove: on", "pot: liquid water, liquid oil, 80 C, on the stove")
-    assert "pot: boiling water, liquid oil, 100 C, on the stove" in after(world, "wait")    # not past 100
-    assert "pot: liquid oil, 100 C, on the stove" in after(world, "wait")
-    assert "pot: liquid oil, 120 C, on the stove" in after(world, "wait")
-    world = given("stove: off", "pot: boiling water, 100 C, on the stove")
-    assert "pot: liquid water, 80 C, on the stove" in after(world, "wait")
+def test_the_transition_in_the_docstring():
+    rows = [re.split("  +", row.strip()) for row in doc.split("\n") if row.startswith("    ")][:7]
+    assert after(read("\n".join(row[0] for row in rows)), "wait") == [row[-1] for row in rows]
 
 
-def test_boiling_brine_leaves_its_salt():
-    world = given("stove: on", "pot: boiling brine, 120 C, on the stove")
-    assert "pot: solid salt, 120 C, on the stove" in after(world, "wait")
+@pytest.mark.parametrize("before, then", [
+    ("solid butter, 20 C, on the stove", "liquid butter, 60 C, on the stove"),
+    ("liquid water, liquid oil, 80 C, on the stove", "boiling water, liquid oil, 100 C, on the stove"),
+    ("boiling water, liquid oil, 100 C, on the stove", "liquid oil, 100 C, on the stove"),
+    ("boiling milk, 100 C, on the stove", "empty, on the stove"),
+    ("boiling brine, 120 C, on the stove", "solid salt, 120 C, on the stove"),
+    ("boiling water, 100 C, in the sink", "liquid water, 80 C, in the sink"),
+    ("solid wax, -20 C, on the bench", "solid wax, 0 C, on the bench"),
+    ("liquid wax, 80 C, in the chest", "liquid wax, 80 C, in the chest")])       # shut: it keeps the heat
+def test_a_wait_with_the_stove_on(before, then):
+    assert f"pot: {then}" in after(given("stove: on", f"pot: {before}"), "wait")
 
 
-@pytest.mark.parametrize("freezer, then", [
-    ("on, shut", "solid water, -20 C"), ("on, open", "liquid water, 20 C"),
-    ("off, shut", "liquid water, 20 C")])
-def test_freezer_must_be_on_and_shut(freezer, then):
-    world = given(f"freezer: {freezer}", "jar: liquid water, 20 C, in the freezer")
-    assert f"jar: {then}, in the freezer" in after(world, "wait")
+def test_the_freezer_must_be_on_and_shut():
+    cold, warm = "solid water, 0", "liquid water, 20"
+    for freezer, then in [("on, shut", cold), ("on, open", warm), ("off, shut", warm)]:
+        world = given(f"freezer: {freezer}", "jar: liquid water, 40 C, in the freezer")
+        assert f"jar: {then} C, in the freezer" in after(world, "wait")
 
 
-def test_shut_chest_keeps_heat_and_is_out_of_reach():
-    hot = "cup: liquid water, 80 C, in the chest"
-    world = given("chest: shut", hot)
-    assert hot in after(world, "wait", "take the cup", "empty the cup", "pour the cup into the pot")
-    assert "cup: liquid water, 60 C, in the chest" in after(world, "open the chest", "wait")
-    assert "cup: liquid water, 60 C, on the bench" in after(world, "take the cup")
+def test_a_place_takes_one_vessel_and_shut_doors_keep_off():
+    world = given("cup: liquid water, 80 C, in the chest")
+    assert after(world) == after(world, "take the cup", "empty the cup", "pour the cup into the pot")
+    assert "cup: liquid water, 60 C, on the bench" in after(world, "open the chest", "wait", "take the cup")
+    world = given("pot: empty, on the stove")
+    assert after(world) == after(world, "put the cup on the stove", "put the jar in the freezer")
+    assert "cup: empty, on the stove" in after(world, "take the pot", "put the cup on the stove")
 
 
 def test_pouring_moves_liquids_only_and_mixes_heat():
-    world = given("pot: boiling water, solid mint, 100 C, on the bench",
-                  "cup: liquid milk, 20 C, on the bench")
-    lines = after(world, "pour the pot into the cup")
-    assert "pot: solid mint, 100 C, on the bench" in lines
-    assert "cup: liquid milk, liquid water, 60 C, on the bench" in lines
-    frozen = given("pot: solid water, 0 C, on the bench")
-    assert frozen.text().split("\n") == after(frozen, "pour the pot into the cup")
+    world = given("pot: boiling water, solid mint, 100 C, on the bench", "cup: liquid oil, 20 C, in the sink")
+    pot, cup = after(world, "pour the pot into the cup")[4:6]
+    assert pot == "pot: solid mint, 100 C, on the bench"
+    assert cup == "cup: liquid oil, liquid water, 60 C, in the sink"
+    assert after(world) == after(world, "pour the pot into the jar")                        # mint is solid
+
+
+def test_filling_and_adding_need_room_and_come_at_20():
+    world = given("pot: liquid water, 60 C, in the sink")
+    assert after(world) == after(world, "fill the pot", "fill the cup")       # has water; not in the sink
+    lines = after(world, "add the salt to the pot", "add the milk to the pot")
+    assert lines[3:5] == ["shelf: milk", "pot: liquid water, solid salt, 40 C, in the sink"]
+    assert "pot: liquid water, 20 C, in the sink" in after(world, "empty the pot", "fill the pot")
 
 
 def test_stirring_needs_a_recipe_and_warmth():
-    cold = given("pot: liquid milk, solid chocolate, 40 C, on the bench")
-    assert "pot: liquid milk, solid chocolate, 40 C, on the bench" in after(cold, "stir the pot")
-    warm = given("pot: liquid milk, liquid chocolate, 60 C, on the bench")
-    assert "pot: liquid cocoa, 60 C, on the bench" in after(warm, "stir the pot")
-    odd = given("pot: liquid water, liquid oil, 80 C, on the bench")
-    assert "pot: liquid water, liquid oil, 80 C, on the bench" in after(odd, "stir the pot")
+    for before, then in [("liquid chocolate, liquid milk, 60 C", "liquid cocoa, 60 C"),
+                         ("liquid milk, solid chocolate, 40 C", "liquid milk, solid chocolate, 40 C"),
+                         ("liquid water, liquid oil, 80 C", "liquid water, liquid oil, 80 C")]:
+        assert f"pot: {then}, on the bench" in after(given(f"pot: {before}, on the bench"), "stir the pot")
 
 
-def test_battery_lamp_and_panel():
-    world = given("lamp: on, dark", "battery: 20 percent, loose", "time: night")
-    lines = after(world, "connect the battery to the panel", "connect the battery to the lamp")
-    assert "lamp: on, dark" in lines                                        # the one wire was in use
-    lines = after(world, "disconnect the battery", "connect the battery to the lamp")
-    assert "lamp: on, glowing" in lines
-    lines = after(world, "wait")                                            # it was the last of the charge
-    assert "battery: 0 percent, wired to the lamp" in lines and "lamp: on, dark" in lines
-    lines = after(world, "disconnect the battery", "connect the battery to the panel", "wait")
-    assert "battery: 20 percent, wired to the panel" in lines               # charged by the morning light
+@pytest.mark.parametrize("z", ["dance", "", "put the pot in the stove", "take the stove", "wait longer",
+                               "pour the pot into the pot", "open the stove", "add the water to the pot"])
+def test_unknown_action(z):
+    with pytest.raises(ValueError):
+        given().step(z)
 
-
-@pytest.mark.parametrize("time, soil, then", [
-    ("noon", "wet, bean seed, at the window", "damp, bean sprout, at the window"),
-    ("night", "wet, bean seed, at the window", "damp, bean seed, at the window"),
-    ("noon", "damp, ivy sprout, at the window", "dry, ivy sprout, at the window"),
-    ("noon", "damp, ivy sprout, in the corner", "dry, ivy flower, in the corner"),
-    ("noon", "dry, rose sprout, at the window", "dry, rose wilted, at the window"),
-    ("noon", "dry, rose seed, at the window", "dry, rose seed, at the window")])
-def test_growth_needs_water_and_the_right_light(time, soil, then):
-    assert f"soil: {then}" in after(given(f"time: {time}", f"soil: {soil}"), "wait")
-
-
-def test_sow_water_and_pull_up():
-    world = given("cup: liquid water, 20 C, on the bench", "jar: liquid water, 80 C, on the bench")
-    lines = after(world, "sow the bean", "water the soil from the cup")
-    assert "soil: wet, bean seed, at the window" in lines and "cup: empty, on the bench" in lines
-    assert "shelf: salt, milk" in lines
-    hot = given("soil: dry, bean sprout, at the window", "jar: liquid water, 80 C, on the bench")
-    assert "soil: wet, bean wilted, at the window" in after(hot, "water the soil from the jar")
-    ripe = given("soil: dry, ivy flower, at the window")
-    lines = after(ripe, "pull up the plant")
-    assert "soil: dry, bare, at the window" in lines and "shelf: salt, milk, bean, ivy" in lines
-
-
-def test_unknown_actions():
-    for z in ("dance", "", "put the pot in the stove", "take the stove", "pour the pot into the pot",
-              "open the lamp", "add the bean to the pot", "wait longer"):
-        with pytest.raises(ValueError):
-            given().step(z)
-
-
-# ---- the transitions as data
 
 def test_next_state_follows_from_the_text_alone():
-    seen = {}
     for x, z, y in DRAWN:
-        assert seen.setdefault((x, z), y) == y
-        world = read(x)
-        assert world.text() == x
-        world.step(z)
-        assert world.text() == y
+        assert read(x).text() == x and "\n".join(after(read(x), z)) == y
 
 
-def test_episodes_chain_and_repeat_by_seed():
-    for e in EPISODES[:20]:
-        assert len(e) == physics.STEPS and all(a[2] == b[0] for a, b in zip(e, e[1:]))
+def test_episodes_are_chains_by_seed_and_kinds_are_in_proportion():
+    assert all(len(e) == STEPS and all(a[2] == b[0] for a, b in zip(e, e[1:])) for e in EPISODES)
     assert episode(random.Random(7)) == EPISODES[7] != EPISODES[8]
+    shares = Counter(next(k for k in KINDS if f"{z} ".startswith(k + " ")) for _, z, _ in DRAWN)
+    assert len(KINDS) == len(shares) == 12 and min(shares.values()) >= 0.02 * len(DRAWN)
+    assert 0.08 <= sum(x == y for x, _, y in DRAWN) / len(DRAWN) <= 0.15
 
 
-def kind(z):
-    return max((k for k in KINDS if z == k or z.startswith(k + " ")), key=len)
-
-
-def test_kinds_and_failures_are_in_proportion():
-    shares = Counter(kind(z) for _, z, _ in DRAWN)
-    assert len(KINDS) == len(shares) == 18
-    assert min(shares.values()) > 0.015 * len(DRAWN)
-    assert 0.07 < sum(x == y for x, _, y in DRAWN) / len(DRAWN) < 0.15
-
-
-def test_states_are_short_and_varied():
+def test_states_are_short_and_varied_and_the_diff_tells_the_action():
     words = [len(x.split()) for x, _, _ in DRAWN]
-    assert all(x.count("\n") == 10 for x, _, _ in DRAWN)
-    assert min(words) >= 35 and max(words) <= 60
-    vocabulary = set(re.findall(r"-?\w+", " ".join(x + " " + z for x, z, _ in DRAWN)))
-    assert len(vocabulary) <= 150
-    states = Counter(s for e in EPISODES for s in [e[0][0]] + [y for x, _, y in e if x != y])
-    assert len(states) > 0.95 * sum(states.values())
-
-
-def test_the_diff_tells_the_action():
-    causes, diffs = defaultdict(set), []
+    assert sum(words) >= 30 * len(words) and max(words) <= 45 and {x.count("\n") for x, _, _ in DRAWN} == {6}
+    assert len(set(re.findall(r"-?\w+", " ".join(x + " " + z for x, z, _ in DRAWN)))) <= 60
+    states = [s for e in EPISODES[:100] for s in [e[0][0]] + [y for x, _, y in e if x != y]]
+    assert len(set(states)) >= 0.95 * len(states)
+    causes = defaultdict(list)
     for x, z, y in DRAWN:
         assert z not in y
         if x != y:
-            diff = tuple((a, b) for a, b in zip(x.split("\n"), y.split("\n")) if a != b)
-            causes[diff].add(z)
-            diffs.append(diff)
-    assert sum(len(causes[d]) == 1 for d in diffs) >= 0.93 * len(diffs)
+            causes[tuple((a, b) for a, b in zip(x.split("\n"), y.split("\n")) if a != b)].append(z)
+    clear = [len(set(zs)) == 1 for zs in causes.values() for _ in zs]
+    assert sum(clear) >= 0.93 * len(clear)

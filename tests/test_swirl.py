@@ -1,4 +1,4 @@
-"""Claims of `swirl_fwm.py` and `swirl_idm.py`: prompts, rewards, and that a phase moves one model and reads no z."""
+"""Claims of `swirl_fwm.py`, `swirl_idm.py`: prompts, rewards; a phase moves one model and is given no z."""
 
 import random
 
@@ -16,13 +16,14 @@ PAIRS = [("lamp is on\ndoor is shut", "lamp is off\ndoor is shut"), ("a\nb\nc", 
          ("door is open", "door is open"), ("x\ny", "x\ny\nlamp is on\nq")]
 XS, YS = map(list, zip(*PAIRS))
 ZS = ["turn off", "drop b", "", "add two lines"]
-ODD = ["", " ", "\n", "\n\n", " a", "a ", "\na", "a\n", "\t", "caf\u00e9 \U0001f916\u200d", "\r\n", "action:", "a  b", "\x00"]
+ODD = ["", " ", "\n", "\n\n", " a", "a ", "\na", "a\n", "\t", "caf\u00e9 \U0001f916\u200d",
+       "\r\n", "action:", "a  b", "\x00"]
 VIEWS = ["diff", "full"]
 
 
 def settings(**kw):
-    plain = dict(group_size=3, max_new=5, temperature=1.0, top_p=1.0, top_k=0, scale="mean", beta=0.0, kl="reward",
-                 updates=1, clip=0.2, lr=1e-2, max_norm=1.0, budget=10**6)
+    plain = dict(group_size=3, max_new=5, temperature=1.0, top_p=1.0, top_k=0, scale="mean", beta=0.0,
+                 kl="reward", updates=1, clip=0.2, lr=1e-2, max_norm=1.0, budget=10**6)
     return GRPO(**{**plain, **kw})
 
 
@@ -78,7 +79,7 @@ def test_prompts_are_segments_tokenised_alone_x_first(tok, n):
 
 
 def test_prompt_of_p_does_not_hold_y_nor_the_prompt_of_q_z(tok):
-    """What is asked for is not shown: P's prompt holds x and z, Q's full view x and y, its diff only their lines."""
+    """What is asked for is not shown: P reads x and z, Q reads x and y, or only the lines that change."""
     show = lambda row: lm.decode(tok, row)
     assert show(swirl_fwm.prompt(tok, "XX", "ZZ")) == "\nXX\naction: ZZ\nnext:"
     assert show(swirl_idm.prompt(tok, "XX", "YY", "full")) == "\nXX\nnext:\nYY\naction:"
@@ -202,14 +203,16 @@ def test_phase_1_reward_is_log_q_of_the_group_s_z_given_y_hat(monkeypatch, tok, 
     """Eq. 3. Every future of a pair is judged by one z, drawn by Q, its end token included."""
     kw = dict(optimizers=[Recorder(P)], view=view, form=form, floor=floor)
     got = captured(monkeypatch, 1, P, Q, tok, **kw)
-    truth = lambda x, z, y_hat: shaped(logq_z(Q, tok, x, z, y_hat, view), len(ids(tok, " " + z)) + 1, form, floor)
+    length = lambda z: len(ids(tok, " " + z)) + 1
+    truth = lambda x, z, y_hat: shaped(logq_z(Q, tok, x, z, y_hat, view), length(z), form, floor)
     assert [(x, y) for x, z, y, y_hat, R in got["examples"]] == PAIRS
     assert got["prompts"] == [fwm_prompt(tok, x, z) for x, z, *_ in got["examples"]]
-    assert [R for *_, R in got["examples"]] == pytest.approx([truth(x, z, h) for x, z, _, h, _ in got["examples"]], abs=1e-3)
+    for x, z, _, y_hat, R in got["examples"]:
+        assert R == pytest.approx(truth(x, z, y_hat), abs=1e-3)
     futures, owner = ["a", "lamp is off", "", "b\nc", "a"], [3, 0, 2, 0, 1]  # in no order, not one a pair
     rewards = got["reward"](owner, [swirl_fwm.target(tok, h) for h in futures])
-    zs = [z for _, z, *_ in got["examples"]]
-    assert rewards.tolist() == pytest.approx([truth(XS[o], zs[o], h) for o, h in zip(owner, futures)], abs=1e-3)
+    for o, y_hat, R in zip(owner, futures, rewards.tolist()):
+        assert R == pytest.approx(truth(XS[o], got["examples"][o][1], y_hat), abs=1e-3)
     assert got["eos"] == tok.eos_token_id
 
 
@@ -220,7 +223,8 @@ def test_phase_2_reward_is_log_p_of_the_observed_y(monkeypatch, tok, P, Q, form,
     truth = lambda x, y, z: shaped(logp_y(P, tok, x, z, y), len(ids(tok, "\n" + y)) + 1, form, floor)
     assert [(x, y) for x, y, z, R in got["examples"]] == PAIRS
     assert got["prompts"] == [idm_prompt(tok, x, y, "full") for x, y in PAIRS]
-    assert [R for *_, R in got["examples"]] == pytest.approx([truth(x, y, z) for x, y, z, _ in got["examples"]], abs=1e-3)
+    for x, y, z, R in got["examples"]:
+        assert R == pytest.approx(truth(x, y, z), abs=1e-3)
     actions, owner = ["turn off", "", "open the door", "drop b"], [2, 0, 0, 3]
     rewards = got["reward"](owner, [swirl_idm.target(tok, z) for z in actions])
     assert rewards.tolist() == pytest.approx([truth(*PAIRS[o], z) for o, z in zip(owner, actions)], abs=1e-3)
@@ -276,7 +280,8 @@ def test_phase_1_draws_z_from_q_given_x_and_y(monkeypatch, tok, P, Q, view):
     assert prefixes == [idm_prompt(tok, x, y, view) for x, y in PAIRS]
     assert [z for _, z, *_ in examples] == [swirl_idm.read(tok, r) for r in rows]
     model, prefixes, G, max_new, rows = calls[1]
-    assert model is P and G == 3 and [h for *_, h, _ in examples] == [swirl_fwm.read(tok, r) for r in rows[::3]]
+    assert model is P and G == 3
+    assert [h for *_, h, _ in examples] == [swirl_fwm.read(tok, r) for r in rows[::3]]
 
 
 # --- forecasts ----------------------------------------------------------------------------------------------
@@ -284,11 +289,11 @@ def test_phase_1_draws_z_from_q_given_x_and_y(monkeypatch, tok, P, Q, view):
 def test_predict_is_greedy_and_in_order(tok, P, Q):
     """Also when the batch is sorted by length inside."""
     row = lambda model, prefix: naive_greedy(model, prefix, 6, tok.eos_token_id)
-    assert swirl_fwm.predict(P, tok, XS, ZS, 6) == [swirl_fwm.read(tok, row(P, fwm_prompt(tok, x, z)))
-                                                    for x, z in zip(XS, ZS)]
+    truth = [swirl_fwm.read(tok, row(P, fwm_prompt(tok, x, z))) for x, z in zip(XS, ZS)]
+    assert swirl_fwm.predict(P, tok, XS, ZS, 6) == truth
     for view in VIEWS:
-        assert swirl_idm.predict(Q, tok, XS, YS, 6, view) == [swirl_idm.read(tok, row(Q, idm_prompt(tok, x, y, view)))
-                                                              for x, y in PAIRS]
+        truth = [swirl_idm.read(tok, row(Q, idm_prompt(tok, x, y, view))) for x, y in PAIRS]
+        assert swirl_idm.predict(Q, tok, XS, YS, 6, view) == truth
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -301,5 +306,6 @@ def test_best_of_n_is_the_likeliest_under_the_opposite(tok, P, Q, view):
     assert swirl_fwm.best_of_n(P, Q, tok, XS, ZS, 6, view, n=5, generator=gen()) == best
     rows = lm.sample_all(Q, [idm_prompt(tok, x, y, view) for x, y in PAIRS], 5, 6, tok.eos_token_id, gen())
     drawn = [swirl_idm.read(tok, r) for r in rows]
-    best = [max(drawn[5 * i:5 * i + 5], key=lambda z: logp_y(P, tok, x, z, y)) for i, (x, y) in enumerate(PAIRS)]
+    best = [max(drawn[5 * i:5 * i + 5], key=lambda z: logp_y(P, tok, x, z, y))
+            for i, (x, y) in enumerate(PAIRS)]
     assert swirl_idm.best_of_n(Q, P, tok, XS, YS, 6, view, n=5, generator=gen()) == best
