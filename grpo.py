@@ -100,12 +100,13 @@ def unique(rows, G):
 
 def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_ref=None):
     """`cfg.updates` optimizer steps on the given rows. A (N,) counts duplicates already; `total` = B*G is the normaliser,
-    whatever the number of micro-batches. Returns (mean gradient norm, {row: its token log-probs before the first step})."""
+    whatever the number of micro-batches. Returns (mean loss, mean gradient norm, {row: its token log-probs before the
+    first step})."""
     needed = (A.abs() > 1e-6) | (cfg.kl == "loss" and cfg.beta > 0)                # the others have no gradient
     keep = needed.nonzero()[:, 0].tolist()
     parts = [[keep[i] for i in part] for part in
              lm.chunks(prompts, [rows[n] for n in keep], [owner[n] for n in keep], cfg.budget)] if keep else []
-    old, norms = [None] * len(parts), [0.0]
+    old, losses, norms = [None] * len(parts), [], []
     for _ in range(cfg.updates if keep else 0):
         for i, part in enumerate(parts):
             logp = lm.logprobs(policy, *lm.take(prompts, rows, owner, part), temperature=cfg.temperature)  # (n, T)
@@ -114,8 +115,10 @@ def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_
             ref = None if logp_ref is None else logp_ref[part][:, :logp.shape[1]].to(logp)
             loss = loss_sum(logp, old[i], A[part].to(logp), live.to(logp.device), cfg, ref, count[part].to(logp))
             (loss / total).backward()
+            losses.append(loss.item() / total)
         norms.append(lm.optimizer_step(policy, optimizers, cfg.lr, cfg.max_norm))
-    return sum(norms) / max(1, len(norms) - 1), {n: lp for part, o in zip(parts, old) for n, lp in zip(part, o.cpu())}
+    times = max(1, len(norms))
+    return sum(losses) / times, sum(norms) / times, {n: lp for part, o in zip(parts, old) for n, lp in zip(part, o.cpu())}
 
 
 def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, allowed=None):
@@ -128,7 +131,7 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, all
     rows, owner, where, count = unique(sampled, G)                                 # N distinct rows
     R = reward(owner, rows).cpu()                                                  # (N,)
     log = {"reward": R[where].mean().item(), "reward_std": R[where].view(B, G).std(1).mean().item(),
-           "truncated": sum(r[-1] != eos for r in sampled) / (B * G), "tokens": sum(map(len, sampled))}
+           "kl": None, "truncated": sum(r[-1] != eos for r in sampled) / (B * G), "tokens": sum(map(len, sampled))}
     logp_pi = {n: torch.tensor(lp) for n, lp in zip(where.tolist(), logp_sampled)}   # row: (T,)
     logp_ref, shaped = None, R
     if ref is not None:
@@ -140,7 +143,8 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, all
     A = advantages(shaped[where].view(B, G), cfg.scale)                            # (B, G)
     log["zero_std_groups"] = (A == 0).all(1).float().mean().item()
     A = torch.zeros(len(rows)).index_add(0, where, A.flatten())                    # (N,) duplicates add up
-    log["grad_norm"], logp_old = update(policy, optimizers, prompts, rows, owner, A, count, B * G, cfg, logp_ref)
+    log["loss"], log["grad_norm"], logp_old = update(policy, optimizers, prompts, rows, owner, A, count, B * G, cfg,
+                                                      logp_ref)
     log["gap"] = max((float((lp[:len(rows[n])] - logp_pi[n]).abs().max()) for n, lp in logp_old.items()), default=0.0)
     return log, sampled, R[where]
 

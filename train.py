@@ -60,7 +60,7 @@ class Config:
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed")
     validation_size: int = setting(160, "transitions of the labelled half that are kept aside to choose checkpoints")
     # warm-up (SFT on the labelled half)
-    copy_steps: int = setting(250, "steps in which a tiny model learns to copy random strings, in place of pretraining")
+    copy_steps: int = setting(300, "steps in which a tiny model learns to copy random strings, in place of pretraining")
     warmup_steps: int = setting(500, "most steps for the FWM; the IDM takes as many. Rate decays linearly to 0")
     warmup_batch: int = setting(32, "transitions a step")
     warmup_lr: float = setting(4e-3, "Muon and AdamW. For a pretrained model: 2e-5 (paper)")
@@ -73,8 +73,8 @@ class Config:
     phase2_steps: int = setting(40, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
-    lr_fwm: float = setting(1e-4, "learning rate of Phase I. Paper: 1e-6 for 3B to 7B models")
-    lr_idm: float = setting(1e-4, "learning rate of Phase II")
+    lr_fwm: float = setting(1.5e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
+    lr_idm: float = setting(1e-4, "learning rate of Phase II, as well")
     updates: int = setting(2, "optimizer steps on one batch of rollouts (paper: 1)")
     clip: float = setting(0.2, "range of the policy ratio")
     scale: str = setting("mean", "advantage: R - mean (Eq. 4), / std (released), leave-one-out",
@@ -109,6 +109,12 @@ def parse(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
                             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
     cfg = Config(**vars(parser.parse_args(argv)))
+    for name in ("episodes", "eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_every", "patience",
+                 "copy_steps", "iterations", "phase1_steps", "phase2_steps", "batch", "group_size", "updates"):
+        if getattr(cfg, name) < 1:
+            fail(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be at least 1")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no GPU is visible; use --device cpu")
     cfg.minutes = cfg.minutes if cfg.minutes is not None else 10.0 if cfg.model == "tiny" else float("inf")
     cfg.out = cfg.out or f"runs/{Path(cfg.data).name.split('.')[0] or cfg.env}-{Path(cfg.model).name}-{cfg.seed}"
     return cfg
@@ -313,19 +319,19 @@ def warm_up(model, name, rows, validate, cfg, run, seconds):
 # --- the job ------------------------------------------------------------------------------------------------------------
 
 def train(cfg):
-    run = Run(cfg)
-    if run.load("results.json"):
-        return report(run.load("results.json"))
+    if not cfg.fresh and (Path(cfg.out) / "results.json").is_file():
+        return report(Run(cfg).load("results.json"))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     torch.manual_seed(cfg.seed)
     labelled, validation, state_only, test = load_splits(cfg)
     P, Q, tok = load_models(cfg, labelled, state_only)
+    limits = check_lengths(P, tok, labelled, validation, state_only, test, cfg)
+    run = Run(cfg)                                             # nothing is written before the input has been checked
     if run.progress["folder"]:
         (P, tok), (Q, _) = (lm.load(run.dir / run.progress["folder"] / side) for side in ("fwm", "idm"))
         print(f"resuming after {run.progress['stages'][-1]['name']}")
     P, Q = P.to(device), Q.to(device)
-    limits = check_lengths(P, tok, labelled, validation, state_only, test, cfg)
-    budget = cfg.minutes * 60
+    budget = cfg.minutes * 60 * 0.96                           # a margin for what cannot be planned
     print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
           f"state-only, {len(test)} test transitions; {sum(p.numel() for p in P.parameters())/1e6:.2f}M parameters a model; "
           f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes < 1e6 else ""))
@@ -345,7 +351,8 @@ def train(cfg):
     if not run.done("sft"):
         since = time.time()
         if cfg.model == "tiny":
-            for loss in tqdm(lm.teach_copying(P, cfg.copy_steps, seed=cfg.seed), "copying", cfg.copy_steps, False, disable=None):
+            copying = lm.teach_copying(P, lm.encode(tok, "\nnext:"), tok.eos_token_id, cfg.copy_steps, seed=cfg.seed)
+            for loss in tqdm(copying, "copying", cfg.copy_steps, leave=False, disable=None):
                 pass
             Q.load_state_dict(P.state_dict())                  # both start from one model, as in the paper
             print(f"  learned to copy random strings: loss {loss:.2f} nats a token  [{run.elapsed() / 60:.1f} min]")
@@ -422,17 +429,18 @@ def phase(run, cfg, name, policy, frozen, pairs, settings, steps, seconds, take_
     before = [p.detach().clone() for p in frozen.parameters()]
     iteration, kind = name.removeprefix("iteration").split("/")
     bar = tqdm(range(1, steps + 1), desc=name, leave=False, disable=None)
-    kl = 0.0
+    kl, peak = 0.0, settings.lr
     for step in bar:
         if len(order) < cfg.batch:
             order = rng.sample(pairs, len(pairs))
         part, order = order[:cfg.batch], order[cfg.batch:]
         since = time.time()
+        settings.lr = peak * (1 - max((step - 1) / steps, min(1.0, (since - begin) / seconds)))   # to 0, as planned
         need_ref = settings.beta or step % 10 == 1                                 # without beta the KL is only logged
         log, examples = take_step(ref if need_ref else None, optimizers, part, gen)
         if step == 1 and not log["gap"] < 1e-3 and settings.top_p == 1 and settings.top_k == 0:
             raise RuntimeError(f"sampler and trainer disagree by {log['gap']} nats a token")
-        kl = log.get("kl", kl)
+        kl = kl if log["kl"] is None else log["kl"]
         log["tokens_per_second"] = log.pop("tokens") / (time.time() - since)
         run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), **log)
         bar.set_postfix(reward=f"{log['reward']:.3f}", kl=f"{kl:.3f}",

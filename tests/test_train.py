@@ -1,0 +1,153 @@
+"""The whole job in small, what it leaves behind, and what it says to bad input."""
+import json
+import shutil
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from envs import records, tools
+
+SMALL = ["--episodes", "8", "--warmup-steps", "6", "--warmup-every", "3", "--copy-steps", "4", "--iterations", "1",
+         "--phase1-steps", "2", "--phase2-steps", "2", "--group-size", "4", "--batch", "2", "--eval-size", "6",
+         "--validation-size", "6", "--minutes", "3"]
+FWM, IDM = {"n", "exact", "exact_changed", "bleu", "rouge_l", "logp"}, {"n", "exact", "bleu", "rouge_l", "logp"}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "tools"
+    assert train.main([*SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def test_results_hold_every_field_of_the_contract(done):
+    r = json.loads((done / "results.json").read_text())
+    assert r["version"] == 1 and r["env"] == "tools" and r["model"] == "tiny" and r["seed"] == 0 and r["hardware"]
+    assert set(r["seconds"]) == {"total", "warmup", "phase1", "phase2", "eval"} and all(r["seconds"].values())
+    assert set(r["splits"]) == {"labelled", "state_only", "test"} and all(r["splits"].values())
+    assert [s["name"] for s in r["stages"]] == ["sft", "iteration1/phase1", "iteration1/phase2", "swirl"]
+    for scores in [*r["stages"], r["baselines"]["best_of_8"]]:
+        assert FWM <= set(scores["fwm"]) and IDM <= set(scores["idm"]) and scores["fwm"]["n"] == 6
+    assert r["baselines"]["copy_x"]["exact_changed"] == 0
+    assert {"unique", "mean_length", "true_mean_length"} <= set(r["collapse"])
+    assert r["sizes"]["parameters"] > 1e5 and r["sizes"]["peak_rss_mb"] > 100
+
+
+def test_metrics_and_samples_are_there_line_by_line(done):
+    metrics = lines(done / "metrics.jsonl")
+    assert {m["phase"] for m in metrics} == {"warmup", "phase1", "phase2", "eval"}
+    for m in metrics:
+        if m["phase"].startswith("phase"):
+            assert {"iteration", "step", "seconds", "reward", "reward_std", "grad_norm", "zero_std_groups", "truncated",
+                    "tokens_per_second", "gap", "loss"} <= set(m)
+            assert m["gap"] < 1e-4                             # sampler and trainer agree
+            if m["step"] == 1:
+                assert abs(m["kl"]) < 1e-4                     # the reference is the policy at the phase's start
+    assert {"x", "z", "y", "y_hat", "z_hat"} <= set(lines(done / "samples.jsonl")[0])
+
+
+def test_saved_folders_load_with_from_pretrained(done):
+    for side in ("fwm", "idm"):
+        tok = AutoTokenizer.from_pretrained(done / side)
+        assert AutoModelForCausalLM.from_pretrained(done / side).config.vocab_size == len(tok)
+
+
+def test_the_same_command_on_a_finished_run_prints_the_result_and_does_nothing_else(done, capsys):
+    before = {p.name: p.stat().st_mtime_ns for p in done.iterdir()}
+    assert train.main([*SMALL, "--out", str(done)]) == 0
+    assert "swirl" in capsys.readouterr().out
+    assert before == {p.name: p.stat().st_mtime_ns for p in done.iterdir()}
+
+
+def test_a_cut_run_resumes_from_the_last_finished_stage(done, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "cut"
+
+    def cut(*args, **kwargs):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(train.swirl_idm, "phase2_step", cut)
+        assert train.main([*SMALL, "--out", str(out)]) == 130
+    assert "resumes" in capsys.readouterr().err
+    assert train.main([*SMALL, "--out", str(out)]) == 0
+    assert "resuming after iteration1/phase1" in capsys.readouterr().out
+    a, b = (json.loads((d / "results.json").read_text())["stages"] for d in (done, out))
+    assert a == b                                              # nothing depends on where it was cut
+
+
+def test_state_only_pairs_carry_no_action_and_splits_share_no_episode():
+    labelled, validation, state_only, test = train.load_splits(train.parse(["--episodes", "8"]))
+    assert all(len(pair) == 2 for pair in state_only)
+    states = lambda rows: {s for row in rows for s in (row[0], row[-1])}
+    assert not {x for x, _, _ in test} & (states(labelled) | states(state_only))
+
+
+# --- bad input: one line, exit code 2, nothing half-written ---------------------------------------------------------------
+
+def refused(capsys, argv):
+    with pytest.raises(SystemExit) as e:
+        train.main(argv)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+def row(t, **change):
+    return json.dumps({"episode": "e", "t": t, "x": "a", "z": "go", "y": "b"} | change)
+
+
+@pytest.mark.parametrize("text, says", [
+    (None, "no such file"), ("{broken\n", ":1:"), (row(0) + "\n" + row(1, x=" "), ":2:"), (row(0), "one"),
+    ("\n".join(json.dumps({"episode": e, "t": t, "x": f"{e}{t}", "y": "b"}) for e in "abcdef" for t in (0, 1)), "z"),
+], ids=["missing", "broken JSON", "empty state", "one line", "no z at all"])
+def test_bad_data_is_refused_in_one_line(tmp_path, capsys, text, says):
+    path = tmp_path / "t.jsonl"
+    if text is not None:
+        path.write_text(text)
+    err = refused(capsys, ["--data", str(path), "--out", str(tmp_path / "out")])
+    assert "t.jsonl" in err and says in err.lower()
+    assert not (tmp_path / "out").exists()
+
+
+def test_states_longer_than_the_model_takes_are_refused(tmp_path, capsys):
+    long = " ".join(f"w{i}" for i in range(3000))
+    records.write(tmp_path / "t.jsonl", [records.Transition(f"e{i}", t, f"{long} {i} {t}", "go", "b")
+                                         for i in range(6) for t in range(2)])
+    err = refused(capsys, ["--data", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out"), *SMALL])
+    assert "longer than the model takes" in err and not (tmp_path / "out").exists()
+
+
+def test_bad_arguments_are_refused(tmp_path, capsys, done):
+    out = ["--out", str(tmp_path / "out")]
+    assert "--env" in refused(capsys, ["--env", "mars", *out])
+    assert "--nonsense" in refused(capsys, ["--nonsense", *out])
+    assert "--model" in refused(capsys, ["--model", str(tmp_path / "no-such-folder"), *out])
+    (tmp_path / "file").write_text("mine")
+    assert "--out" in refused(capsys, ["--out", str(tmp_path / "file")])
+    assert "--out" in refused(capsys, ["--out", str(tmp_path)])           # holds files that no run wrote
+    assert (tmp_path / "file").read_text() == "mine"
+    assert "seed=0" in refused(capsys, [*SMALL, "--out", str(done), "--seed", "1"])   # another run lives there
+    for zero in ("--group-size", "--batch", "--iterations"):
+        assert zero in refused(capsys, [zero, "0", *out])
+    assert not (tmp_path / "out").exists()
+
+
+def test_fresh_deletes_what_a_run_wrote_and_nothing_else(done, tmp_path, capsys):
+    out = tmp_path / "copy"
+    shutil.copytree(done, out)
+    (out / "notes.txt").write_text("mine")
+    assert "notes.txt" in refused(capsys, [*SMALL, "--out", str(out), "--fresh"])
+    assert (out / "results.json").exists() and (out / "notes.txt").read_text() == "mine"
+
+
+def test_own_data_trains_to_the_end(tmp_path):
+    import random
+    rows = [records.Transition(f"e{i}", t, x, z, y) for i in range(14)
+            for t, (x, z, y) in enumerate(tools.episode(random.Random(i), 3))]
+    records.write(tmp_path / "t.jsonl.gz", rows)
+    assert train.main([*SMALL, "--data", str(tmp_path / "t.jsonl.gz"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "results.json").exists()
