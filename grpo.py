@@ -42,9 +42,9 @@ class GRPO:
 
 
 def advantages(R, scale="mean"):
-    """R (B, G) -> A (B, G). Equal rewards give exactly 0."""
+    """R (B, G) -> A (B, G). Rewards that are equal up to rounding give exactly 0: Adam would blow the noise up to a step."""
     A = R - R.mean(1, keepdim=True)                                                # Eq. 4
-    A = torch.where(R.amax(1, keepdim=True) == R.amin(1, keepdim=True), 0.0, A)    # no rounding noise in flat groups
+    A = torch.where(R.amax(1, keepdim=True) - R.amin(1, keepdim=True) < 1e-5, 0.0, A)
     if scale == "std":
         return A / (R.std(1, keepdim=True) + 1e-4)                                 # 1e-4: no blown-up noise
     if scale == "loo":

@@ -81,8 +81,8 @@ def context(model):
 @functools.lru_cache(maxsize=None)
 def encode(tokenizer, text):
     """Token ids (a tuple) of one segment, alone, without special tokens. Prompts are joined from ids, never from text:
-    BPE merges across a joint would change the tokens on both sides."""
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+    BPE merges across a joint would change the tokens on both sides. A state that spells "<eos>" stays text."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
 def decode(tokenizer, ids):

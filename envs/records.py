@@ -15,7 +15,8 @@ Notes:
      fill the state-only half first; if they are more than half, labelled gets all the rest.
   4. Without any dev episode, a tenth of the labelled ones (at least one) becomes validation.
   5. State-only transitions hold z = None in memory, so that no code can peek.
-  6. Blank lines and extra keys are skipped; an episode of one line is refused unless `min_steps=1`.
+  6. Blank lines and extra keys are skipped. An episode of one line is refused, unless its id fixes its split
+     (cut windows of a longer record may hold one line) or `min_steps=1`.
      That y of one step is x of the next is not required.
 """
 
@@ -48,7 +49,7 @@ class Transition:
 def read(path, min_steps=2):
     """List of every Transition in the file at `path` (.jsonl or .jsonl.gz), sorted by episode, then by t.
 
-    min_steps: an episode of fewer lines is refused (int >= 1; 1 takes every episode).
+    min_steps: an episode of fewer lines is refused if its id fixes no split (int >= 1; 1 takes every episode).
     Raises BadData for anything that the docstring above does not allow, with file and line.
     """
     path = os.fspath(path)
@@ -68,7 +69,7 @@ def read(path, min_steps=2):
         raise BadData(f"{path}: the file holds no transitions; write one JSON object a line with the keys "
                       "episode, t, x, z, y")
     for transition in transitions:
-        if steps[transition.episode] < min_steps:
+        if steps[transition.episode] < min_steps and not transition.episode.startswith(("train-", "dev-", "test-")):
             raise BadData(f"{transition.source}: episode {_show(transition.episode)} has "
                           f"{steps[transition.episode]} line(s), and at least {min_steps} are needed; "
                           "add the other steps or remove the episode")

@@ -129,6 +129,12 @@ def test_short_episode(tmp_path):
     assert len(records.read(path, min_steps=1)) == 3
 
 
+def test_an_episode_of_one_line_is_taken_where_its_id_fixes_the_split(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({"episode": "dev-a", "t": 7, "x": "a", "z": "go", "y": "b"}))
+    assert [t.episode for t in records.read(path)] == ["dev-a"]
+
+
 def test_bad_files(tmp_path):
     assert "no such file" in error(str(tmp_path / "none.jsonl"))
     assert "cannot read" in error(str(tmp_path))
