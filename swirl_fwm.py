@@ -17,6 +17,7 @@ Departures from the paper:
 2. No KL by default (Eq. 3 and 4 have none; the released scripts add .04).
 3. The IDM may read the line diff of x and y instead of both states (`swirl_idm.prompt`, `view`): a small Q that reads
    whole states is too weak a judge, P learns to fool it and gets worse while its reward rises. `--view full` shows that.
+4. A pair in which Q reads no action (`swirl_idm.IMPOSSIBLE`) is left out, and so are, by default, pairs with y = x.
 """
 import torch
 
@@ -70,6 +71,8 @@ def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
     rows, _ = lm.sample(Q, [swirl_idm.prompt(tok, x, y, view) for x, y in pairs], 1, max_z, tok.eos_token_id,
                         cfg.temperature, generator=generator)
     zs = [swirl_idm.read(tok, row) for row in rows]                                # z ~ Q(. | x, y), one a pair
+    readable = [i for i, z in enumerate(zs) if z != swirl_idm.IMPOSSIBLE] or range(len(zs))
+    xs, ys, zs = ([values[i] for i in readable] for values in (xs, ys, zs))
 
     def reward(owner, rows):                                                       # -> (N,)
         at = lambda values: [values[o] for o in owner]

@@ -16,7 +16,9 @@ Departures from the paper:
 2. beta = .1 as in the paper's experiments is not the ELBO, only beta = 1 is. The KL sits in the reward, per row (`grpo`).
 3. The reward is the summed log-probability (the ELBO's), floored at -10 (`floor`): unfloored, a few hopeless y with
    log P = -40 rule the gradient, and Q learns "safe" actions. The released scripts use the mean per token.
-4. `view="diff"` shows Q only the lines that change from x to y; the paper's Q reads both states: `view="full"`.
+4. Q also learns, on spoiled copies of the labelled pairs, to say that no action does this (`spoil`). Trained on true
+   pairs alone it ignores a wrong line beside a right one, and Phase I then makes P worse (README). `--spoiled 0`: paper.
+5. `view="diff"` shows Q only the lines that change from x to y; the paper's Q reads both states: `view="full"`.
 """
 import difflib
 
@@ -37,6 +39,37 @@ def line_diff(x, y):
         if tag != "equal":
             out += ["- " + line for line in a[i:j]] + ["+ " + line for line in b[k:l]]
     return out
+
+
+IMPOSSIBLE = "no action does this"
+
+
+def spoil(x, y, other, rng):
+    """y with one line wrong, as a careless P would write it: an unchanged line taken from another state, or, if several
+    lines change, one that stays behind or takes another state's value. None if there is nothing to spoil."""
+    before, after = x.split("\n"), y.split("\n")
+    changed = [i for i, line in enumerate(after) if line not in before]
+    same = [i for i, line in enumerate(after) if line in before]
+    if not changed:
+        return None
+    i = rng.choice(changed if len(changed) > 1 and rng.random() < 0.5 or not same else same)
+    wrong = [line for line in other.split("\n") if line.split(" ")[0] == after[i].split(" ")[0] and line != after[i]]
+    if i in changed and i < len(before):
+        wrong.append(before[i])
+    if not wrong or i in changed and len(changed) == 1:
+        return None
+    return "\n".join(after[:i] + [rng.choice(wrong)] + after[i + 1:])
+
+
+def warmup_rows(tok, labelled, view, spoiled, rng):
+    """[(prompt, target)] of the labelled (x, z, y), and of a share `spoiled` of them with a wrong y and no action: P must
+    not be paid for a future that holds the right change and a wrong one. Eq. 2 holds for every Q, this one included."""
+    rows = [(prompt(tok, x, y, view), target(tok, z)) for x, z, y in labelled]
+    for x, _, y in labelled:
+        bad = spoil(x, y, rng.choice(labelled)[0], rng) if rng.random() < spoiled else None
+        if bad is not None:
+            rows.append((prompt(tok, x, bad, view), target(tok, IMPOSSIBLE)))
+    return rows
 
 
 def prompt(tok, x, y, view="diff"):

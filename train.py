@@ -64,6 +64,8 @@ class Config:
     warmup_steps: int = setting(500, "most steps for the FWM; the IDM takes as many. Rate decays linearly to 0")
     warmup_batch: int = setting(32, "transitions a step")
     warmup_lr: float = setting(4e-3, "Muon and AdamW. For a pretrained model: 2e-5 (paper)")
+    spoiled: float = setting(1.0, "share of the IDM's labelled pairs that it also sees with a wrong y and no action "
+                             "(paper: 0). See swirl_idm.py, departure 4")
     warmup_every: int = setting(50, "steps between validations; the best checkpoint is kept")
     muon: bool = setting(True, "Muon on the weight matrices in the warm-up; the phases use AdamW, as the paper")
     patience: int = setting(6, "validations without a gain that end the warm-up")
@@ -153,7 +155,7 @@ def load_models(cfg, labelled, state_only):
         return P, lm.load(cfg.model)[0], tok
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
     tok = lm.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
-                            + ["\n- \n+ \nnext:\naction:"] * 100)
+                            + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
     P = lm.make_tiny(tok, seed=cfg.seed)
     return P, lm.make_tiny(tok, seed=cfg.seed), tok
 
@@ -357,7 +359,8 @@ def train(cfg):
             Q.load_state_dict(P.state_dict())                  # both start from one model, as in the paper
             print(f"  learned to copy random strings: loss {loss:.2f} nats a token  [{run.elapsed() / 60:.1f} min]")
         xs, zs, ys = map(list, zip(*validation))
-        warm_up(Q, "IDM", [(swirl_idm.prompt(tok, x, y, cfg.view), swirl_idm.target(tok, z)) for x, z, y in labelled],
+        rows = swirl_idm.warmup_rows(tok, labelled, cfg.view, cfg.spoiled, random.Random(cfg.seed))
+        warm_up(Q, "IDM", rows,
                 lambda: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .12 * budget)
         warm_up(P, "FWM", [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in labelled],
                 lambda: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys), cfg, run, .28 * budget)

@@ -1,33 +1,37 @@
 """A session with several services' APIs, in the spirit of StableToolBench: what does a call change?
 
-A family of three shares one travel site, one bank and one calendar. A state is the whole session in eleven
+A family of three shares one travel site, one bank and one calendar. A state is the whole session in fourteen
 lines, an action is one call, and the next state is the session after it. A drawn transition:
 
-    x   user: leo                               z   book(h1)
+    x   user: leo                               z   book(rome-hotel)
         cash: 20
         savings: 10                             y   the same but for these three lines
         euros: 50                                   euros: 30
-        rome: f1 3, h1 2                            rome: f1 3, h1 1
-        oslo: f2 1, h2 0                            bookings: h2 mia, h1 leo
-        lima: f3 0, h3 1
-        results: f1, h1
-        bookings: h2 mia
+        rome-flight: 3                              rome-hotel: 1
+        rome-hotel: 2                               bookings: oslo-hotel mia, rome-hotel leo
+        oslo-flight: 1
+        oslo-hotel: 0
+        lima-flight: 0
+        lima-hotel: 1
+        results: rome-flight, rome-hotel
+        bookings: oslo-hotel mia
         reminders: tuesday call, friday pay
         reply: ok
 
-Only the catalogue (PRICE) knows that h1 costs 20. With fewer euros only the reply would change, to an error.
+Only the catalogue (PRICE) knows that a hotel in Rome costs 20. With fewer euros only the reply would change, to an
+error.
 
 Rules
- 1. A city's line shows the seats left of each offer. Flights (f) are paid in cash, hotels (h) in euros.
+ 1. Each offer has a line with its seats left. Flights are paid in cash, hotels in euros.
  2. sign_in(mia) works when nobody is in. sign_out() also clears the results.
  3. search(rome) lists all that the catalogue has there, full or not. filter_results(hotels) keeps the hotels,
     filter_results(free) what has seats left; if nothing would stay, it is an error and the list stays.
     sort_results(price) puts the cheapest first, sort_results(seats) the emptiest (most left); ties stay.
- 4. check_price(f2) and can_afford(f2) only answer: the price; full, or the money missing, or yes.
- 5. book(f2) takes a seat and the price. Errors, the first that holds: nobody is in, somebody has booked f2,
-    two bookings already, no seats left, not enough money.
- 6. cancel(f2) is for the user who holds f2, else an error. It gives back the seat, and the price less a fee
-    of 10 (what an account cannot hold above 60 is lost).
+ 4. check_price(oslo-hotel) only answers.
+ 5. book(oslo-hotel) takes a seat and the price. Errors, the first that holds: nobody is in, somebody has booked
+    it, two bookings already, no seats left, not enough money.
+ 6. cancel(oslo-hotel) is for the user who holds it, else an error. It gives back the seat, and the price less a
+    fee of 10 (what an account cannot hold above 60 is lost).
  7. transfer(cash, savings, 20) moves money; exchange(cash, 20) makes 10 euros, exchange(euros, 20) 40 cash.
     Both need a user; deposit(cash, 20) needs none. An account below 0 or above 60 would be an error.
  8. set_reminder(monday, call), move_reminder(monday, friday), clear_reminder(monday): one reminder a day,
@@ -39,7 +43,7 @@ To add an action: a row in CALLS (its name and the slots of its arguments), a me
 which changes the fields and returns the new reply (None: keep the old one), and a rule above.
 
 Departures from the benchmark
- 1. StableToolBench has thousands of APIs and a language model as their server; here are 15 with exact rules.
+ 1. StableToolBench has thousands of APIs and a language model as their server; here are 14 with exact rules.
  2. Its state is hidden behind the APIs; here it is printed, so that the next state follows from the text.
  3. Its replies are JSON and carry the news; here a success is told by the other lines.
  4. Its callers follow a user's request; propose() follows what the state offers, and sometimes slips.
@@ -47,13 +51,13 @@ Departures from the benchmark
 """
 
 STEPS = 14
-REPEAT = 0.08       # share of calls that repeat the call before: an impatient caller
-SLIP = 0.15         # share of calls made without a look at the state
+REPEAT = 0.06       # share of calls that repeat the call before: an impatient caller
+SLIP = 0.1          # share of calls made without a look at the state
 LIMIT = 60          # no account holds more
 MOST = 2            # bookings at a time
 
-CITY = {"rome": ("f1", "h1"), "oslo": ("f2", "h2"), "lima": ("f3", "h3")}
-PRICE = {"f1": 30, "f2": 20, "f3": 10, "h1": 20, "h2": 30, "h3": 10}
+PRICE = {"rome-flight": 30, "rome-hotel": 20, "oslo-flight": 20, "oslo-hotel": 30, "lima-flight": 10, "lima-hotel": 10}
+CITY = {city: (f"{city}-flight", f"{city}-hotel") for city in ("rome", "oslo", "lima")}
 HIDDEN = {"flights": "hotels", "hotels": "flights", "free": "full ones"}     # what each filter takes away
 FIRST = {"price": "cheapest", "seats": "emptiest"}                           # what each sorting puts first
 
@@ -68,8 +72,7 @@ VALUES = {
 CALLS = {
     "sign_in": ("user",), "sign_out": (),
     "search": ("city",), "filter_results": ("keep",), "sort_results": ("order",),
-    "check_price": ("offer",), "can_afford": ("offer",),
-    "book": ("offer",), "cancel": ("booked",),
+    "check_price": ("offer",), "book": ("offer",), "cancel": ("booked",),
     "transfer": ("purse", "purse", "amount"), "exchange": ("coin", "sum"), "deposit": ("purse", "amount"),
     "set_reminder": ("day", "task"), "move_reminder": ("busy", "day"), "clear_reminder": ("busy",),
 }
@@ -77,7 +80,7 @@ KINDS = tuple(CALLS)
 
 
 def currency(offer):
-    return "cash" if offer[0] == "f" else "euros"
+    return "cash" if offer.endswith("flight") else "euros"
 
 
 class World:
@@ -86,7 +89,7 @@ class World:
     def __init__(self, rng):
         users, days, tasks = VALUES["user"], VALUES["day"], VALUES["task"]
         self.user = rng.choice(users + ("none",))
-        self.money = {account: rng.randrange(10, LIMIT + 1, 10) for account in ("cash", "savings", "euros")}
+        self.money = {account: rng.randrange(20, LIMIT + 1, 10) for account in ("cash", "savings", "euros")}
         self.left = {offer: rng.randint(0, 3) for offer in PRICE}                     # seats or rooms
         self.results = list(CITY[rng.choice(VALUES["city"])]) if rng.random() < 0.7 else []
         self.bookings = {offer: rng.choice(users) for offer in rng.sample(list(PRICE), rng.randint(0, 2))}
@@ -98,7 +101,7 @@ class World:
             return f"{name}: {', '.join(facts) or 'none'}"
         lines = [f"user: {self.user}"]
         lines += [f"{account}: {amount}" for account, amount in self.money.items()]
-        lines += [line(city, [f"{offer} {self.left[offer]}" for offer in CITY[city]]) for city in CITY]
+        lines += [f"{offer}: {self.left[offer]}" for offer in PRICE]
         notes = [f"{day} {self.reminders[day]}" for day in VALUES["day"] if day in self.reminders]
         lines += [line("results", self.results),
                   line("bookings", [f"{offer} {user}" for offer, user in self.bookings.items()]),
@@ -134,7 +137,7 @@ class World:
         return f"ok, offers of {city}"
 
     def filter_results(self, keep):
-        kept = [o for o in self.results if (self.left[o] > 0 if keep == "free" else o[0] == keep[0])]
+        kept = [o for o in self.results if (self.left[o] > 0 if keep == "free" else o.endswith(keep[:-1]))]
         if not kept:
             return f"error, no {keep} among them"
         self.results = kept
@@ -148,12 +151,6 @@ class World:
 
     def check_price(self, offer):
         return f"{offer} for {PRICE[offer]} {currency(offer)}"
-
-    def can_afford(self, offer):
-        missing = PRICE[offer] - self.money[currency(offer)]
-        if self.left[offer] == 0:
-            return f"no, {offer} is full"
-        return f"no, {offer} is {missing} too dear" if missing > 0 else f"yes, {offer} is in reach"
 
     def book(self, offer):
         purse, price = currency(offer), PRICE[offer]
