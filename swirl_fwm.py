@@ -19,8 +19,6 @@ Departures from the paper:
    whole states is too weak a judge, P learns to fool it and gets worse while its reward rises. `--view full` shows that.
 4. A pair in which Q reads no action (`swirl_idm.IMPOSSIBLE`) is left out, and so are, by default, pairs with y = x.
 """
-import torch
-
 import grpo
 import lm
 import swirl_idm
@@ -66,12 +64,15 @@ def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
 # --- Phase I ------------------------------------------------------------------------------------------------------------
 
 def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, max_z=32, generator=None):
-    """One step on pairs [(x, y)]; theta moves, phi is frozen. Returns (log, examples [(x, z, y, y_hat, reward)])."""
+    """One step on pairs [(x, y)]; theta moves, phi is frozen. Returns (log, examples [(x, z, y, y_hat, reward)]); log is None
+    if Q reads no action in any pair."""
     xs, ys = zip(*pairs)
     rows, _ = lm.sample(Q, [swirl_idm.prompt(tok, x, y, view) for x, y in pairs], 1, max_z, tok.eos_token_id,
                         cfg.temperature, generator=generator)
     zs = [swirl_idm.read(tok, row) for row in rows]                                # z ~ Q(. | x, y), one a pair
-    readable = [i for i, z in enumerate(zs) if z != swirl_idm.IMPOSSIBLE] or range(len(zs))
+    readable = [i for i, row in enumerate(rows) if row[-1] == tok.eos_token_id and zs[i] != swirl_idm.IMPOSSIBLE]
+    if not readable:
+        return None, []
     xs, ys, zs = ([values[i] for i in readable] for values in (xs, ys, zs))
 
     def reward(owner, rows):                                                       # -> (N,)

@@ -22,8 +22,6 @@ Departures from the paper:
 """
 import difflib
 
-import torch
-
 import grpo
 import lm
 import swirl_fwm
@@ -74,7 +72,7 @@ def warmup_rows(tok, labelled, view, spoiled, rng):
 
 def prompt(tok, x, y, view="diff"):
     """The ids before z. view "full" (the paper's): both states. "diff" (our default): only the lines that change, which
-    a small Q learns from 20 times fewer labels, and which is shorter."""
+    a small Q learns from far fewer labels, and which is shorter."""
     if view == "diff":
         ids = [t for line in line_diff(x, y) for t in lm.encode(tok, "\n" + line)]
     else:

@@ -57,7 +57,7 @@ class Config:
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
     episodes: int = setting(260, "training episodes of a built-in world, halved into labelled and state-only")
-    eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed")
+    eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions of the labelled half that are kept aside to choose checkpoints")
     # warm-up (SFT on the labelled half)
     copy_steps: int = setting(300, "steps in which a tiny model learns to copy random strings, in place of pretraining")
@@ -299,13 +299,13 @@ def warm_up(model, name, rows, validate, cfg, run, seconds):
         norm = lm.optimizer_step(model, optimizers, rate)
         step += 1
         if step == 20:                                         # plan: the steps that fit, so that the rate still ends at 0
-            fits = int(20 * seconds / (time.time() - begin))
+            fits = 18 * seconds / (time.time() - begin)        # a tenth is for the validations
             if fits < steps:
-                steps = bar.total = max(40, fits)
+                steps = bar.total = min(steps, max(40, int(fits)))
         bar.update()
         if step % cfg.warmup_every == 0 or step == steps:
             score = validate()
-            if score > best:
+            if score >= best:
                 best, best_at, weights = score, step, {k: v.clone() for k, v in model.state_dict().items()}
             run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=step, seconds=run.elapsed(), loss=loss,
                     grad_norm=norm, validation=score)
@@ -328,12 +328,13 @@ def train(cfg):
     labelled, validation, state_only, test = load_splits(cfg)
     P, Q, tok = load_models(cfg, labelled, state_only)
     limits = check_lengths(P, tok, labelled, validation, state_only, test, cfg)
+    test = test[:max(20, 30000 * len(test) // sum(len(lm.encode(tok, "\n" + y)) for _, _, y in test))]
     run = Run(cfg)                                             # nothing is written before the input has been checked
     if run.progress["folder"]:
         (P, tok), (Q, _) = (lm.load(run.dir / run.progress["folder"] / side) for side in ("fwm", "idm"))
         print(f"resuming after {run.progress['stages'][-1]['name']}")
     P, Q = P.to(device), Q.to(device)
-    budget = cfg.minutes * 60 * 0.96                           # a margin for what cannot be planned
+    budget = cfg.minutes * 58                                  # a margin for what cannot be planned
     print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
           f"state-only, {len(test)} test transitions; {sum(p.numel() for p in P.parameters())/1e6:.2f}M parameters a model; "
           f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes < 1e6 else ""))
@@ -347,6 +348,7 @@ def train(cfg):
         run.log("metrics.jsonl", phase="eval", stage=name, seconds=run.elapsed(), **scores)
         print(f"{name}: {show(scores)}  [{run.elapsed()/60:.1f} min]\n{show_sample(samples[0])}", flush=True)
         run.spend("eval", since)
+        run.progress["eval_seconds"] = time.time() - since
         run.finish_stage(name, scores, P, Q, tok)
 
     # Warm-up: SFT of both directions on the labelled half
@@ -361,9 +363,9 @@ def train(cfg):
         xs, zs, ys = map(list, zip(*validation))
         rows = swirl_idm.warmup_rows(tok, labelled, cfg.view, cfg.spoiled, random.Random(cfg.seed))
         warm_up(Q, "IDM", rows,
-                lambda: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .12 * budget)
+                lambda: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .16 * budget)
         warm_up(P, "FWM", [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in labelled],
-                lambda: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys), cfg, run, .28 * budget)
+                lambda: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys), cfg, run, .27 * budget)
         stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:
         since = time.time()
@@ -413,9 +415,7 @@ def check_lengths(P, tok, labelled, validation, state_only, test, cfg):
 def time_share(run, budget, phases_left):
     """Seconds that the next phase may take: what is left after the evaluations to come, Phase I taking four times
     Phase II's share (its rollouts are whole states)."""
-    evals = [s for s in run.progress["seconds"].items() if s[0] == "eval"]
-    each = evals[0][1] / (len(run.progress["stages"]) + 1) if evals else 0.0
-    left = max(0.0, budget - run.elapsed() - each * phases_left - 5)
+    left = max(2.0, budget - run.elapsed() - run.progress["eval_seconds"] * phases_left - 5)
     return left * (4 if phases_left % 2 == 0 else 1) / (5 * ((phases_left + 1) // 2) - (4 if phases_left % 2 else 0))
 
 
@@ -438,9 +438,11 @@ def phase(run, cfg, name, policy, frozen, pairs, settings, steps, seconds, take_
             order = rng.sample(pairs, len(pairs))
         part, order = order[:cfg.batch], order[cfg.batch:]
         since = time.time()
-        settings.lr = peak * (1 - max((step - 1) / steps, min(1.0, (since - begin) / seconds)))   # to 0, as planned
+        settings.lr = peak * min(1, step / 10) * (1 - max((step - 1) / steps, min(1.0, (since - begin) / seconds)))
         need_ref = settings.beta or step % 10 == 1                                 # without beta the KL is only logged
         log, examples = take_step(ref if need_ref else None, optimizers, part, gen)
+        if log is None:
+            continue
         if step == 1 and not log["gap"] < 1e-3 and settings.top_p == 1 and settings.top_k == 0:
             raise RuntimeError(f"sampler and trainer disagree by {log['gap']} nats a token")
         kl = kl if log["kl"] is None else log["kl"]

@@ -27,6 +27,7 @@ Rules
  3. search(rome) lists all that the catalogue has there, full or not. filter_results(hotels) keeps the hotels,
     filter_results(free) what has seats left; if nothing would stay, it is an error and the list stays.
     sort_results(price) puts the cheapest first, sort_results(seats) the emptiest (most left); ties stay.
+    A list that was so already is answered like a new one.
  4. check_price(oslo-hotel) only answers.
  5. book(oslo-hotel) takes a seat and the price. Errors, the first that holds: nobody is in, somebody has booked
     it, two bookings already, no seats left, not enough money.

@@ -2,15 +2,15 @@
 
 A drawn transition: x, the action z, and of y the lines that are new.
 
-    view: list                                z = [button] add red lamp -> CLICK
+    view: list                                z = [button] add red-lamp -> CLICK
     search: none
     colour: red
     sort: a to z
     page: 1 of 1
-    1 red bag
-    2 red lamp
-    3 red mug
-    cart: 1 red bag, 1 blue bag               cart: 1 red bag, 1 blue bag, 1 red lamp
+    1 red-bag
+    2 red-lamp
+    3 red-mug
+    cart: 1 red-bag, 1 blue-bag               cart: 1 red-bag, 1 blue-bag, 1 red-lamp
     name: cleo
     delivery: post
     code: autumn
@@ -46,10 +46,10 @@ in `step`. Whatever the rule needs must be printed by `text`, or be the same in 
 import copy
 
 PRICES = {
-    "red lamp": 30, "blue lamp": 40, "white lamp": 20, "green lamp": 50,
-    "red mug": 10, "blue mug": 10, "white mug": 20,
-    "red bag": 40, "blue bag": 20, "green bag": 30,
-    "white chair": 50, "green chair": 40,
+    "red-lamp": 30, "blue-lamp": 40, "white-lamp": 20, "green-lamp": 50,
+    "red-mug": 10, "blue-mug": 10, "white-mug": 20,
+    "red-bag": 40, "blue-bag": 20, "green-bag": 30,
+    "white-chair": 50, "green-chair": 40,
 }
 THINGS = ("lamp", "mug", "bag", "chair")
 COLOURS = ("red", "blue", "white", "green")
@@ -134,7 +134,7 @@ class World:
     def found(self):
         """All items that match search and colour, sorted."""
         items = [item for item in PRICES
-                 if self.search in ("none", item.split()[1]) and self.colour in ("any", item.split()[0])]
+                 if self.search in ("none", item.split("-")[1]) and self.colour in ("any", item.split("-")[0])]
         sign = {"a to z": 0, "cheap first": 1, "dear first": -1}[self.sort]
         return sorted(items, key=lambda item: (sign * PRICES[item], item))
 

@@ -374,3 +374,25 @@ def test_context_is_the_longest_text_the_model_takes(model):
 def test_a_tiny_model_is_a_function_of_its_seed(tok):
     make = lambda seed: weights(lm.make_tiny(tok, width=32, layers=2, seed=seed))
     assert torch.equal(make(3), make(3)) and not torch.equal(make(3), make(4))
+
+
+# --- the stand-in for pretraining ---------------------------------------------------------------------------
+
+def test_teach_copying_lowers_its_loss_on_strings_of_ordinary_tokens(monkeypatch):
+    """The separator holds both special tokens, so that one drawn inside a string or its tail would show."""
+    seen, logprobs, separator = [], lm.logprobs, [1, 0]
+
+    def spy(model, prompts, rows, owner):
+        assert list(owner) == list(range(len(rows))) == list(range(len(prompts)))
+        seen.extend(zip(prompts, rows))
+        return logprobs(model, prompts, rows, owner)
+
+    monkeypatch.setattr(lm, "logprobs", spy)
+    losses = list(lm.teach_copying(MAKERS["llama"](factor=1.0), separator, eos=1, steps=15, longest=9))
+    assert len(losses) == 15 and sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.05
+    for prompt, row in seen:
+        string, tail = row[:-1], prompt[len(row) - 1:-2]
+        assert row[-1] == 1 and prompt == string + tail + separator
+        assert 4 <= len(string) <= 9 and 1 <= len(tail) <= 8 and not {0, 1} & {*string, *tail}
+    drawn = {t for _, row in seen for t in row[:-1]}
+    assert drawn == set(range(2, 9)) and len({tuple(row) for _, row in seen}) > 900  # of 960: never by heart

@@ -171,6 +171,65 @@ def test_what_is_written_is_read(tok, text):
         assert len(row) > 1  # also "" is a text to score
 
 
+# --- spoiled futures ----------------------------------------------------------------------------------------
+
+def states(rng, n=5):
+    """Two states that differ in at least one line, and a third; each line has a name of its own."""
+    x, other = ([f"k{i} is {rng.randrange(4)}" for i in range(n)] for _ in range(2))
+    y = [line if rng.random() < 0.6 else f"k{i} is {rng.randrange(4)}" for i, line in enumerate(x)]
+    return (x, y, other) if x != y else states(rng, n)
+
+
+def test_a_spoiled_future_is_wrong_in_exactly_one_line():
+    rng, seen = random.Random(0), set()
+    for _ in range(1000):
+        x, y, other = states(rng, rng.randint(1, 5))
+        bad = swirl_idm.spoil("\n".join(x), "\n".join(y), "\n".join(other), rng)
+        if bad is not None:
+            bad = bad.split("\n")
+            i, = (i for i, pair in enumerate(zip(y, bad, strict=True)) if pair[0] != pair[1])
+            assert bad != x and bad[i] in (x[i], other[i])                          # a careless P's line
+            changes = sum(a != b for a, b in zip(x, y))
+            assert changes > 1 or x[i] == y[i]                                      # the only change stays
+            seen.add((changes > 1, x[i] == y[i], bad[i] == x[i]))
+    assert seen == {(False, True, False), (True, True, False), (True, False, True), (True, False, False)}
+
+
+def test_nothing_to_spoil():
+    for x, y, other in [("a 1\nb 1", "a 1\nb 1", "a 2\nb 2"),                        # nothing changes
+                        ("a 1\nb 1", "b 1", "a 2\nb 2"),                            # nor here: a line goes
+                        ("a 1", "a 2", "a 3"),                                    # one change, no other line
+                        ("a 1\nb 1", "a 2\nb 1", "a 3\nb 1"), ("a 1\nb 1", "a 2\nb 1", "c 1")]:
+        assert {swirl_idm.spoil(x, y, other, random.Random(seed)) for seed in range(20)} == {None}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_warmup_rows_are_the_labelled_ones_and_spoiled_ones_without_action(tok, view):
+    rng = random.Random(0)
+    triples = [("\n".join(x), f"do {n}", "\n".join(y)) for n in range(40) for x, y, _ in [states(rng)]]
+    true = [(swirl_idm.prompt(tok, x, y, view), swirl_idm.target(tok, z)) for x, z, y in triples]
+    counts = []
+    for share in (0, 0.5, 1):
+        rows = swirl_idm.warmup_rows(tok, triples, view, share, random.Random(1))
+        assert rows[:40] == true                                                    # all of them, as they are
+        assert all(row == swirl_idm.target(tok, swirl_idm.IMPOSSIBLE) for _, row in rows[40:])
+        assert view == "diff" or not [p for p, _ in rows[40:] if p in [q for q, _ in true]]
+        counts.append(len(rows) - 40)
+    assert counts[0] == 0 < counts[1] < counts[2] <= 40
+
+
+def test_phase_1_leaves_out_pairs_in_which_q_reads_no_action(monkeypatch, tok, P, Q):
+    sample, drawn = lm.sample, [swirl_idm.target(tok, z) for z in ("go", swirl_idm.IMPOSSIBLE, "", "stop")]
+    monkeypatch.setattr(lm, "sample", lambda model, *rest, **kw: (drawn, None) if model is Q
+                        else sample(model, *rest, **kw))
+    got = captured(monkeypatch, 1, P, Q, tok)
+    kept = [(*PAIRS[i], z) for i, z in [(0, "go"), (2, ""), (3, "stop")]]
+    assert [(x, y, z) for x, z, y, *_ in got["examples"]] == kept
+    assert got["prompts"] == [fwm_prompt(tok, x, z) for x, _, z in kept]
+    reward = got["reward"]([2], [swirl_fwm.target(tok, "lamp is on")]).item()
+    assert reward == pytest.approx(shaped(logq_z(Q, tok, XS[3], "stop", "lamp is on", "diff"), 1, "sum", 10))
+
+
 # --- scores -------------------------------------------------------------------------------------------------
 
 def test_logp_is_a_single_row_forward_with_the_end_scored(tok, P, Q):

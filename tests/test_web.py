@@ -26,45 +26,45 @@ def after(world, *actions):
 
 
 def test_the_transition_in_the_docstring():
-    cart = {"red bag": 1, "blue bag": 1}
+    cart = {"red-bag": 1, "blue-bag": 1}
     world = shop(colour="red", cart=cart, name="cleo", delivery="post", code="autumn")
     shown = [row.strip().split("   ") for row in web.__doc__.split("\n") if row.startswith("    ")][:13]
     assert [row[0] for row in shown] == world.text().split("\n")
-    assert after(world, "[button] add red lamp -> CLICK") == [shown[8][-1].strip()]
+    assert after(world, "[button] add red-lamp -> CLICK") == [shown[8][-1].strip()]
 
 
 def test_rows_follow_search_colour_sort_and_page():
     world = shop(page=3)
     assert after(world, "[searchbox] search -> TYPE: lamp") == [
-        "search: lamp", "page: 1 of 2", "1 blue lamp", "2 green lamp", "3 red lamp"]
+        "search: lamp", "page: 1 of 2", "1 blue-lamp", "2 green-lamp", "3 red-lamp"]
     assert after(world, "[combobox] order by -> SELECT: price up") == [
-        "sort: cheap first", "1 white lamp", "2 red lamp", "3 blue lamp"]
-    assert after(world, "[link] next -> CLICK") == ["page: 2 of 2", "1 green lamp", "2 nothing", "3 nothing"]
+        "sort: cheap first", "1 white-lamp", "2 red-lamp", "3 blue-lamp"]
+    assert after(world, "[link] next -> CLICK") == ["page: 2 of 2", "1 green-lamp", "2 nothing", "3 nothing"]
     assert not after(world, "[link] next -> CLICK", "[searchbox] search -> TYPE: lamp")  # chosen already
-    assert after(world, "[combobox] filter -> SELECT: red") == ["colour: red", "page: 1 of 1", "1 red lamp"]
+    assert after(world, "[combobox] filter -> SELECT: red") == ["colour: red", "page: 1 of 1", "1 red-lamp"]
     world.step("[button] clear search -> CLICK")
-    assert world.rows() == ["red mug", "red lamp", "red bag"]  # cheap first
+    assert world.rows() == ["red-mug", "red-lamp", "red-bag"]  # cheap first
 
 
 def test_add_wants_the_item_on_the_page_and_room_in_the_cart():
-    world = shop(cart={"blue bag": 2})
-    assert not after(world, "[button] add red mug -> CLICK")  # on page 3
-    assert after(world, "[button] add blue bag -> CLICK") == ["cart: 3 blue bag"]
-    assert after(world, "[button] add blue lamp -> CLICK") == ["dialog: blue lamp does not fit"]
-    assert world.cart == {"blue bag": 3}
+    world = shop(cart={"blue-bag": 2})
+    assert not after(world, "[button] add red-mug -> CLICK")  # on page 3
+    assert after(world, "[button] add blue-bag -> CLICK") == ["cart: 3 blue-bag"]
+    assert after(world, "[button] add blue-lamp -> CLICK") == ["dialog: blue-lamp does not fit"]
+    assert world.cart == {"blue-bag": 3}
 
 
 @pytest.mark.parametrize("view", ["list", "checkout"])
 def test_amount_and_remove(view):
-    world = shop(view=view, cart={"red mug": 2, "red bag": 1})
-    assert not after(world, "[button] remove blue mug -> CLICK", "[spinbutton] red mug -> TYPE: 2")
-    assert after(world, "[spinbutton] red bag -> TYPE: 2") == ["dialog: 2 red bag do not fit"]
+    world = shop(view=view, cart={"red-mug": 2, "red-bag": 1})
+    assert not after(world, "[button] remove blue-mug -> CLICK", "[spinbutton] red-mug -> TYPE: 2")
+    assert after(world, "[spinbutton] red-bag -> TYPE: 2") == ["dialog: 2 red-bag do not fit"]
     world.step("[button] close -> CLICK")
-    assert after(world, "[button] remove red mug -> CLICK") == ["dialog: drop red mug?"]  # two: asks first
-    assert after(world, "[button] yes -> CLICK") == ["cart: 1 red bag", "note: red mug is out"]
-    assert after(world, "[spinbutton] red bag -> TYPE: 2") == ["cart: 2 red bag"]
-    assert after(world, "[spinbutton] red bag -> TYPE: 1") == ["cart: 1 red bag"]
-    assert after(world, "[button] remove red bag -> CLICK") == ["cart: empty"]  # one: at once
+    assert after(world, "[button] remove red-mug -> CLICK") == ["dialog: drop red-mug?"]  # two: asks first
+    assert after(world, "[button] yes -> CLICK") == ["cart: 1 red-bag", "note: red-mug is out"]
+    assert after(world, "[spinbutton] red-bag -> TYPE: 2") == ["cart: 2 red-bag"]
+    assert after(world, "[spinbutton] red-bag -> TYPE: 1") == ["cart: 1 red-bag"]
+    assert after(world, "[button] remove red-bag -> CLICK") == ["cart: empty"]  # one: at once
 
 
 def test_a_dialog_blocks_the_rest():
@@ -76,16 +76,16 @@ def test_a_dialog_blocks_the_rest():
 
 
 def test_coupon():
-    world, apply = shop(view="checkout", cart={"red lamp": 1, "red mug": 1}), "[button] apply -> CLICK"
+    world, apply = shop(view="checkout", cart={"red-lamp": 1, "red-mug": 1}), "[button] apply -> CLICK"
     assert after(world, "[textbox] coupon -> TYPE: spring", apply)[1] == "dialog: spring starts at 50"
-    lines = after(world, "[button] close -> CLICK", "[spinbutton] red mug -> TYPE: 2", apply)
+    lines = after(world, "[button] close -> CLICK", "[spinbutton] red-mug -> TYPE: 2", apply)
     assert lines[1] == "code: spring, 10 off"
-    assert after(world, "[spinbutton] red mug -> TYPE: 1")[1] == "code: spring"  # 40 again: off
+    assert after(world, "[spinbutton] red-mug -> TYPE: 1")[1] == "code: spring"  # 40 again: off
     assert after(world, "[textbox] coupon -> TYPE: autumn", apply)[1] == "dialog: autumn is over"
 
 
 def test_pay_asks_for_what_is_missing_and_then_sends():
-    world = shop(view="checkout", cart={"white chair": 1})
+    world = shop(view="checkout", cart={"white-chair": 1})
     for missing, remedy in [("name is missing", "[textbox] name -> TYPE: ben"),
                             ("delivery is missing", "[combobox] delivery -> SELECT: post"),
                             ("chair needs courier", "[combobox] delivery -> SELECT: courier")]:
@@ -99,10 +99,10 @@ def test_pay_asks_for_what_is_missing_and_then_sends():
 
 def test_each_view_has_its_own_buttons():
     assert not after(shop(), "[textbox] name -> TYPE: ana", "[button] pay -> CLICK")
-    world = shop(view="checkout", cart={"red mug": 1})
-    assert not after(world, "[button] add blue bag -> CLICK", "[link] next -> CLICK")
+    world = shop(view="checkout", cart={"red-mug": 1})
+    assert not after(world, "[button] add blue-bag -> CLICK", "[link] next -> CLICK")
     assert after(world, "[link] back -> CLICK") == ["view: list"]
-    assert after(world, "[button] add blue bag -> CLICK")
+    assert after(world, "[button] add blue-bag -> CLICK")
 
 
 @pytest.mark.parametrize("z", ["", "fly", "[button] add 1 -> CLICK", "[searchbox] search -> TYPE: boat"])
