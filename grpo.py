@@ -3,15 +3,15 @@
 Claim (Eq. 4): the gradient of E[R] is estimated by (1/G) sum_k A_k grad log pi(row_k | prompt), A_k = R_k - mean_j R_j.
 Its expectation is (1 - 1/G) times the exact gradient (the mean holds the row's own reward); `scale="loo"` undoes that.
 
-With the KL in the reward, R_k - beta * log(pi(row_k) / pi_ref(row_k)), the same estimator descends Eq. 5: at beta = 1 and
+With the KL in the reward, R_k - beta * log(pi(row_k) / pi_ref(row_k)), the same estimator ascends Eq. 5: at beta = 1 and
 R = log P(y|x,z) it is the gradient of the ELBO (Theorem 3.2). That is `kl="reward"`, the default, and exact.
 
 Departures from the paper and its released scripts:
-1. The loss is the SUM over a row's tokens, over a fixed number B*G of rows: a mean per row or per micro-batch would be
+1. The loss is the SUM over a row's tokens, over the fixed number B*G of the step's rows: a mean per row or per micro-batch would be
    another objective. The released scripts divide by the token count of the batch.
 2. The advantage is R - mean (Eq. 4). The released scripts divide by the standard deviation: `scale="std"`.
 3. The KL is in the reward, per row (k1). The released scripts put k3 into the loss, per token: `kl="loss"`.
-4. `updates` optimizer steps are taken on one batch of rollouts (the paper: one). From the second on the ratio to the
+4. `updates` (2) optimizer steps are taken on one batch of rollouts (the paper: one). From the second on the ratio to the
    sampling policy differs from 1 and the clip acts. At the first, the ratio is 1 and the loss's gradient is -A grad log pi:
    a loss near 0 is normal, read the reward and the gradient norm.
 5. Equal rows of a group are scored once and weighted by their count; rows without advantage are not run. Both exact.
@@ -34,9 +34,9 @@ class GRPO:
     scale: str = "mean"         # advantage: mean (Eq. 4), std (released scripts), loo (leave-one-out, unbiased)
     beta: float = 0.0           # weight of the KL to the reference. Paper: .1, and 1 for the exact ELBO
     kl: str = "reward"          # reward (exact for Eq. 5) or loss (k3 per token, as released)
-    updates: int = 4            # optimizer steps on one batch of rollouts. Paper: 1
+    updates: int = 2            # optimizer steps on one batch of rollouts. Paper: 1
     clip: float = 0.2           # the ratio's range is 1 - clip .. 1 + clip
-    lr: float = 1e-4            # learning rate
+    lr: float = 1.5e-4          # learning rate
     max_norm: float = 1.0       # gradient norm clip
     budget: int = 16384         # tokens a micro-batch: bounds memory, changes no gradient
 

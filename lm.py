@@ -78,7 +78,7 @@ def context(model):
     return getattr(model.config, "max_position_embeddings", None) or 10**9
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=100_000)
 def encode(tokenizer, text):
     """Token ids (a tuple) of one segment, alone, without special tokens. Prompts are joined from ids, never from text:
     BPE merges across a joint would change the tokens on both sides. A state that spells "<eos>" stays text."""
@@ -86,7 +86,8 @@ def encode(tokenizer, text):
 
 
 def decode(tokenizer, ids):
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    """The text of sampled ids without their end. Other special tokens stay visible: a wrong row must not look right."""
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
 
 
 def make_optimizers(model, lr, muon=True):

@@ -26,9 +26,14 @@ import swirl_idm
 
 # --- P as a language model ----------------------------------------------------------------------------------------------
 
+def before(tok, x):
+    """The ids of x. It comes first, so that everything that is asked about one x shares this prefix."""
+    return list(lm.encode(tok, "\n" + x))
+
+
 def prompt(tok, x, z):
-    """The ids before y. x comes first, so that everything that is asked about one x shares its prefix."""
-    return [*lm.encode(tok, "\n" + x), *lm.encode(tok, "\naction: " + z), *lm.encode(tok, "\nnext:")]
+    """The ids before y."""
+    return [*before(tok, x), *lm.encode(tok, "\naction: " + z), *lm.encode(tok, "\nnext:")]
 
 
 def target(tok, y):
@@ -42,8 +47,10 @@ def read(tok, ids):
 
 
 def logp(P, tok, xs, zs, ys):
-    """(N,) log P(y | x, z), summed over tokens, in nats."""
-    return lm.score(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], [target(tok, y) for y in ys])
+    """(N,) log P(y | x, z), summed over tokens, in nats. An x that comes several times goes through P once."""
+    at = {x: i for i, x in enumerate(dict.fromkeys(xs))}
+    rows = [prompt(tok, x, z)[len(before(tok, x)):] + target(tok, y) for x, z, y in zip(xs, zs, ys)]
+    return lm.score(P, [before(tok, x) for x in at], rows, [at[x] for x in xs], [len(target(tok, y)) for y in ys])
 
 
 def predict(P, tok, xs, zs, max_new):
@@ -64,7 +71,7 @@ def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
 # --- Phase I ------------------------------------------------------------------------------------------------------------
 
 def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, max_z=32, generator=None):
-    """One step on pairs [(x, y)]; theta moves, phi is frozen. Returns (log, examples [(x, z, y, y_hat, reward)]); log is None
+    """One step on pairs [(x, y)]; theta moves, phi is frozen. Returns (log, examples [{x, z, y, y_hat, reward}]); log is None
     if Q reads no action in any pair."""
     xs, ys = zip(*pairs)
     rows, _ = lm.sample(Q, [swirl_idm.prompt(tok, x, y, view) for x, y in pairs], 1, max_z, tok.eos_token_id,
@@ -73,15 +80,16 @@ def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
     readable = [i for i, row in enumerate(rows) if row[-1] == tok.eos_token_id and zs[i] != swirl_idm.IMPOSSIBLE]
     if not readable:
         return None, []
-    xs, ys, zs = ([values[i] for i in readable] for values in (xs, ys, zs))
+    xs, ys, zs, z_rows = ([values[i] for i in readable] for values in (xs, ys, zs, rows))
 
     def reward(owner, rows):                                                       # -> (N,)
         at = lambda values: [values[o] for o in owner]
         y_hat = [read(tok, row) for row in rows]
-        logq = swirl_idm.logp(Q, tok, at(xs), at(zs), y_hat, view)                 # Eq. 3: R = log Q(z | x, y_hat)
-        return grpo.shape(logq, [len(swirl_idm.target(tok, z)) for z in at(zs)], form, floor)
+        logq = lm.score(Q, [swirl_idm.prompt(tok, x, y, view) for x, y in zip(at(xs), y_hat)], at(z_rows))
+        return grpo.shape(logq, [len(z) for z in at(z_rows)], form, floor)         # Eq. 3: R = log Q(z | x, y_hat)
 
     log, rows, R = grpo.step(P, ref, optimizers, [prompt(tok, x, z) for x, z in zip(xs, zs)], reward, cfg,
                                tok.eos_token_id, generator)
     G = cfg.group_size
-    return log, [(x, z, y, read(tok, rows[i * G]), R[i * G].item()) for i, (x, z, y) in enumerate(zip(xs, zs, ys))]
+    return log, [dict(x=x, z=z, y=y, y_hat=read(tok, rows[i * G]), reward=R[i * G].item())
+                 for i, (x, z, y) in enumerate(zip(xs, zs, ys))]

@@ -112,7 +112,7 @@ def best_of_n(Q, P, tok, xs, ys, max_new, view, n=8, generator=None):
 # --- Phase II -----------------------------------------------------------------------------------------------------------
 
 def phase2_step(Q, P, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, generator=None):
-    """One step on pairs [(x, y)]; phi moves, theta is frozen. Returns (log, examples [(x, y, z_hat, reward)])."""
+    """One step on pairs [(x, y)]; phi moves, theta is frozen. Returns (log, examples [{x, y, z_hat, reward}])."""
     xs, ys = zip(*pairs)
 
     def reward(owner, rows):                                                       # -> (N,)
@@ -123,4 +123,4 @@ def phase2_step(Q, P, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
     log, rows, R = grpo.step(Q, ref, optimizers, [prompt(tok, x, y, view) for x, y in pairs], reward, cfg,
                                tok.eos_token_id, generator)
     G = cfg.group_size
-    return log, [(x, y, read(tok, rows[i * G]), R[i * G].item()) for i, (x, y) in enumerate(pairs)]
+    return log, [dict(x=x, y=y, z_hat=read(tok, rows[i * G]), reward=R[i * G].item()) for i, (x, y) in enumerate(pairs)]

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -36,8 +35,10 @@ from envs import physics, records, tools, web
 from evals import metrics
 
 WORLDS = {"physics": physics, "web": web, "tools": tools}
+PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False}         # the paper's, unless flags say else
 OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm",
         "checkpoint-a", "checkpoint-b"}
+OURS |= {name + ".new" for name in OURS}
 
 
 def setting(default, text, **extra):
@@ -110,14 +111,23 @@ def parse(argv=None):
             dict(type=f.type, choices=f.metadata.get("choices"))
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
                             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
+    if parser.parse_args(argv).model != "tiny":
+        parser.set_defaults(**PRETRAINED)
     cfg = Config(**vars(parser.parse_args(argv)))
-    for name in ("episodes", "eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_every", "patience",
-                 "copy_steps", "iterations", "phase1_steps", "phase2_steps", "batch", "group_size", "updates"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be at least 1")
+    checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
+              "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
+              "episodes": cfg.episodes >= 4, "copy_steps": cfg.copy_steps >= 0, "beta": cfg.beta >= 0,
+              "beta_fwm": cfg.beta_fwm >= 0}
+    for name in ("eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_every", "patience",
+                 "iterations", "phase1_steps", "phase2_steps", "batch", "updates"):
+        checks[name] = getattr(cfg, name) >= 1
+    for name, fine in checks.items():
+        if not fine:
+            fail(f"--{name.replace('_', '-')} cannot be {getattr(cfg, name)}; see --help")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no GPU is visible; use --device cpu")
-    cfg.minutes = cfg.minutes if cfg.minutes is not None else 10.0 if cfg.model == "tiny" else float("inf")
+    if cfg.minutes is None and cfg.model == "tiny":
+        cfg.minutes = 10.0
     cfg.out = cfg.out or f"runs/{Path(cfg.data).name.split('.')[0] or cfg.env}-{Path(cfg.model).name}-{cfg.seed}"
     return cfg
 
@@ -150,8 +160,8 @@ def load_models(cfg, labelled, state_only):
     if cfg.model != "tiny":
         try:
             P, tok = lm.load(cfg.model)
-        except (OSError, ValueError) as e:
-            fail(f"--model {cfg.model}: {str(e).splitlines()[0]}; give tiny, a Hub id or a folder with safetensors")
+        except (OSError, ValueError, ImportError) as e:
+            fail(f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, a Hub id or a folder with safetensors")
         return P, lm.load(cfg.model)[0], tok
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
     tok = lm.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
@@ -185,35 +195,43 @@ def best_of_8(P, Q, tok, data, cfg, limits):
 class Run:
     """The files of a run (contract: config.json, metrics.jsonl, samples.jsonl, results.json, fwm/, idm/) and its clock."""
 
-    def __init__(self, cfg):
-        self.dir, self.cfg = Path(cfg.out), cfg
+    def __init__(self, cfg, started):
+        self.dir = Path(cfg.out)
         config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "fresh")}
         try:
             self.prepare(cfg, config)
         except OSError as e:
             fail(f"--out {cfg.out}: {e.strerror or e}; give a folder that can be written")
-        self.progress = self.load("progress.json") or {"stages": [], "seconds": {}, "baselines": {}, "folder": None}
-        self.begin = time.time() - sum(self.progress["seconds"].values())
+        self.progress = self.load("progress.json") or {"stages": [], "seconds": {}, "baselines": {}, "folder": None,
+                                                       "elapsed": 0.0, "eval_seconds": 0.0, "bytes": {}}
+        self.begin = started - self.progress["elapsed"]
+        for name in ("metrics.jsonl", "samples.jsonl"):        # forget the lines of a stage that was cut
+            path, size = self.dir / name, self.progress["bytes"].get(name, 0)
+            if path.exists() and path.stat().st_size > size:
+                os.truncate(path, size)
 
     def prepare(self, cfg, config):
         found = {p.name for p in self.dir.iterdir()} if self.dir.exists() else set()
-        if found and "config.json" not in found:
+        try:
+            old = self.load("config.json")["settings"] if "config.json" in found else {}
+        except (ValueError, KeyError, TypeError):
+            fail(f"--out {cfg.out} holds a config.json that no run wrote; give another folder")
+        if found - {"config.json.new"} and not old:
             fail(f"--out {cfg.out} holds files that no run wrote; give another folder")
         if cfg.fresh and found:
             if found - OURS:
                 fail(f"--fresh: {cfg.out} holds {sorted(found - OURS)[0]}, which no run wrote; move it away first")
             shutil.rmtree(self.dir)
-        old = self.load("config.json")
-        changed = [k for k in config if old and old["settings"].get(k) != json.loads(json.dumps(config[k]))]
-        if changed:
-            k = changed[0]
-            fail(f"--out {cfg.out} holds a run with {k}={old['settings'].get(k)}, this one has {config[k]}; "
-                 "give another --out, or --fresh to start over")
+            old = {}
+        for k in config:
+            if old and old.get(k) != config[k]:
+                fail(f"--out {cfg.out} holds a run with {k}={old.get(k)}, this one has {k}={config[k]}; "
+                     "give another --out, or --fresh to start over")
         self.dir.mkdir(parents=True, exist_ok=True)
         if not old:
-            git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                 cwd=Path(__file__).parent).stdout.strip() or None
-            self.write("config.json", {"settings": config, "git": git, "versions": {
+            git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+                                 ).stdout.strip() if shutil.which("git") else None
+            self.write("config.json", {"settings": config, "git": git or None, "versions": {
                 "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}})
 
     def load(self, name):
@@ -247,6 +265,11 @@ class Run:
         lm.save(Q, tok, self.dir / folder / "idm")
         self.progress["stages"].append({"name": name, **scores})
         self.progress["folder"] = folder
+        self.save_progress()
+
+    def save_progress(self):
+        self.progress["elapsed"] = self.elapsed()
+        self.progress["bytes"] = {p.name: p.stat().st_size for p in self.dir.glob("*.jsonl")}
         self.write("progress.json", self.progress)
 
     def finish(self, results):
@@ -303,14 +326,14 @@ def warm_up(model, name, rows, validate, cfg, run, seconds):
             if fits < steps:
                 steps = bar.total = min(steps, max(40, int(fits)))
         bar.update()
-        if step % cfg.warmup_every == 0 or step == steps:
-            score = validate()
+        score = validate() if step % cfg.warmup_every == 0 or step == steps else None
+        run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=step, seconds=run.elapsed(), loss=loss,
+                grad_norm=norm, validation=score)
+        if score is not None:
             if score >= best:
                 best, best_at, weights = score, step, {k: v.clone() for k, v in model.state_dict().items()}
-            run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=step, seconds=run.elapsed(), loss=loss,
-                    grad_norm=norm, validation=score)
             bar.set_postfix(loss=f"{loss:.3f}", validation=f"{score:.3f}")
-            if step - best_at >= cfg.patience * cfg.warmup_every:
+            if step - best_at >= cfg.patience * cfg.warmup_every or time.time() - begin > 1.2 * seconds:
                 break
     bar.close()
     model.load_state_dict(weights)
@@ -321,23 +344,25 @@ def warm_up(model, name, rows, validate, cfg, run, seconds):
 # --- the job ------------------------------------------------------------------------------------------------------------
 
 def train(cfg):
+    started = time.time()
     if not cfg.fresh and (Path(cfg.out) / "results.json").is_file():
-        return report(Run(cfg).load("results.json"))
+        return report(Run(cfg, started).load("results.json"))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     torch.manual_seed(cfg.seed)
     labelled, validation, state_only, test = load_splits(cfg)
     P, Q, tok = load_models(cfg, labelled, state_only)
-    limits = check_lengths(P, tok, labelled, validation, state_only, test, cfg)
+    limits = check_data(P, tok, labelled, validation, state_only, test, cfg)
     test = test[:max(20, 30000 * len(test) // sum(len(lm.encode(tok, "\n" + y)) for _, _, y in test))]
-    run = Run(cfg)                                             # nothing is written before the input has been checked
+    run = Run(cfg, started)                                    # nothing is written before the input has been checked
     if run.progress["folder"]:
-        (P, tok), (Q, _) = (lm.load(run.dir / run.progress["folder"] / side) for side in ("fwm", "idm"))
+        last = run.dir / run.progress["folder"]
+        (P, tok), (Q, _) = (lm.load(last / side if (last / side).exists() else run.dir / side) for side in ("fwm", "idm"))
         print(f"resuming after {run.progress['stages'][-1]['name']}")
     P, Q = P.to(device), Q.to(device)
-    budget = cfg.minutes * 58                                  # a margin for what cannot be planned
+    budget = cfg.minutes * 58 if cfg.minutes else float("inf")                    # a margin for what cannot be planned
     print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
           f"state-only, {len(test)} test transitions; {sum(p.numel() for p in P.parameters())/1e6:.2f}M parameters a model; "
-          f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes < 1e6 else ""))
+          f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes else ""))
 
     def stage_ends(name, since, what):
         run.spend(what, since)
@@ -345,7 +370,8 @@ def train(cfg):
         scores, samples = evaluate(P, Q, tok, test, cfg, limits)
         for s in samples[:20]:
             run.log("samples.jsonl", stage=name, **s)
-        run.log("metrics.jsonl", phase="eval", stage=name, seconds=run.elapsed(), **scores)
+        iteration = int(name[9]) if name[9:10].isdigit() else 0
+        run.log("metrics.jsonl", phase="eval", stage=name, iteration=iteration, step=0, seconds=run.elapsed(), **scores)
         print(f"{name}: {show(scores)}  [{run.elapsed()/60:.1f} min]\n{show_sample(samples[0])}", flush=True)
         run.spend("eval", since)
         run.progress["eval_seconds"] = time.time() - since
@@ -356,6 +382,7 @@ def train(cfg):
         since = time.time()
         if cfg.model == "tiny":
             copying = lm.teach_copying(P, lm.encode(tok, "\nnext:"), tok.eos_token_id, cfg.copy_steps, seed=cfg.seed)
+            loss = float("nan")
             for loss in tqdm(copying, "copying", cfg.copy_steps, leave=False, disable=None):
                 pass
             Q.load_state_dict(P.state_dict())                  # both start from one model, as in the paper
@@ -369,10 +396,11 @@ def train(cfg):
         stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:
         since = time.time()
+        few = test[:max(20, int(len(test) * min(1, 0.02 * budget / run.progress["eval_seconds"])))]   # sampling 8 is dear
         run.progress["baselines"] = {"copy_x": metrics.copy_x([x for x, _, _ in test], [y for _, _, y in test]),
-                                     "best_of_8": best_of_8(P, Q, tok, test, cfg, limits)}
+                                     "best_of_8": best_of_8(P, Q, tok, few, cfg, limits)}
         run.spend("eval", since)
-        run.write("progress.json", run.progress)
+        run.save_progress()
 
     # Algorithm 1
     reward = dict(view=cfg.view, form=cfg.reward_form, floor=cfg.floor)
@@ -398,16 +426,20 @@ def train(cfg):
     return finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device)
 
 
-def check_lengths(P, tok, labelled, validation, state_only, test, cfg):
-    """(longest y, longest z) to sample, in tokens: the longest in training and a margin. Fails if a prompt and its
-    completion do not fit the model."""
+def check_data(P, tok, labelled, validation, state_only, test, cfg):
+    """(longest y, longest z) to sample, in tokens: the longest in training and a margin. Fails if a split is empty or a
+    prompt and its completion do not fit the model."""
+    name = cfg.data or cfg.env
+    for what, rows in (("labelled", labelled), ("validation", validation), ("state-only", state_only), ("test", test)):
+        if not any(row[0] != row[-1] for row in rows):
+            fail(f"{name}: no {what} transition with y != x; give more episodes")
     z = max(len(lm.encode(tok, " " + z)) for _, z, _ in labelled) + 8
     n = {s: len(lm.encode(tok, "\n" + s)) for rows in (labelled, validation, state_only, test) for row in rows
          for s in (row[0], row[-1])}
     y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
     longest = max(n, key=n.get)
-    if n[longest] + y + 2 * z + 16 > lm.context(P):
-        fail(f"{cfg.data or cfg.env}: a state of {n[longest]} tokens ({longest[:40]!r}...) is longer than the model takes "
+    if n[longest] + max(y, n[longest]) + 2 * z + 16 > lm.context(P):
+        fail(f"{name}: a state of {n[longest]} tokens ({longest[:40]!r}...) is longer than the model takes "
              f"({lm.context(P)} tokens for x, z and y together); shorten the states or choose another --model")
     return y, z
 
@@ -432,7 +464,8 @@ def phase(run, cfg, name, policy, frozen, pairs, settings, steps, seconds, take_
     before = [p.detach().clone() for p in frozen.parameters()]
     iteration, kind = name.removeprefix("iteration").split("/")
     bar = tqdm(range(1, steps + 1), desc=name, leave=False, disable=None)
-    kl, peak = 0.0, settings.lr
+    kl, peak, side = 0.0, settings.lr, "fwm" if kind == "phase1" else "idm"
+    heldout = f"{run.progress['stages'][-1][side]['exact']:.3f}"                   # at the last evaluation
     for step in bar:
         if len(order) < cfg.batch:
             order = rng.sample(pairs, len(pairs))
@@ -448,38 +481,36 @@ def phase(run, cfg, name, policy, frozen, pairs, settings, steps, seconds, take_
         kl = kl if log["kl"] is None else log["kl"]
         log["tokens_per_second"] = log.pop("tokens") / (time.time() - since)
         run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), **log)
-        bar.set_postfix(reward=f"{log['reward']:.3f}", kl=f"{kl:.3f}",
-                        heldout=f"{held_out(run, kind):.3f}")
+        bar.set_postfix(reward=f"{log['reward']:.3f}", kl=f"{kl:.3f}", heldout=heldout)
         if time.time() - begin > seconds * step / (step + 1):                      # the next one would not fit
             break
     bar.close()
+    for example in examples:
+        run.log("samples.jsonl", stage=name, **example)
     assert all(torch.equal(a, b) for a, b in zip(before, frozen.parameters())), "the frozen model moved"
     print(f"  {name}: {step} steps" + (f" (planned {steps}, the budget held {step})" if step < steps else "")
           + f", {kind[-1] == '1' and 'Q' or 'P'} frozen and unchanged")
-
-
-def held_out(run, kind):
-    side = "fwm" if kind == "phase1" else "idm"
-    return run.progress["stages"][-1][side]["exact"]
 
 
 # --- the end ------------------------------------------------------------------------------------------------------------
 
 def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
     gen = torch.Generator(Q.device).manual_seed(cfg.seed)
-    some = state_only[:256]
+    rng, n = random.Random(cfg.seed), min(256, len(state_only), len(labelled))
+    some, true = rng.sample(state_only, n), [z for _, z, _ in rng.sample(labelled, n)]
     z_hat = [swirl_idm.read(tok, row) for row in lm.sample_all(
         Q, [swirl_idm.prompt(tok, x, y, cfg.view) for x, y in some], 1, limits[1], tok.eos_token_id, gen)]
+    import resource                                            # Linux and macOS
     progress, seconds = run.progress, run.progress["seconds"]
     results = {
         "version": 1, "env": cfg.data or cfg.env, "model": cfg.model, "seed": cfg.seed,
         "hardware": torch.cuda.get_device_name() if device == "cuda" else
         f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "seconds": {"total": sum(seconds.values())} | {k: seconds.get(k, 0.0) for k in ("warmup", "phase1", "phase2", "eval")},
+        "seconds": {"total": run.elapsed()} | {k: seconds.get(k, 0.0) for k in ("warmup", "phase1", "phase2", "eval")},
         "splits": {"labelled": len(labelled), "state_only": len(state_only), "test": len(test)},
         "baselines": progress["baselines"],
         "stages": progress["stages"] + [progress["stages"][-1] | {"name": "swirl"}],
-        "collapse": mi_bounds.collapse(z_hat, [z for _, z, _ in labelled[:len(z_hat)]]),
+        "collapse": mi_bounds.collapse(z_hat, true),
         "presets": {"bleu": "mirrorapi (characters, method3, mean)", "rouge_l": "rouge_score, no stemmer"},
         "sizes": {"parameters": sum(p.numel() for p in P.parameters()),
                   "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}}
@@ -512,7 +543,7 @@ def main(argv=None):
     except records.BadData as e:
         fail(e)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {cfg.out} holds every finished stage: the same command resumes after the last one",
+        print(f"\ninterrupted; finished stages are saved in {cfg.out}: the same command resumes after the last one",
               file=sys.stderr)
         return 130
 

@@ -101,7 +101,7 @@ def row(t, **change):
 
 
 @pytest.mark.parametrize("text, says", [
-    (None, "no such file"), ("{broken\n", ":1:"), (row(0) + "\n" + row(1, x=" "), ":2:"), (row(0), "one"),
+    (None, "no such file"), ("{broken\n", ":1:"), (row(0) + "\n" + row(1, x=" "), ":2:"), (row(0), "1 line"),
     ("\n".join(json.dumps({"episode": e, "t": t, "x": f"{e}{t}", "y": "b"}) for e in "abcdef" for t in (0, 1)), "z"),
 ], ids=["missing", "broken JSON", "empty state", "one line", "no z at all"])
 def test_bad_data_is_refused_in_one_line(tmp_path, capsys, text, says):
