@@ -411,17 +411,17 @@ def train(cfg):
             since = time.time()
             settings = phase_settings(cfg, cfg.beta_fwm, cfg.lr_fwm, limits[0])
             pairs = [(x, y) for x, y in state_only if x != y or not cfg.skip_unchanged]
-            phase(run, cfg, f"iteration{i}/phase1", P, Q, pairs, settings, cfg.phase1_steps, time_share(run, budget, left),
-                  lambda ref, opt, pairs, gen: swirl_fwm.phase1_step(P, Q, ref, opt, tok, pairs, settings, **reward,
-                                                                     max_z=limits[1], generator=gen))
+            phase(run, cfg, f"iteration{i}/phase1", P, Q, pairs, settings, cfg.phase1_steps,
+                  time_share(run, budget, left), lambda ref, opt, pairs, gen: swirl_fwm.phase1_step(
+                      P, Q, ref, opt, tok, pairs, settings, **reward, max_z=limits[1], generator=gen))
             stage_ends(f"iteration{i}/phase1", since, "phase1")
         # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
         if not run.done(f"iteration{i}/phase2"):
             since = time.time()
             settings = phase_settings(cfg, cfg.beta, cfg.lr_idm, limits[1])
-            phase(run, cfg, f"iteration{i}/phase2", Q, P, state_only, settings, cfg.phase2_steps, time_share(run, budget, left - 1),
-                  lambda ref, opt, pairs, gen: swirl_idm.phase2_step(Q, P, ref, opt, tok, pairs, settings, **reward,
-                                                                     generator=gen))
+            phase(run, cfg, f"iteration{i}/phase2", Q, P, state_only, settings, cfg.phase2_steps,
+                  time_share(run, budget, left - 1), lambda ref, opt, pairs, gen: swirl_idm.phase2_step(
+                      Q, P, ref, opt, tok, pairs, settings, **reward, generator=gen))
             stage_ends(f"iteration{i}/phase2", since, "phase2")
     return finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device)
 
@@ -500,6 +500,10 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
     some, true = rng.sample(state_only, n), [z for _, z, _ in rng.sample(labelled, n)]
     z_hat = [swirl_idm.read(tok, row) for row in lm.sample_all(
         Q, [swirl_idm.prompt(tok, x, y, cfg.view) for x, y in some], 1, limits[1], tok.eos_token_id, gen)]
+    xs, ys = map(list, zip(*some))
+    y_hat = [swirl_fwm.read(tok, row) for row in lm.sample_all(
+        P, [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, z_hat)], 1, limits[0], tok.eos_token_id, gen)]
+    eq3 = mi_bounds.barber_agakov_from_samples(swirl_idm.logp(Q, tok, xs, z_hat, y_hat, cfg.view).cpu())
     import resource                                            # Linux and macOS
     progress, seconds = run.progress, run.progress["seconds"]
     results = {
@@ -510,6 +514,8 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
         "splits": {"labelled": len(labelled), "state_only": len(state_only), "test": len(test)},
         "baselines": progress["baselines"],
         "stages": progress["stages"] + [progress["stages"][-1] | {"name": "swirl"}],
+        "bounds": {"eq3": eq3.mean, "eq3_standard_error": eq3.standard_error,      # E log Q(z|x,y_hat), no floor, and
+                   "eq5_reward": swirl_fwm.logp(P, tok, xs, z_hat, ys).mean().item()},   # E log P(y|x,z), in nats
         "collapse": mi_bounds.collapse(z_hat, true),
         "presets": {"bleu": "mirrorapi (characters, method3, mean)", "rouge_l": "rouge_score, no stemmer"},
         "sizes": {"parameters": sum(p.numel() for p in P.parameters()),
