@@ -72,7 +72,7 @@ class Config:
     patience: int = setting(6, "validations without a gain that end the warm-up")
     # Algorithm 1
     iterations: int = setting(2, "times Phase I and Phase II alternate. Paper: up to 3")
-    phase1_steps: int = setting(150, "steps of each Phase I")
+    phase1_steps: int = setting(200, "steps of each Phase I")
     phase2_steps: int = setting(40, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
