@@ -36,7 +36,7 @@ class GRPO:
     kl: str = "reward"          # reward (exact for Eq. 5) or loss (k3 per token, as released)
     updates: int = 2            # optimizer steps on one batch of rollouts. Paper: 1
     clip: float = 0.2           # the ratio's range is 1 - clip .. 1 + clip
-    lr: float = 1.5e-4          # learning rate
+    lr: float = 1e-4            # learning rate
     max_norm: float = 1.0       # gradient norm clip
     budget: int = 16384         # tokens a micro-batch: bounds memory, changes no gradient
 

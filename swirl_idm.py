@@ -43,20 +43,15 @@ IMPOSSIBLE = "no action does this"
 
 
 def spoil(x, y, other, rng):
-    """y with one line wrong, as a careless P would write it: an unchanged line taken from another state, or, if several
-    lines change, one that stays behind or takes another state's value. None if there is nothing to spoil."""
+    """y with one line that should have stayed taken from another state, as a careless P would write it. None if nothing
+    changes from x to y (the spoiled line alone could be a true change) or no line can be exchanged."""
     before, after = x.split("\n"), y.split("\n")
-    changed = [i for i, line in enumerate(after) if line not in before]
-    same = [i for i, line in enumerate(after) if line in before]
-    if not changed:
+    choices = [(i, line) for i, old in enumerate(after) if old in before for line in other.split("\n")
+               if line.split(" ")[0] == old.split(" ")[0] and line != old]
+    if x == y or not choices:
         return None
-    i = rng.choice(changed if len(changed) > 1 and rng.random() < 0.5 or not same else same)
-    wrong = [line for line in other.split("\n") if line.split(" ")[0] == after[i].split(" ")[0] and line != after[i]]
-    if i in changed and i < len(before):
-        wrong.append(before[i])
-    if not wrong or i in changed and len(changed) == 1:
-        return None
-    return "\n".join(after[:i] + [rng.choice(wrong)] + after[i + 1:])
+    i, line = rng.choice(choices)
+    return "\n".join(after[:i] + [line] + after[i + 1:])
 
 
 def warmup_rows(tok, labelled, view, spoiled, rng):
