@@ -12,12 +12,8 @@ each phase is a few dozen steps, not an epoch over 30k pairs; see `swirl_fwm.py`
 """
 import argparse
 import dataclasses
-import json
-import os
 import platform
 import random
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +25,7 @@ from tqdm import tqdm
 import grpo
 import lm
 import mi_bounds
+import rundir
 import swirl_fwm
 import swirl_idm
 from envs import physics, records, tools, web
@@ -36,9 +33,6 @@ from evals import metrics
 
 WORLDS = {"physics": physics, "web": web, "tools": tools}
 PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False}         # the paper's, unless flags say else
-OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm",
-        "checkpoint-a", "checkpoint-b"}
-OURS |= {name + ".new" for name in OURS}
 
 
 def setting(default, text, **extra):
@@ -97,15 +91,9 @@ class Config:
                         choices=["diff", "full"])
 
 
-def fail(message):
-    """The user's input is at fault: one line, exit code 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="SWIRL: self-improving world modelling with latent actions.")
-    parser.error = fail
+    parser.error = rundir.fail
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
             dict(type=f.type, choices=f.metadata.get("choices"))
@@ -123,9 +111,9 @@ def parse(argv=None):
         checks[name] = getattr(cfg, name) >= 1
     for name, fine in checks.items():
         if not fine:
-            fail(f"--{name.replace('_', '-')} cannot be {getattr(cfg, name)}; see --help")
+            rundir.fail(f"--{name.replace('_', '-')} cannot be {getattr(cfg, name)}; see --help")
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: no GPU is visible; use --device cpu")
+        rundir.fail("--device cuda: no GPU is visible; use --device cpu")
     if cfg.minutes is None and cfg.model == "tiny":
         cfg.minutes = 10.0
     cfg.out = cfg.out or f"runs/{Path(cfg.data).name.split('.')[0] or cfg.env}-{Path(cfg.model).name}-{cfg.seed}"
@@ -161,7 +149,7 @@ def load_models(cfg, labelled, state_only):
         try:
             P, tok = lm.load(cfg.model)
         except (OSError, ValueError, ImportError) as e:
-            fail(f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, a Hub id or a folder with safetensors")
+            rundir.fail(f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, a Hub id or a folder with safetensors")
         return P, lm.load(cfg.model)[0], tok
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
     tok = lm.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
@@ -188,112 +176,6 @@ def best_of_8(P, Q, tok, data, cfg, limits):
     gen = torch.Generator(P.device).manual_seed(cfg.seed)
     return {"fwm": metrics.fwm_scores(xs, swirl_fwm.best_of_n(P, Q, tok, xs, zs, limits[0], cfg.view, 8, gen), ys),
             "idm": metrics.idm_scores(swirl_idm.best_of_n(Q, P, tok, xs, ys, limits[1], cfg.view, 8, gen), zs)}
-
-
-# --- the run's folder ---------------------------------------------------------------------------------------------------
-
-class Run:
-    """The files of a run (contract: config.json, metrics.jsonl, samples.jsonl, results.json, fwm/, idm/) and its clock."""
-
-    def __init__(self, cfg, started):
-        self.dir = Path(cfg.out)
-        config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "fresh")}
-        try:
-            self.prepare(cfg, config)
-        except OSError as e:
-            fail(f"--out {cfg.out}: {e.strerror or e}; give a folder that can be written")
-        self.progress = self.load("progress.json") or {"stages": [], "seconds": {}, "baselines": {}, "folder": None,
-                                                       "elapsed": 0.0, "eval_seconds": 0.0, "bytes": {}}
-        self.begin = started - self.progress["elapsed"]
-        for name in ("metrics.jsonl", "samples.jsonl"):        # forget the lines of a stage that was cut
-            path, size = self.dir / name, self.progress["bytes"].get(name, 0)
-            if path.exists() and path.stat().st_size > size:
-                os.truncate(path, size)
-
-    def prepare(self, cfg, config):
-        found = {p.name for p in self.dir.iterdir()} if self.dir.exists() else set()
-        try:
-            old = self.load("config.json")["settings"] if "config.json" in found else {}
-        except (ValueError, KeyError, TypeError):
-            fail(f"--out {cfg.out} holds a config.json that no run wrote; give another folder")
-        if found - {"config.json.new"} and not old:
-            fail(f"--out {cfg.out} holds files that no run wrote; give another folder")
-        if cfg.fresh and found:
-            if found - OURS:
-                fail(f"--fresh: {cfg.out} holds {sorted(found - OURS)[0]}, which no run wrote; move it away first")
-            shutil.rmtree(self.dir)
-            old = {}
-        for k in config:
-            if old and old.get(k) != config[k]:
-                fail(f"--out {cfg.out} holds a run with {k}={old.get(k)}, this one has {k}={config[k]}; "
-                     "give another --out, or --fresh to start over")
-        self.dir.mkdir(parents=True, exist_ok=True)
-        if not old:
-            git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-                                 ).stdout.strip() if shutil.which("git") else None
-            self.write("config.json", {"settings": config, "git": git or None, "versions": {
-                "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}})
-
-    def load(self, name):
-        path = self.dir / name
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def write(self, name, value):
-        """Whole or not at all."""
-        new = self.dir / (name + ".new")
-        new.write_text(json.dumps(value, indent=1))
-        os.replace(new, self.dir / name)
-
-    def log(self, name, **line):
-        with open(self.dir / name, "a") as f:
-            f.write(json.dumps(line) + "\n")
-
-    def elapsed(self):
-        return time.time() - self.begin
-
-    def spend(self, what, since):
-        self.progress["seconds"][what] = self.progress["seconds"].get(what, 0.0) + time.time() - since
-
-    def done(self, stage):
-        return any(s["name"] == stage for s in self.progress["stages"])
-
-    def finish_stage(self, name, scores, P, Q, tok):
-        """Save both models beside the last ones, then name them in progress.json: a cut loses one stage at most."""
-        folder = "checkpoint-b" if self.progress["folder"] == "checkpoint-a" else "checkpoint-a"
-        shutil.rmtree(self.dir / folder, ignore_errors=True)
-        lm.save(P, tok, self.dir / folder / "fwm")
-        lm.save(Q, tok, self.dir / folder / "idm")
-        self.progress["stages"].append({"name": name, **scores})
-        self.progress["folder"] = folder
-        self.save_progress()
-
-    def save_progress(self):
-        self.progress["elapsed"] = self.elapsed()
-        self.progress["bytes"] = {p.name: p.stat().st_size for p in self.dir.glob("*.jsonl")}
-        self.write("progress.json", self.progress)
-
-    def finish(self, results):
-        """Move the last models to fwm/ and idm/, then write results.json: the run is complete when that is there."""
-        for side in ("fwm", "idm"):
-            source = self.dir / self.progress["folder"] / side
-            if source.exists():
-                shutil.rmtree(self.dir / side, ignore_errors=True)
-                os.replace(source, self.dir / side)
-        self.write("results.json", results)
-        for rest in ("checkpoint-a", "checkpoint-b"):
-            shutil.rmtree(self.dir / rest, ignore_errors=True)
-
-
-def show(scores):
-    return (f"FWM exact {scores['fwm']['exact']:.3f}, of changed {scores['fwm']['exact_changed'] or 0:.3f}, "
-            f"logp {scores['fwm']['logp']:.2f} | IDM exact {scores['idm']['exact']:.3f}, logp {scores['idm']['logp']:.3f}")
-
-
-def show_sample(s):
-    """One transition as a person reads it: what changed, what P predicts, what Q reads."""
-    lines = lambda y: " / ".join(swirl_idm.line_diff(s["x"], y)) or "(nothing changes)"
-    return (f"    z     {s['z']}\n    y     {lines(s['y'])}\n    y_hat {'= y' if s['y_hat'] == s['y'] else lines(s['y_hat'])}"
-            f"\n    z_hat {'= z' if s['z_hat'] == s['z'] else s['z_hat']}")
 
 
 # --- warm-up ------------------------------------------------------------------------------------------------------------
@@ -346,14 +228,14 @@ def warm_up(model, name, rows, validate, cfg, run, seconds):
 def train(cfg):
     started = time.time()
     if not cfg.fresh and (Path(cfg.out) / "results.json").is_file():
-        return report(Run(cfg, started).load("results.json"))
+        return rundir.report(rundir.Run(cfg, started).load("results.json"))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     torch.manual_seed(cfg.seed)
     labelled, validation, state_only, test = load_splits(cfg)
     P, Q, tok = load_models(cfg, labelled, state_only)
     limits = check_data(P, tok, labelled, validation, state_only, test, cfg)
     test = test[:max(20, 30000 * len(test) // sum(len(lm.encode(tok, "\n" + y)) for _, _, y in test))]
-    run = Run(cfg, started)                                    # nothing is written before the input has been checked
+    run = rundir.Run(cfg, started)                                    # nothing is written before the input has been checked
     if run.progress["folder"]:
         last = run.dir / run.progress["folder"]
         (P, tok), (Q, _) = (lm.load(last / side if (last / side).exists() else run.dir / side) for side in ("fwm", "idm"))
@@ -372,7 +254,7 @@ def train(cfg):
             run.log("samples.jsonl", stage=name, **s)
         iteration = int(name[9]) if name[9:10].isdigit() else 0
         run.log("metrics.jsonl", phase="eval", stage=name, iteration=iteration, step=0, seconds=run.elapsed(), **scores)
-        print(f"{name}: {show(scores)}  [{run.elapsed()/60:.1f} min]\n{show_sample(samples[0])}", flush=True)
+        print(f"{name}: {rundir.show(scores)}  [{run.elapsed()/60:.1f} min]\n{rundir.show_sample(samples[0])}", flush=True)
         run.spend("eval", since)
         run.progress["eval_seconds"] = time.time() - since
         run.finish_stage(name, scores, P, Q, tok)
@@ -432,14 +314,14 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
     name = cfg.data or cfg.env
     for what, rows in (("labelled", labelled), ("validation", validation), ("state-only", state_only), ("test", test)):
         if not any(row[0] != row[-1] for row in rows):
-            fail(f"{name}: no {what} transition with y != x; give more episodes")
+            rundir.fail(f"{name}: no {what} transition with y != x; give more episodes")
     z = max(len(lm.encode(tok, " " + z)) for _, z, _ in labelled) + 8
     n = {s: len(lm.encode(tok, "\n" + s)) for rows in (labelled, validation, state_only, test) for row in rows
          for s in (row[0], row[-1])}
     y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
     longest = max(n, key=n.get)
     if n[longest] + max(y, n[longest]) + 2 * z + 16 > lm.context(P):
-        fail(f"{name}: a state of {n[longest]} tokens ({longest[:40]!r}...) is longer than the model takes "
+        rundir.fail(f"{name}: a state of {n[longest]} tokens ({longest[:40]!r}...) is longer than the model takes "
              f"({lm.context(P)} tokens for x, z and y together); shorten the states or choose another --model")
     return y, z
 
@@ -521,23 +403,7 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
         "sizes": {"parameters": sum(p.numel() for p in P.parameters()),
                   "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}}
     run.finish(results)
-    return report(results)
-
-
-def report(results):
-    """The final table: a row a stage, FWM and IDM side by side."""
-    rows = [(s["name"], s["fwm"], s["idm"]) for s in results["stages"]]
-    best = results["baselines"]["best_of_8"]
-    rows += [("sft, best of 8", best["fwm"], best["idm"]), ("copy x", results["baselines"]["copy_x"], None)]
-    columns = [(0, "exact", 100), (0, "exact_changed", 100), (0, "bleu", 1), (0, "rouge_l", 1), (0, "logp", 1),
-               (1, "exact", 100), (1, "logp", 1)]
-    cell = lambda value, scale: f"{value * scale:10.2f}" if value is not None else "         -"
-    print(f"\n{results['env']}, seed {results['seed']}: {results['splits']['test']} held-out transitions, "
-          f"{results['seconds']['total'] / 60:.1f} minutes on {results['hardware']}")
-    print(f"{'':18}{'FWM: exact %':>10}{'changed %':>10}{'BLEU':>10}{'ROUGE-L':>10}{'logp':>10}{'IDM: ex %':>10}{'logp':>10}")
-    for name, *sides in rows:
-        print(f"{name:18}" + "".join(cell(sides[i] and sides[i].get(key), scale) for i, key, scale in columns))
-    return 0
+    return rundir.report(results)
 
 
 def main(argv=None):
@@ -547,7 +413,7 @@ def main(argv=None):
     try:
         return train(cfg)
     except records.BadData as e:
-        fail(e)
+        rundir.fail(e)
     except KeyboardInterrupt:
         print(f"\ninterrupted; finished stages are saved in {cfg.out}: the same command resumes after the last one",
               file=sys.stderr)

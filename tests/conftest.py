@@ -63,6 +63,13 @@ def Q(tok):
     return sharpen(lm.make_tiny(tok, width=32, layers=2, context=512, seed=2), 8.0)
 
 
+def ending(model, eos, bias):
+    """Add `bias` to the logit of eos: a random model then ends its rows early, late or (-1e4) never."""
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    model.lm_head.bias.data[eos] = bias
+    return model
+
+
 def naive(model, prefix, row, temperature=1.0):
     """(T,) log p(row_t | prefix, row_<t) from one full forward pass; differentiable."""
     ids = torch.tensor([[*prefix, *row]])

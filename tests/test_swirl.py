@@ -9,7 +9,7 @@ import grpo
 import lm
 import swirl_fwm
 import swirl_idm
-from conftest import Recorder, naive, naive_greedy, weights
+from conftest import Recorder, ending, naive, naive_greedy, weights
 from grpo import GRPO
 
 PAIRS = [("lamp is on\ndoor is shut", "lamp is off\ndoor is shut"), ("a\nb\nc", "a\nc"),
@@ -17,8 +17,15 @@ PAIRS = [("lamp is on\ndoor is shut", "lamp is off\ndoor is shut"), ("a\nb\nc", 
 XS, YS = map(list, zip(*PAIRS))
 ZS = ["turn off", "drop b", "", "add two lines"]
 ODD = ["", " ", "\n", "\n\n", " a", "a ", "\na", "a\n", "\t", "caf\u00e9 \U0001f916\u200d",
-       "\r\n", "action:", "a  b", "\x00"]
+       "\r\n", "action:", "a  b", "\x00", "<eos>", "a <pad>", "<eos> a"]
 VIEWS = ["diff", "full"]
+MAX_Z = 24
+
+
+@pytest.fixture
+def Q(Q, tok):
+    """Ends a row with a probability of about a quarter at each token: most z are readable."""
+    return ending(Q, tok.eos_token_id, 5.0)
 
 
 def settings(**kw):
@@ -28,8 +35,8 @@ def settings(**kw):
 
 
 def ids(tok, *segments):
-    """Each segment tokenised alone."""
-    return [t for s in segments for t in tok.encode(s, add_special_tokens=False)]
+    """Each segment tokenised alone, as plain text: "<eos>" in it is five characters."""
+    return [t for s in segments for t in tok.encode(s, add_special_tokens=False, split_special_tokens=True)]
 
 
 def fwm_prompt(tok, x, z):
@@ -47,8 +54,13 @@ def logp_y(P, tok, x, z, y):
     return naive(P, fwm_prompt(tok, x, z), ids(tok, "\n" + y) + [tok.eos_token_id]).sum().item()
 
 
+def logq_ids(Q, tok, x, row, y, view):
+    """log Q of these very ids."""
+    return naive(Q, idm_prompt(tok, x, y, view), row).sum().item()
+
+
 def logq_z(Q, tok, x, z, y, view):
-    return naive(Q, idm_prompt(tok, x, y, view), ids(tok, " " + z) + [tok.eos_token_id]).sum().item()
+    return logq_ids(Q, tok, x, ids(tok, " " + z) + [tok.eos_token_id], y, view)
 
 
 def shaped(logp, length, form, floor):
@@ -56,11 +68,12 @@ def shaped(logp, length, form, floor):
     return max(value, -floor) if floor else value
 
 
-def run_phase(which, P, Q, tok, cfg, pairs=PAIRS, optimizers=None, ref=None, view="diff", seed=0, **kw):
+def run_phase(which, P, Q, tok, cfg, pairs=PAIRS, optimizers=None, ref=None, view="diff", seed=0, max_z=MAX_Z,
+              **kw):
     policy, frozen = (P, Q) if which == 1 else (Q, P)
     step = swirl_fwm.phase1_step if which == 1 else swirl_idm.phase2_step
     optimizers = lm.make_optimizers(policy, cfg.lr) if optimizers is None else optimizers
-    extra = {"max_z": 4} if which == 1 else {}
+    extra = {"max_z": max_z} if which == 1 else {}
     return step(policy, frozen, ref, optimizers, tok, pairs, cfg, view=view,
                 generator=torch.Generator().manual_seed(seed), **extra, **kw)
 
@@ -171,6 +184,15 @@ def test_what_is_written_is_read(tok, text):
         assert len(row) > 1  # also "" is a text to score
 
 
+def test_only_the_final_end_is_not_read(tok):
+    """A row with a special token inside is not the text without it."""
+    for module, begin in ((swirl_fwm, "\n"), (swirl_idm, " ")):
+        pad, eos, a = [tok.pad_token_id], [tok.eos_token_id], ids(tok, begin + "a")
+        assert module.read(tok, a + eos + eos) == "a<eos>"
+        assert module.read(tok, a + pad + eos) == module.read(tok, a + pad) == "a<pad>"
+        assert module.read(tok, eos + a) == "<eos>" + begin + "a" and module.read(tok, eos) == ""
+
+
 # --- spoiled futures ----------------------------------------------------------------------------------------
 
 def states(rng, n=5):
@@ -188,17 +210,17 @@ def test_a_spoiled_future_is_wrong_in_exactly_one_line():
         if bad is not None:
             bad = bad.split("\n")
             i, = (i for i, pair in enumerate(zip(y, bad, strict=True)) if pair[0] != pair[1])
-            assert bad != x and bad[i] in (x[i], other[i])                          # a careless P's line
-            changes = sum(a != b for a, b in zip(x, y))
-            assert changes > 1 or x[i] == y[i]                                      # the only change stays
-            seen.add((changes > 1, x[i] == y[i], bad[i] == x[i]))
-    assert seen == {(False, True, False), (True, True, False), (True, False, True), (True, False, False)}
+            assert x[i] == y[i] and bad[i] == other[i]              # should have stayed; a careless P's line
+            seen.add((sum(a != b for a, b in zip(x, y)), i))
+        else:
+            assert all(x[i] != y[i] or y[i] == other[i] for i in range(len(y)))
+    assert {i for _, i in seen} == set(range(5)) and {changes for changes, _ in seen} == {1, 2, 3, 4}
 
 
 def test_nothing_to_spoil():
     for x, y, other in [("a 1\nb 1", "a 1\nb 1", "a 2\nb 2"),                        # nothing changes
-                        ("a 1\nb 1", "b 1", "a 2\nb 2"),                            # nor here: a line goes
-                        ("a 1", "a 2", "a 3"),                                    # one change, no other line
+                        ("a 1", "a 2", "a 3"), ("a 1\nb 1", "a 2\nb 2", "a 3\nb 3"),  # no line stays
+                        ("a 1\nb 1", "b 1", "a 2\nb 1"),                            # nor differs in the other
                         ("a 1\nb 1", "a 2\nb 1", "a 3\nb 1"), ("a 1\nb 1", "a 2\nb 1", "c 1")]:
         assert {swirl_idm.spoil(x, y, other, random.Random(seed)) for seed in range(20)} == {None}
 
@@ -218,16 +240,55 @@ def test_warmup_rows_are_the_labelled_ones_and_spoiled_ones_without_action(tok, 
     assert counts[0] == 0 < counts[1] < counts[2] <= 40
 
 
-def test_phase_1_leaves_out_pairs_in_which_q_reads_no_action(monkeypatch, tok, P, Q):
-    sample, drawn = lm.sample, [swirl_idm.target(tok, z) for z in ("go", swirl_idm.IMPOSSIBLE, "", "stop")]
+def dictate(monkeypatch, Q, drawn):
+    """Q draws these rows."""
+    sample = lm.sample
     monkeypatch.setattr(lm, "sample", lambda model, *rest, **kw: (drawn, None) if model is Q
                         else sample(model, *rest, **kw))
-    got = captured(monkeypatch, 1, P, Q, tok)
-    kept = [(*PAIRS[i], z) for i, z in [(0, "go"), (2, ""), (3, "stop")]]
-    assert [(x, y, z) for x, z, y, *_ in got["examples"]] == kept
+
+
+def test_phase_1_leaves_out_pairs_in_which_q_reads_no_action(monkeypatch, tok, P, Q):
+    zs = ["go", swirl_idm.IMPOSSIBLE, "", "stop"]
+    dictate(monkeypatch, Q, [swirl_idm.target(tok, z) for z in zs])
+    got = captured(monkeypatch, 1, P, Q, tok, floor=0.0)
+    kept = [(*PAIRS[i], zs[i]) for i in (0, 2, 3)]
+    assert [(e["x"], e["y"], e["z"]) for e in got["examples"]] == kept
     assert got["prompts"] == [fwm_prompt(tok, x, z) for x, _, z in kept]
-    reward = got["reward"]([2], [swirl_fwm.target(tok, "lamp is on")]).item()
-    assert reward == pytest.approx(shaped(logq_z(Q, tok, XS[3], "stop", "lamp is on", "diff"), 1, "sum", 10))
+    futures = ["lamp is on", "", "b"]
+    rewards = got["reward"]([2, 0, 1], [swirl_fwm.target(tok, h) for h in futures]).tolist()
+    truth = [logq_z(Q, tok, kept[o][0], kept[o][2], h, "diff") for o, h in zip([2, 0, 1], futures)]
+    assert rewards == pytest.approx(truth, abs=1e-3)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_phase_1_leaves_out_z_that_do_not_end(monkeypatch, tok, P, Q, view):
+    """Also if Q would read the same text, ended: what was cut at max_z is no action."""
+    numbers = {True: 0, False: 0}
+    for seed in range(5):
+        with monkeypatch.context() as patch:
+            got = captured(patch, 1, P, Q, tok, view=view, max_z=3, seed=seed)
+        ended = [row[-1] == tok.eos_token_id for row in got["z_rows"]]
+        kept = [(x, y, swirl_idm.read(tok, z)) for (x, y), z, end in zip(PAIRS, got["z_rows"], ended) if end]
+        assert [(e["x"], e["y"], e["z"]) for e in got["examples"]] == kept
+        for end in ended:
+            numbers[end] += 1
+    assert min(numbers.values()) >= 4
+    cut, whole = ids(tok, " go"), swirl_idm.target(tok, "go")
+    dictate(monkeypatch, Q, [cut, whole, cut, whole])
+    got = captured(monkeypatch, 1, P, Q, tok)
+    assert [(e["x"], e["y"]) for e in got["examples"]] == PAIRS[1::2]
+
+
+@pytest.mark.parametrize("why", ["never ends", "no action"])
+def test_phase_1_does_nothing_if_no_z_is_readable(monkeypatch, tok, P, Q, why):
+    if why == "never ends":
+        ending(Q, tok.eos_token_id, -1e4)
+    else:
+        dictate(monkeypatch, Q, [swirl_idm.target(tok, swirl_idm.IMPOSSIBLE)] * len(PAIRS))
+    before, recorder = (weights(P), weights(Q)), Recorder(P)
+    for optimizers in ([recorder], None):
+        assert run_phase(1, P, Q, tok, settings(), optimizers=optimizers) == (None, [])
+    assert torch.equal(weights(P), before[0]) and torch.equal(weights(Q), before[1]) and not recorder.seen
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -240,15 +301,35 @@ def test_logp_is_a_single_row_forward_with_the_end_scored(tok, P, Q):
         assert ours.tolist() == pytest.approx([logq_z(Q, tok, *t, view) for t in zip(XS, ZS, YS)], abs=1e-3)
 
 
+def test_logp_with_repeated_x_is_one_by_one_scoring(monkeypatch, tok, P):
+    """An x that comes several times, in any order, goes through P once and changes no number."""
+    asked, score = [], lm.score
+    monkeypatch.setattr(lm, "score", lambda model, prefixes, *rest, **kw: asked.append(prefixes) or
+                        score(model, prefixes, *rest, **kw))
+    rng = random.Random(0)
+    triples = [(rng.choice(XS), rng.choice(ZS), rng.choice([*YS, "", XS[0]])) for _ in range(24)]
+    triples += [triples[0], (XS[0] + "\n", "turn off", YS[0]), ("", "", "")]
+    ours = swirl_fwm.logp(P, tok, *map(list, zip(*triples)))
+    assert ours.tolist() == pytest.approx([logp_y(P, tok, *t) for t in triples], abs=1e-3)
+    once = list(dict.fromkeys(x for x, *_ in triples))
+    assert asked == [[ids(tok, "\n" + x) for x in once]] and len(once) == 6
+
+
 def captured(monkeypatch, which, P, Q, tok, **kw):
-    """The prompts and the reward function that a phase hands to `grpo.step`."""
-    got, step = {}, grpo.step
+    """The prompts and the reward function that a phase hands to `grpo.step`, and the first sampled rows."""
+    got, step, sample = {}, grpo.step, lm.sample
+
+    def first(*args, **more):
+        out = sample(*args, **more)
+        got.setdefault("z_rows", out[0])
+        return out
 
     def spy(policy, ref, optimizers, prompts, reward, cfg, eos, *rest, **more):
         got.update(prompts=prompts, reward=reward, eos=eos)
         return step(policy, ref, optimizers, prompts, reward, cfg, eos, *rest, **more)
 
     monkeypatch.setattr(grpo, "step", spy)
+    monkeypatch.setattr(lm, "sample", first)
     got["examples"] = run_phase(which, P, Q, tok, settings(), **kw)[1]
     return got
 
@@ -256,22 +337,26 @@ def captured(monkeypatch, which, P, Q, tok, **kw):
 FORMS = [("sum", 0), ("mean", 0), ("sum", 45.0), ("mean", 6.0)]
 
 
-@pytest.mark.parametrize("form,floor", FORMS)
+@pytest.mark.parametrize("form,floor", [("sum", 0), ("mean", 0), ("sum", 24.0), ("mean", 4.8)])
 @pytest.mark.parametrize("view", VIEWS)
 def test_phase_1_reward_is_log_q_of_the_group_s_z_given_y_hat(monkeypatch, tok, P, Q, view, form, floor):
-    """Eq. 3. Every future of a pair is judged by one z, drawn by Q, its end token included."""
+    """Eq. 3. Every future of a pair is judged by one z, the ids that Q drew, its end token included."""
     kw = dict(optimizers=[Recorder(P)], view=view, form=form, floor=floor)
     got = captured(monkeypatch, 1, P, Q, tok, **kw)
-    length = lambda z: len(ids(tok, " " + z)) + 1
-    truth = lambda x, z, y_hat: shaped(logq_z(Q, tok, x, z, y_hat, view), length(z), form, floor)
-    assert [(x, y) for x, z, y, y_hat, R in got["examples"]] == PAIRS
-    assert got["prompts"] == [fwm_prompt(tok, x, z) for x, z, *_ in got["examples"]]
-    for x, z, _, y_hat, R in got["examples"]:
-        assert R == pytest.approx(truth(x, z, y_hat), abs=1e-3)
+    examples, z_rows = got["examples"], got["z_rows"]
+    truth = lambda x, z_row, y_hat: shaped(logq_ids(Q, tok, x, z_row, y_hat, view), len(z_row), form, floor)
+    assert all(set(e) == {"x", "z", "y", "y_hat", "reward"} for e in examples)
+    assert [(e["x"], e["y"]) for e in examples] == PAIRS
+    assert [e["z"] for e in examples] == [swirl_idm.read(tok, row) for row in z_rows]
+    assert any(row != swirl_idm.target(tok, e["z"]) for e, row in zip(examples, z_rows))  # not the text's ids
+    assert got["prompts"] == [fwm_prompt(tok, e["x"], e["z"]) for e in examples]
+    for e, row in zip(examples, z_rows):
+        assert e["reward"] == pytest.approx(truth(e["x"], row, e["y_hat"]), abs=1e-3)
     futures, owner = ["a", "lamp is off", "", "b\nc", "a"], [3, 0, 2, 0, 1]  # in no order, not one a pair
     rewards = got["reward"](owner, [swirl_fwm.target(tok, h) for h in futures])
-    for o, y_hat, R in zip(owner, futures, rewards.tolist()):
-        assert R == pytest.approx(truth(XS[o], got["examples"][o][1], y_hat), abs=1e-3)
+    expected = [truth(XS[o], z_rows[o], y_hat) for o, y_hat in zip(owner, futures)]
+    assert rewards.tolist() == pytest.approx(expected, abs=1e-3)
+    assert not floor or min(expected) == -floor < max(expected)  # it binds, but not for all
     assert got["eos"] == tok.eos_token_id
 
 
@@ -280,10 +365,11 @@ def test_phase_2_reward_is_log_p_of_the_observed_y(monkeypatch, tok, P, Q, form,
     """Eq. 5. The whole y with its end, whatever the action."""
     got = captured(monkeypatch, 2, P, Q, tok, optimizers=[Recorder(Q)], view="full", form=form, floor=floor)
     truth = lambda x, y, z: shaped(logp_y(P, tok, x, z, y), len(ids(tok, "\n" + y)) + 1, form, floor)
-    assert [(x, y) for x, y, z, R in got["examples"]] == PAIRS
+    assert all(set(e) == {"x", "y", "z_hat", "reward"} for e in got["examples"])
+    assert [(e["x"], e["y"]) for e in got["examples"]] == PAIRS
     assert got["prompts"] == [idm_prompt(tok, x, y, "full") for x, y in PAIRS]
-    for x, y, z, R in got["examples"]:
-        assert R == pytest.approx(truth(x, y, z), abs=1e-3)
+    for e in got["examples"]:
+        assert e["reward"] == pytest.approx(truth(e["x"], e["y"], e["z_hat"]), abs=1e-3)
     actions, owner = ["turn off", "", "open the door", "drop b"], [2, 0, 0, 3]
     rewards = got["reward"](owner, [swirl_idm.target(tok, z) for z in actions])
     assert rewards.tolist() == pytest.approx([truth(*PAIRS[o], z) for o, z in zip(owner, actions)], abs=1e-3)
@@ -335,12 +421,12 @@ def test_phase_1_draws_z_from_q_given_x_and_y(monkeypatch, tok, P, Q, view):
     monkeypatch.setattr(lm, "sample", spy)
     _, examples = run_phase(1, P, Q, tok, settings(), view=view)
     model, prefixes, G, max_new, rows = calls[0]
-    assert model is Q and G == 1 and max_new == 4
+    assert model is Q and G == 1 and max_new == MAX_Z
     assert prefixes == [idm_prompt(tok, x, y, view) for x, y in PAIRS]
-    assert [z for _, z, *_ in examples] == [swirl_idm.read(tok, r) for r in rows]
+    assert [e["z"] for e in examples] == [swirl_idm.read(tok, r) for r in rows]
     model, prefixes, G, max_new, rows = calls[1]
     assert model is P and G == 3
-    assert [h for *_, h, _ in examples] == [swirl_fwm.read(tok, r) for r in rows[::3]]
+    assert [e["y_hat"] for e in examples] == [swirl_fwm.read(tok, r) for r in rows[::3]]
 
 
 # --- forecasts ----------------------------------------------------------------------------------------------

@@ -1,0 +1,150 @@
+"""A run's folder, its clock and its tables: what `train.py` writes and prints, so that it holds the algorithm alone.
+
+DIR/config.json, metrics.jsonl, samples.jsonl, results.json, fwm/, idm/. A stage that ends is saved whole (both models,
+then progress.json, which names them), so that a cut loses one stage at most and nothing half-written is ever read.
+"""
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+import lm
+import swirl_idm
+
+OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm",
+        "checkpoint-a", "checkpoint-b"}
+OURS |= {name + ".new" for name in OURS}
+
+
+def fail(message):
+    """The user's input is at fault: one line, exit code 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Run:
+    """The files of a run (contract: config.json, metrics.jsonl, samples.jsonl, results.json, fwm/, idm/) and its clock."""
+
+    def __init__(self, cfg, started):
+        self.dir = Path(cfg.out)
+        config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "fresh")}
+        try:
+            self.prepare(cfg, config)
+        except OSError as e:
+            fail(f"--out {cfg.out}: {e.strerror or e}; give a folder that can be written")
+        self.progress = self.load("progress.json") or {"stages": [], "seconds": {}, "baselines": {}, "folder": None,
+                                                       "elapsed": 0.0, "eval_seconds": 0.0, "bytes": {}}
+        self.begin = started - self.progress["elapsed"]
+        for name in ("metrics.jsonl", "samples.jsonl"):        # forget the lines of a stage that was cut
+            path, size = self.dir / name, self.progress["bytes"].get(name, 0)
+            if path.exists() and path.stat().st_size > size:
+                os.truncate(path, size)
+
+    def prepare(self, cfg, config):
+        found = {p.name for p in self.dir.iterdir()} if self.dir.exists() else set()
+        try:
+            old = self.load("config.json")["settings"] if "config.json" in found else {}
+        except (ValueError, KeyError, TypeError):
+            fail(f"--out {cfg.out} holds a config.json that no run wrote; give another folder")
+        if found - {"config.json.new"} and not old:
+            fail(f"--out {cfg.out} holds files that no run wrote; give another folder")
+        if cfg.fresh and found:
+            if found - OURS:
+                fail(f"--fresh: {cfg.out} holds {sorted(found - OURS)[0]}, which no run wrote; move it away first")
+            shutil.rmtree(self.dir)
+            old = {}
+        for k in config:
+            if old and old.get(k) != config[k]:
+                fail(f"--out {cfg.out} holds a run with {k}={old.get(k)}, this one has {k}={config[k]}; "
+                     "give another --out, or --fresh to start over")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        if not old:
+            git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+                                 ).stdout.strip() if shutil.which("git") else None
+            self.write("config.json", {"settings": config, "git": git or None, "versions": {
+                "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}})
+
+    def load(self, name):
+        path = self.dir / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write(self, name, value):
+        """Whole or not at all."""
+        new = self.dir / (name + ".new")
+        new.write_text(json.dumps(value, indent=1))
+        os.replace(new, self.dir / name)
+
+    def log(self, name, **line):
+        with open(self.dir / name, "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def elapsed(self):
+        return time.time() - self.begin
+
+    def spend(self, what, since):
+        self.progress["seconds"][what] = self.progress["seconds"].get(what, 0.0) + time.time() - since
+
+    def done(self, stage):
+        return any(s["name"] == stage for s in self.progress["stages"])
+
+    def finish_stage(self, name, scores, P, Q, tok):
+        """Save both models beside the last ones, then name them in progress.json: a cut loses one stage at most."""
+        folder = "checkpoint-b" if self.progress["folder"] == "checkpoint-a" else "checkpoint-a"
+        shutil.rmtree(self.dir / folder, ignore_errors=True)
+        lm.save(P, tok, self.dir / folder / "fwm")
+        lm.save(Q, tok, self.dir / folder / "idm")
+        self.progress["stages"].append({"name": name, **scores})
+        self.progress["folder"] = folder
+        self.save_progress()
+
+    def save_progress(self):
+        self.progress["elapsed"] = self.elapsed()
+        self.progress["bytes"] = {p.name: p.stat().st_size for p in self.dir.glob("*.jsonl")}
+        self.write("progress.json", self.progress)
+
+    def finish(self, results):
+        """Move the last models to fwm/ and idm/, then write results.json: the run is complete when that is there."""
+        for side in ("fwm", "idm"):
+            source = self.dir / self.progress["folder"] / side
+            if source.exists():
+                shutil.rmtree(self.dir / side, ignore_errors=True)
+                os.replace(source, self.dir / side)
+        self.write("results.json", results)
+        for rest in ("checkpoint-a", "checkpoint-b"):
+            shutil.rmtree(self.dir / rest, ignore_errors=True)
+
+
+def show(scores):
+    return (f"FWM exact {scores['fwm']['exact']:.3f}, of changed {scores['fwm']['exact_changed'] or 0:.3f}, "
+            f"logp {scores['fwm']['logp']:.2f} | IDM exact {scores['idm']['exact']:.3f}, logp {scores['idm']['logp']:.3f}")
+
+
+def show_sample(s):
+    """One transition as a person reads it: what changed, what P predicts, what Q reads."""
+    lines = lambda y: " / ".join(swirl_idm.line_diff(s["x"], y)) or "(nothing changes)"
+    return (f"    z     {s['z']}\n    y     {lines(s['y'])}\n    y_hat {'= y' if s['y_hat'] == s['y'] else lines(s['y_hat'])}"
+            f"\n    z_hat {'= z' if s['z_hat'] == s['z'] else s['z_hat']}")
+
+
+def report(results):
+    """The final table: a row a stage, FWM and IDM side by side."""
+    rows = [(s["name"], s["fwm"], s["idm"]) for s in results["stages"]]
+    best = results["baselines"]["best_of_8"]
+    rows += [("sft, best of 8", best["fwm"], best["idm"]), ("copy x", results["baselines"]["copy_x"], None)]
+    columns = [(0, "exact", 100), (0, "exact_changed", 100), (0, "bleu", 1), (0, "rouge_l", 1), (0, "logp", 1),
+               (1, "exact", 100), (1, "logp", 1)]
+    cell = lambda value, scale: f"{value * scale:10.2f}" if value is not None else "         -"
+    print(f"\n{results['env']}, seed {results['seed']}: {results['splits']['test']} held-out transitions, "
+          f"{results['seconds']['total'] / 60:.1f} minutes on {results['hardware']}")
+    print(f"{'':18}{'FWM: exact %':>10}{'changed %':>10}{'BLEU':>10}{'ROUGE-L':>10}{'logp':>10}{'IDM: ex %':>10}{'logp':>10}")
+    for name, *sides in rows:
+        print(f"{name:18}" + "".join(cell(sides[i] and sides[i].get(key), scale) for i, key, scale in columns))
+    return 0
