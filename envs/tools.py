@@ -30,7 +30,7 @@ Rules
     A list that was so already is answered like a new one.
  4. check_price(oslo-hotel) only answers.
  5. book(oslo-hotel) takes a seat and the price. Errors, the first that holds: nobody is in, somebody has booked
-    it, two bookings already, no seats left, not enough money.
+    it, three bookings already, no seats left, not enough money.
  6. cancel(oslo-hotel) is for the user who holds it, else an error. It gives back the seat, and the price less a
     fee of 10 (what an account cannot hold above 60 is lost).
  7. transfer(cash, savings, 20) moves money; exchange(cash, 20) makes 10 euros, exchange(euros, 20) 40 cash.
@@ -39,6 +39,8 @@ Rules
     one more is an error.
  9. A call that finds nothing to do (signing out twice, clearing a free day, sorting one result) changes no
     line, the reply included. Nor does a read or an error whose reply is already there.
+10. A reply names the call's argument only where nothing else shows it: a call that changes another line is
+    answered by a bare ok, so that it must be read from its effect.
 
 To add an action: a row in CALLS (its name and the slots of its arguments), a method of World of that name
 which changes the fields and returns the new reply (None: keep the old one), and a rule above.
@@ -55,16 +57,14 @@ STEPS = 14
 REPEAT = 0.06       # share of calls that repeat the call before: an impatient caller
 SLIP = 0.1          # share of calls made without a look at the state
 LIMIT = 60          # no account holds more
-MOST = 2            # bookings at a time
+MOST = 3            # bookings at a time
 
 PRICE = {"rome-flight": 30, "rome-hotel": 20, "oslo-flight": 20, "oslo-hotel": 30, "lima-flight": 10, "lima-hotel": 10}
 CITY = {city: (f"{city}-flight", f"{city}-hotel") for city in ("rome", "oslo", "lima")}
-HIDDEN = {"flights": "hotels", "hotels": "flights", "free": "full ones"}     # what each filter takes away
-FIRST = {"price": "cheapest", "seats": "emptiest"}                           # what each sorting puts first
 
 # The slots of arguments, and the words that may stand there.
 VALUES = {
-    "user": ("mia", "leo", "ana"), "city": tuple(CITY), "keep": tuple(HIDDEN), "order": tuple(FIRST),
+    "user": ("mia", "leo", "ana"), "city": tuple(CITY), "keep": ("flights", "hotels", "free"), "order": ("price", "seats"),
     "offer": tuple(PRICE), "booked": tuple(PRICE), "purse": ("cash", "savings"), "amount": ("10", "20"),
     "coin": ("cash", "euros"), "sum": ("20",),                          # a sum that halves to a round number
     "day": ("monday", "tuesday", "friday"), "busy": ("monday", "tuesday", "friday"),
@@ -90,8 +90,8 @@ class World:
     def __init__(self, rng):
         users, days, tasks = VALUES["user"], VALUES["day"], VALUES["task"]
         self.user = rng.choice(users + ("none",))
-        self.money = {account: rng.randrange(20, LIMIT + 1, 10) for account in ("cash", "savings", "euros")}
-        self.left = {offer: rng.randint(0, 3) for offer in PRICE}                     # seats or rooms
+        self.money = {account: rng.randrange(30, LIMIT + 1, 10) for account in ("cash", "savings", "euros")}
+        self.left = {offer: rng.choice((0, 1, 2, 2, 3, 3)) for offer in PRICE}                     # seats or rooms
         self.results = list(CITY[rng.choice(VALUES["city"])]) if rng.random() < 0.7 else []
         self.bookings = {offer: rng.choice(users) for offer in rng.sample(list(PRICE), rng.randint(0, 2))}
         self.reminders = {day: rng.choice(tasks) for day in rng.sample(days, rng.randint(0, 2))}
@@ -142,13 +142,13 @@ class World:
         if not kept:
             return f"error, no {keep} among them"
         self.results = kept
-        return f"ok, {HIDDEN[keep]} hidden"
+        return "ok"
 
     def sort_results(self, order):
         if len(self.results) < 2:
             return None
         self.results.sort(key=lambda offer: PRICE[offer] if order == "price" else -self.left[offer])
-        return f"ok, {FIRST[order]} first"
+        return "ok"
 
     def check_price(self, offer):
         return f"{offer} for {PRICE[offer]} {currency(offer)}"
