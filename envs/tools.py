@@ -39,8 +39,8 @@ Rules
     one more is an error.
  9. A call that finds nothing to do (signing out twice, clearing a free day, sorting one result) changes no
     line, the reply included. Nor does a read or an error whose reply is already there.
-10. A reply names the call's argument only where nothing else shows it: a call that changes another line is
-    answered by a bare ok, so that it must be read from its effect.
+10. Booking, moving money, sorting and filtering are answered by a bare ok when they succeed: which call it was
+    must be read from its effect.
 
 To add an action: a row in CALLS (its name and the slots of its arguments), a method of World of that name
 which changes the fields and returns the new reply (None: keep the old one), and a rule above.
