@@ -55,7 +55,7 @@ class Config:
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions of the labelled half that are kept aside to choose checkpoints")
     # warm-up (SFT on the labelled half)
-    copy_steps: int = setting(600, "most steps in which a tiny model learns to copy random strings, in place of pretraining")
+    copy_steps: int = setting(300, "steps in which a tiny model learns to copy random strings, in place of pretraining")
     warmup_steps: int = setting(500, "most steps for the FWM; the IDM takes as many. Rate decays linearly to 0")
     warmup_batch: int = setting(32, "transitions a step")
     warmup_lr: float = setting(4e-3, "Muon and AdamW. For a pretrained model: 2e-5 (paper)")
@@ -356,7 +356,8 @@ def phase(run, cfg, name, policy, frozen, pairs, settings, steps, seconds, take_
         settings.lr = peak * min(1, step / 10) * (1 - max((step - 1) / steps, min(1.0, (since - begin) / seconds)))
         need_ref = settings.beta or step % 10 == 1                                 # without beta the KL is only logged
         log, examples = take_step(ref if need_ref else None, optimizers, part, gen)
-        if log is None:
+        if log is None:                                                            # Q read no action: nothing to learn
+            run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), reward=None)
             continue
         if step == 1 and not log["gap"] < 1e-3 and settings.top_p == 1 and settings.top_k == 0:
             raise RuntimeError(f"sampler and trainer disagree by {log['gap']} nats a token")
