@@ -259,7 +259,7 @@ def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, bud
 
 # --- a stand-in for pretraining -----------------------------------------------------------------------------------------
 
-def teach_copying(model, separator, eos, steps=300, lr=8e-3, batch=64, longest=16, seed=0):
+def teach_copying(model, separator, eos, steps=400, lr=5e-3, batch=64, longest=16, seed=0):
     """Train a random model to repeat strings of random tokens: [string][1 to 8 other tokens][separator] -> [string][eos].
 
     A pretrained model can copy from its prompt; a random one would spend most of a small labelled set on learning it

@@ -55,7 +55,7 @@ class Config:
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions of the labelled half that are kept aside to choose checkpoints")
     # warm-up (SFT on the labelled half)
-    copy_steps: int = setting(300, "steps in which a tiny model learns to copy random strings, in place of pretraining")
+    copy_steps: int = setting(400, "steps in which a tiny model learns to copy random strings, in place of pretraining")
     warmup_steps: int = setting(500, "most steps for the FWM; the IDM takes as many. Rate decays linearly to 0")
     warmup_batch: int = setting(32, "transitions a step")
     warmup_lr: float = setting(4e-3, "Muon and AdamW. For a pretrained model: 2e-5 (paper)")
