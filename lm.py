@@ -19,7 +19,6 @@ Departures from a plain Hugging Face loop, each exact:
 """
 import copy
 import functools
-import random
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -44,13 +43,40 @@ def make_tokenizer(texts, vocab_size=1024):
 
 
 def make_tiny(tokenizer, width=128, layers=4, heads=4, context=2048, seed=0):
-    """A small Llama with random weights (about 1M parameters): nothing is downloaded."""
+    """A small Llama (about 1M parameters) with random weights and an induction head: nothing is downloaded."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
+    model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context, attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)).eval()
+    if layers > 1:
+        write_induction_head(model)
+    return model
+
+
+@torch.no_grad()
+def write_induction_head(model, previous=8.0, match=4.0, gain=2.0, scale=0.1):
+    """Write into the first two layers what every pretrained model can and a random one finds late: after "a b .. a" comes
+    "b" (Olsson et al. 2022, In-context Learning and Induction Heads). All of it stays trainable.
+
+    Layer 0, head 0 attends to the token before: constant query and key (biases), turned apart by one position of RoPE. It
+    adds a sketch of that token. Layer 1 looks for the place whose sketch is the current token, and copies what stands there.
+    """
+    W, D, E = model.config.hidden_size, model.model.layers[0].self_attn.head_dim, model.model.embed_tokens.weight
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    E.normal_(0, scale)
+    turn = model.model.rotary_emb.inv_freq.to(E)                                   # (D/2,) radians a position
+    first.k_proj.bias[:D] = previous * torch.cat([torch.ones_like(turn), torch.zeros_like(turn)])
+    first.q_proj.bias[:D] = previous * torch.cat([turn.cos(), -turn.sin()])        # score sum_i cos(turn_i (distance - 1))
+    sketch, place = (torch.linalg.qr(torch.randn(W, D))[0].to(E) for _ in range(2))   # (W, D) orthonormal columns
+    sketch = sketch.T * (torch.cat([turn, turn]) < 0.02)[:, None]                  # only where RoPE hardly turns
+    first.v_proj.weight[:D], first.o_proj.weight[:, :D] = sketch, gain * scale * place
+    second.q_proj.weight.copy_(match * sketch.repeat(W // D, 1))                   # every head: the current token's sketch
+    second.k_proj.weight.copy_(match * place.T.repeat(W // D, 1))                  # meets the sketch of the token before
+    second.v_proj.weight.copy_(torch.eye(W))                                       # and each copies its share of the
+    second.o_proj.weight.copy_(2 * scale * torch.eye(W))                           # embedding that stands there
 
 
 def load(name):
@@ -257,19 +283,3 @@ def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, bud
     return total
 
 
-# --- a stand-in for pretraining -----------------------------------------------------------------------------------------
-
-def teach_copying(model, separator, eos, steps=400, lr=5e-3, batch=64, longest=16, seed=0):
-    """Train a random model to repeat strings of random tokens: [string][1 to 8 other tokens][separator] -> [string][eos].
-
-    A pretrained model can copy from its prompt; a random one would spend most of a small labelled set on learning it
-    (measured: README). No text of the run is used, and random strings cannot be learned by heart. Yields each loss."""
-    rng, V, optimizers = random.Random(seed), model.config.vocab_size, make_optimizers(model, lr)
-    draw = lambda least, most: [rng.randrange(2, V) for _ in range(rng.randint(least, most))]     # 0, 1: pad, eos
-    for step in range(steps):
-        strings = [draw(4, longest) for _ in range(batch)]
-        prompts, rows = [s + draw(1, 8) + list(separator) for s in strings], [s + [eos] for s in strings]
-        loss = -logprobs(model, prompts, rows, range(batch)).sum() / sum(map(len, rows))
-        loss.backward()
-        optimizer_step(model, optimizers, lr * min(1, (step + 1) / 20) * min(1, 5 * (1 - step / steps)))
-        yield loss.item()

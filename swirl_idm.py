@@ -42,12 +42,16 @@ def line_diff(x, y):
 IMPOSSIBLE = "no action does this"
 
 
-def spoil(x, y, other, rng):
-    """y with one line that should have stayed taken from another state, as a careless P would write it. None if nothing
-    changes from x to y (the spoiled line alone could be a true change) or no line can be exchanged."""
+def spoil(x, y, other, rng, late=0.25):
+    """y with one wrong line, as a careless P would write it: in a share `late` of the pairs that change several lines one of
+    them stays as it was in x, else a line that should have stayed is taken from another state. None if nothing changes
+    from x to y (the wrong line alone could be a true change) or no line can be exchanged."""
     before, after = x.split("\n"), y.split("\n")
+    changes = [(i, old) for i, (old, new) in enumerate(zip(before, after)) if old != new]
     choices = [(i, line) for i, old in enumerate(after) if old in before for line in other.split("\n")
                if line.split(" ")[0] == old.split(" ")[0] and line != old]
+    if len(before) == len(after) and len(changes) > 1 and rng.random() < late:
+        choices = changes
     if x == y or not choices:
         return None
     i, line = rng.choice(choices)

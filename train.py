@@ -55,8 +55,8 @@ class Config:
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions of the labelled half that are kept aside to choose checkpoints")
     # warm-up (SFT on the labelled half)
-    copy_steps: int = setting(400, "steps in which a tiny model learns to copy random strings, in place of pretraining")
-    warmup_steps: int = setting(500, "most steps for the FWM; the IDM takes as many. Rate decays linearly to 0")
+    warmup_steps: int = setting(500, "most steps, for each model. The rate falls linearly and stays low for the last sixth, to show that "
+                              "validation is flat")
     warmup_batch: int = setting(32, "transitions a step")
     warmup_lr: float = setting(4e-3, "Muon and AdamW. For a pretrained model: 2e-5 (paper)")
     spoiled: float = setting(1.0, "share of the IDM's labelled pairs that it also sees with a wrong y and no action "
@@ -104,7 +104,7 @@ def parse(argv=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
-              "episodes": cfg.episodes >= 4, "copy_steps": cfg.copy_steps >= 0, "beta": cfg.beta >= 0,
+              "episodes": cfg.episodes >= 4, "beta": cfg.beta >= 0,
               "beta_fwm": cfg.beta_fwm >= 0}
     for name in ("eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_every", "patience",
                  "iterations", "phase1_steps", "phase2_steps", "batch", "updates"):
@@ -154,8 +154,7 @@ def load_models(cfg, labelled, state_only):
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
     tok = lm.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
                             + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
-    P = lm.make_tiny(tok, seed=cfg.seed)
-    return P, lm.make_tiny(tok, seed=cfg.seed), tok
+    return lm.make_tiny(tok, seed=cfg.seed), lm.make_tiny(tok, seed=cfg.seed), tok     # the same weights, as in the paper
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ def warm_up(model, name, rows, validate, cfg, run, seconds):
             piece = -lm.logprobs(model, *lm.take(prompts, targets, range(len(part)), chosen)).sum() / tokens
             piece.backward()
             loss += piece.item()
-        rate = cfg.warmup_lr * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        rate = cfg.warmup_lr * min(1.0, (step + 1) / 20) * max(0.02, 1 - step / (0.85 * steps))
         norm = lm.optimizer_step(model, optimizers, rate)
         step += 1
         if step == 20:                                         # plan: the steps that fit, so that the rate still ends at 0
@@ -262,13 +261,6 @@ def train(cfg):
     # Warm-up: SFT of both directions on the labelled half
     if not run.done("sft"):
         since = time.time()
-        if cfg.model == "tiny":
-            copying = lm.teach_copying(P, lm.encode(tok, "\nnext:"), tok.eos_token_id, cfg.copy_steps, seed=cfg.seed)
-            loss = float("nan")
-            for loss in tqdm(copying, "copying", cfg.copy_steps, leave=False, disable=None):
-                pass
-            Q.load_state_dict(P.state_dict())                  # both start from one model, as in the paper
-            print(f"  learned to copy random strings: loss {loss:.2f} nats a token  [{run.elapsed() / 60:.1f} min]")
         xs, zs, ys = map(list, zip(*validation))
         rows = swirl_idm.warmup_rows(tok, labelled, cfg.view, cfg.spoiled, random.Random(cfg.seed))
         warm_up(Q, "IDM", rows,

@@ -1,43 +1,43 @@
 """A session with several services' APIs, in the spirit of StableToolBench: what does a call change?
 
-A family of three shares one travel site, one bank and one calendar. A state is the whole session in fourteen
+A family of three shares one travel site, one bank and one calendar. A state is the whole session in fifteen
 lines, an action is one call, and the next state is the session after it. A drawn transition:
 
     x   user: leo                               z   book(rome-hotel)
         cash: 20
-        savings: 10                             y   the same but for these three lines
+        savings: 10                             y   the same but for these two lines
         euros: 50                                   euros: 30
-        rome-flight: 3                              rome-hotel: 1
-        rome-hotel: 2                               bookings: oslo-hotel mia, rome-hotel leo
+        rome-flight: 3                              rome-hotel: 1, booked
+        rome-hotel: 2
         oslo-flight: 1
-        oslo-hotel: 0
+        oslo-hotel: 0, booked
         lima-flight: 0
         lima-hotel: 1
         results: rome-flight, rome-hotel
-        bookings: oslo-hotel mia
-        reminders: tuesday call, friday pay
+        monday: free
+        tuesday: call
+        friday: pay
         reply: ok
 
 Only the catalogue (PRICE) knows that a hotel in Rome costs 20. With fewer euros only the reply would change, to an
 error.
 
 Rules
- 1. Each offer has a line with its seats left. Flights are paid in cash, hotels in euros.
+ 1. Each offer has a line with its seats left, and "booked" if somebody of the family has it. Flights are paid in
+    cash, hotels in euros.
  2. sign_in(mia) works when nobody is in. sign_out() also clears the results.
- 3. search(rome) lists all that the catalogue has there, full or not. filter_results(hotels) keeps the hotels,
-    filter_results(free) what has seats left; if nothing would stay, it is an error and the list stays.
-    sort_results(price) puts the cheapest first, sort_results(seats) the emptiest (most left); ties stay.
-    A list that was so already is answered like a new one.
+ 3. search(rome) lists all that the catalogue has there, full or not. filter_results(hotels) keeps the hotels; if
+    nothing would stay, it is an error and the list stays. sort_results() puts the cheapest first.
  4. check_price(oslo-hotel) only answers.
- 5. book(oslo-hotel) takes a seat and the price. Errors, the first that holds: nobody is in, somebody has booked
-    it, three bookings already, no seats left, not enough money.
- 6. cancel(oslo-hotel) is for the user who holds it, else an error. It gives back the seat, and the price less a
-    fee of 10 (what an account cannot hold above 60 is lost).
- 7. transfer(cash, savings, 20) moves money; exchange(cash, 20) makes 10 euros, exchange(euros, 20) 40 cash.
-    Both need a user; deposit(cash, 20) needs none. An account below 0 or above 60 would be an error.
+ 5. book(oslo-hotel) takes a seat and the price. Errors, the first that holds: nobody is in, it is booked, no seats
+    left, not enough money.
+ 6. cancel(oslo-hotel) gives back the seat, and the price less a fee of 10 (what an account cannot hold above 60 is
+    lost). Errors: nobody is in, it is not booked.
+ 7. transfer(cash, savings) moves 10; exchange(cash) turns 20 cash into 10 euros, exchange(euros) 10 euros into 20
+    cash. Both need a user; deposit(cash) adds 20 and needs none. An account below 0 or above 60 would be an error.
  8. set_reminder(monday, call), move_reminder(monday, friday), clear_reminder(monday): one reminder a day,
     one more is an error.
- 9. A call that finds nothing to do (signing out twice, clearing a free day, sorting one result) changes no
+ 9. A call that finds nothing to do (signing out twice, clearing a free day, sorting a sorted list) changes no
     line, the reply included. Nor does a read or an error whose reply is already there.
 10. Booking, moving money, sorting and filtering are answered by a bare ok when they succeed: which call it was
     must be read from its effect.
@@ -52,29 +52,29 @@ Departures from the benchmark
  4. Its callers follow a user's request; propose() follows what the state offers, and sometimes slips.
  5. Prices are sorted by their number, whatever the currency.
 """
+import copy
 
 STEPS = 14
 REPEAT = 0.06       # share of calls that repeat the call before: an impatient caller
 SLIP = 0.1          # share of calls made without a look at the state
+BOLD = 0.3          # share of calls known to end in an error that are made all the same
 LIMIT = 60          # no account holds more
-MOST = 3            # bookings at a time
 
-PRICE = {"rome-flight": 30, "rome-hotel": 20, "oslo-flight": 20, "oslo-hotel": 30, "lima-flight": 10, "lima-hotel": 10}
+PRICE = {"rome-flight": 30, "rome-hotel": 20, "oslo-flight": 20, "oslo-hotel": 30, "lima-flight": 20, "lima-hotel": 10}
 CITY = {city: (f"{city}-flight", f"{city}-hotel") for city in ("rome", "oslo", "lima")}
 
 # The slots of arguments, and the words that may stand there.
 VALUES = {
-    "user": ("mia", "leo", "ana"), "city": tuple(CITY), "keep": ("flights", "hotels", "free"), "order": ("price", "seats"),
-    "offer": tuple(PRICE), "booked": tuple(PRICE), "purse": ("cash", "savings"), "amount": ("10", "20"),
-    "coin": ("cash", "euros"), "sum": ("20",),                          # a sum that halves to a round number
+    "user": ("mia", "leo", "ana"), "city": tuple(CITY), "keep": ("flights", "hotels"),
+    "offer": tuple(PRICE), "booked": tuple(PRICE), "purse": ("cash", "savings"), "coin": ("cash", "euros"),
     "day": ("monday", "tuesday", "friday"), "busy": ("monday", "tuesday", "friday"),
     "task": ("call", "pay", "pack"),
 }
 CALLS = {
     "sign_in": ("user",), "sign_out": (),
-    "search": ("city",), "filter_results": ("keep",), "sort_results": ("order",),
+    "search": ("city",), "filter_results": ("keep",), "sort_results": (),
     "check_price": ("offer",), "book": ("offer",), "cancel": ("booked",),
-    "transfer": ("purse", "purse", "amount"), "exchange": ("coin", "sum"), "deposit": ("purse", "amount"),
+    "transfer": ("purse", "purse"), "exchange": ("coin",), "deposit": ("purse",),
     "set_reminder": ("day", "task"), "move_reminder": ("busy", "day"), "clear_reminder": ("busy",),
 }
 KINDS = tuple(CALLS)
@@ -93,21 +93,17 @@ class World:
         self.money = {account: rng.randrange(30, LIMIT + 1, 10) for account in ("cash", "savings", "euros")}
         self.left = {offer: rng.choice((0, 1, 2, 2, 3, 3)) for offer in PRICE}                     # seats or rooms
         self.results = list(CITY[rng.choice(VALUES["city"])]) if rng.random() < 0.7 else []
-        self.bookings = {offer: rng.choice(users) for offer in rng.sample(list(PRICE), rng.randint(0, 2))}
+        self.booked = set(rng.sample(list(PRICE), rng.randint(0, 2)))
         self.reminders = {day: rng.choice(tasks) for day in rng.sample(days, rng.randint(0, 2))}
         self.reply = "ok"
 
     def text(self):
-        def line(name, facts):
-            return f"{name}: {', '.join(facts) or 'none'}"
         lines = [f"user: {self.user}"]
         lines += [f"{account}: {amount}" for account, amount in self.money.items()]
-        lines += [f"{offer}: {self.left[offer]}" for offer in PRICE]
-        notes = [f"{day} {self.reminders[day]}" for day in VALUES["day"] if day in self.reminders]
-        lines += [line("results", self.results),
-                  line("bookings", [f"{offer} {user}" for offer, user in self.bookings.items()]),
-                  line("reminders", notes), f"reply: {self.reply}"]
-        return "\n".join(lines)
+        lines += [f"{offer}: {self.left[offer]}" + (", booked" if offer in self.booked else "") for offer in PRICE]
+        lines.append(f"results: {', '.join(self.results) or 'none'}")
+        lines += [f"{day}: {self.reminders.get(day, 'free')}" for day in VALUES["day"]]
+        return "\n".join([*lines, f"reply: {self.reply}"])
 
     def step(self, z):
         kind, _, rest = z.partition("(")
@@ -138,16 +134,19 @@ class World:
         return f"ok, offers of {city}"
 
     def filter_results(self, keep):
-        kept = [o for o in self.results if (self.left[o] > 0 if keep == "free" else o.endswith(keep[:-1]))]
+        kept = [offer for offer in self.results if offer.endswith(keep[:-1])]
         if not kept:
             return f"error, no {keep} among them"
+        if kept == self.results:
+            return None
         self.results = kept
         return "ok"
 
-    def sort_results(self, order):
-        if len(self.results) < 2:
+    def sort_results(self):
+        cheapest_first = sorted(self.results, key=PRICE.get)
+        if cheapest_first == self.results:
             return None
-        self.results.sort(key=lambda offer: PRICE[offer] if order == "price" else -self.left[offer])
+        self.results = cheapest_first
         return "ok"
 
     def check_price(self, offer):
@@ -157,26 +156,24 @@ class World:
         purse, price = currency(offer), PRICE[offer]
         if self.user == "none":
             return f"error, sign in first to take {offer}"
-        if offer in self.bookings:
-            return f"error, {self.bookings[offer]} has {offer}"
-        if len(self.bookings) == MOST:
-            return f"error, {offer} is one too many"
+        if offer in self.booked:
+            return f"error, {offer} is yours already"
         if self.left[offer] == 0:
             return f"error, no seats left in {offer}"
         if self.money[purse] < price:
             return f"error, not enough {purse}, {offer} needs {price}"
         self.money[purse] -= price
         self.left[offer] -= 1
-        self.bookings[offer] = self.user
+        self.booked.add(offer)
         return "ok"
 
     def cancel(self, offer):
-        purse, holder = currency(offer), self.bookings.get(offer, "nobody")
+        purse = currency(offer)
         if self.user == "none":
             return f"error, sign in first to drop {offer}"
-        if holder != self.user:
-            return f"error, cannot drop {offer}, {holder} has it"
-        del self.bookings[offer]
+        if offer not in self.booked:
+            return f"error, {offer} is not booked"
+        self.booked.remove(offer)
         self.left[offer] += 1
         self.money[purse] = min(LIMIT, self.money[purse] + PRICE[offer] - 10)
         return "ok"
@@ -193,21 +190,21 @@ class World:
         self.money[target] += gain
         return None
 
-    def transfer(self, source, target, amount):
+    def transfer(self, source, target):
         if source == target:
             return None
-        why = self.move(source, target, int(amount), int(amount))
-        return f"error, {why}, {amount} stays in {source}" if why else "ok"
+        why = self.move(source, target, 10, 10)
+        return f"error, {why}, nothing leaves {source}" if why else "ok"
 
-    def exchange(self, source, amount):
-        target, gain = ("euros", int(amount) // 2) if source == "cash" else ("cash", int(amount) * 2)
-        why = self.move(source, target, int(amount), gain)
-        return f"error, {why}, no {gain} {target} for you" if why else "ok"
+    def exchange(self, source):
+        target, amount, gain = ("euros", 20, 10) if source == "cash" else ("cash", 10, 20)
+        why = self.move(source, target, amount, gain)
+        return f"error, {why}, no {target} for you" if why else "ok"
 
-    def deposit(self, account, amount):
-        if self.money[account] + int(amount) > LIMIT:
-            return f"error, {account} cannot grow by {amount}"
-        self.money[account] += int(amount)
+    def deposit(self, account):
+        if self.money[account] + 20 > LIMIT:
+            return f"error, {account} cannot grow by 20"
+        self.money[account] += 20
         return "ok"
 
     def set_reminder(self, day, task):
@@ -229,14 +226,21 @@ class World:
         return "ok" if self.reminders.pop(day, None) else None
 
     def propose(self, rng):
+        """A call that mostly does something: of those that would end in an error, most are thought better of."""
+        while True:
+            call, after = self.idea(rng), copy.deepcopy(self)
+            after.step(call)
+            if rng.random() < BOLD or not after.reply.startswith("error") or after.text() == self.text():
+                return call
+
+    def idea(self, rng):
         """A call; its arguments mostly come from what is listed, held or noted in the state."""
         slip = rng.random() < SLIP
-        mine = [offer for offer, user in self.bookings.items() if user == self.user]
-        likely = {} if slip else {"offer": self.results, "booked": mine, "busy": list(self.reminders)}
+        likely = {} if slip else {"offer": self.results, "booked": sorted(self.booked), "busy": list(self.reminders)}
         kind = rng.choice(KINDS)
         if self.user == "none" and not slip:
             kind = rng.choice((kind, "sign_in", "sign_in"))
-        elif not slip and (kind == "sign_in" or kind == "cancel" and not mine):
+        elif not slip and (kind == "sign_in" or kind == "cancel" and not self.booked):
             kind = "book"
         elif not slip and kind in ("filter_results", "sort_results") and len(self.results) < 2:
             kind = "search"

@@ -376,23 +376,19 @@ def test_a_tiny_model_is_a_function_of_its_seed(tok):
     assert torch.equal(make(3), make(3)) and not torch.equal(make(3), make(4))
 
 
-# --- the stand-in for pretraining ---------------------------------------------------------------------------
+# --- the induction head -------------------------------------------------------------------------------------
 
-def test_teach_copying_lowers_its_loss_on_strings_of_ordinary_tokens(monkeypatch):
-    """The separator holds both special tokens, so that one drawn inside a string or its tail would show."""
-    seen, logprobs, separator = [], lm.logprobs, [1, 0]
+def test_an_untrained_tiny_model_repeats_a_random_string(monkeypatch):
+    """[20 tokens][10 others][the 20 again]: the likeliest token is the right one in most places, and nowhere without the head."""
+    ids = torch.randint(2, 700, (16, 30), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([ids, ids[:, :20]], 1)                                         # (16, 50)
+    tok = type("Tok", (), {"eos_token_id": 1, "pad_token_id": 0, "__len__": lambda self: 700})()
 
-    def spy(model, prompts, rows, owner):
-        assert list(owner) == list(range(len(rows))) == list(range(len(prompts)))
-        seen.extend(zip(prompts, rows))
-        return logprobs(model, prompts, rows, owner)
+    def hits(model):
+        return (model(ids).logits[:, 30:-1].argmax(-1) == ids[:, 31:]).float().mean().item()
 
-    monkeypatch.setattr(lm, "logprobs", spy)
-    losses = list(lm.teach_copying(MAKERS["llama"](factor=1.0), separator, eos=1, steps=15, longest=9))
-    assert len(losses) == 15 and sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.05
-    for prompt, row in seen:
-        string, tail = row[:-1], prompt[len(row) - 1:-2]
-        assert row[-1] == 1 and prompt == string + tail + separator
-        assert 4 <= len(string) <= 9 and 1 <= len(tail) <= 8 and not {0, 1} & {*string, *tail}
-    drawn = {t for _, row in seen for t in row[:-1]}
-    assert drawn == set(range(2, 9)) and len({tuple(row) for _, row in seen}) > 900  # of 960: never by heart
+    with torch.no_grad():
+        assert min(hits(lm.make_tiny(tok, seed=seed)) for seed in range(3)) > 0.75
+        assert hits(lm.make_tiny(tok, layers=1)) < 0.05                            # one layer cannot hold it
+        monkeypatch.setattr(lm, "write_induction_head", lambda model: None)
+        assert hits(lm.make_tiny(tok)) < 0.05

@@ -210,16 +210,25 @@ def test_a_spoiled_future_is_wrong_in_exactly_one_line():
         if bad is not None:
             bad = bad.split("\n")
             i, = (i for i, pair in enumerate(zip(y, bad, strict=True)) if pair[0] != pair[1])
-            assert x[i] == y[i] and bad[i] == other[i]              # should have stayed; a careless P's line
-            seen.add((sum(a != b for a, b in zip(x, y)), i))
+            changes, late = sum(a != b for a, b in zip(x, y)), x[i] != y[i]
+            assert bad[i] == (x if late else other)[i]              # the change did not come, or a careless P's line
+            seen.add((changes, late, i))
         else:
             assert all(x[i] != y[i] or y[i] == other[i] for i in range(len(y)))
-    assert {i for _, i in seen} == set(range(5)) and {changes for changes, _ in seen} == {1, 2, 3, 4}
+    assert {i for _, _, i in seen} == set(range(5))
+    assert {(n, late) for n, late, _ in seen} == {(n, late) for n in range(1, 5) for late in (False, True)} - {(1, True)}
+
+
+def test_one_in_four_spoiled_futures_lacks_a_change():
+    x, y, other = "a 1\nb 1\nc 1", "a 2\nb 2\nc 1", "a 3\nb 3\nc 3"
+    drawn = [swirl_idm.spoil(x, y, other, random.Random(seed)) for seed in range(2000)]
+    late = [bad for bad in drawn if bad in ("a 1\nb 2\nc 1", "a 2\nb 1\nc 1")]
+    assert set(drawn) - set(late) == {"a 2\nb 2\nc 3"} and len(set(late)) == 2 and 0.2 < len(late) / 2000 < 0.3
 
 
 def test_nothing_to_spoil():
     for x, y, other in [("a 1\nb 1", "a 1\nb 1", "a 2\nb 2"),                        # nothing changes
-                        ("a 1", "a 2", "a 3"), ("a 1\nb 1", "a 2\nb 2", "a 3\nb 3"),  # no line stays
+                        ("a 1", "a 2", "a 3"),                                      # no line stays, and one change
                         ("a 1\nb 1", "b 1", "a 2\nb 1"),                            # nor differs in the other
                         ("a 1\nb 1", "a 2\nb 1", "a 3\nb 1"), ("a 1\nb 1", "a 2\nb 1", "c 1")]:
         assert {swirl_idm.spoil(x, y, other, random.Random(seed)) for seed in range(20)} == {None}

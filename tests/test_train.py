@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from envs import records, tools
 
-SMALL = ["--episodes", "8", "--warmup-steps", "6", "--warmup-every", "3", "--copy-steps", "4", "--iterations", "1",
+SMALL = ["--episodes", "8", "--warmup-steps", "6", "--warmup-every", "3", "--iterations", "1",
          "--phase1-steps", "3", "--phase2-steps", "2", "--group-size", "4", "--batch", "6", "--eval-size", "6",
          "--validation-size", "6", "--minutes", "3"]
 FWM, IDM = {"n", "exact", "exact_changed", "bleu", "rouge_l", "logp"}, {"n", "exact", "bleu", "rouge_l", "logp"}
