@@ -58,11 +58,13 @@ def spoil(x, y, other, rng, late=0.25):
     return "\n".join(after[:i] + [line] + after[i + 1:])
 
 
-def warmup_rows(tok, labelled, view, spoiled, rng):
-    """[(prompt, target)] of the labelled (x, z, y), and of a share `spoiled` of them with a wrong y and no action: P must
-    not be paid for a future that holds the right change and a wrong one. Eq. 2 holds for every Q, this one included."""
-    rows = [(prompt(tok, x, y, view), target(tok, z)) for x, z, y in labelled]
-    for x, _, y in labelled:
+def warmup_rows(tok, labelled, view, spoiled, rng, times=8):
+    """[(prompt, target)] of the labelled (x, z, y), `times` over, and of a share `spoiled` of them with a wrong y, each time
+    another one, and no action: P must not be paid for a future that holds the right change and a wrong one. Eq. 2 holds
+    for every Q, this one included."""
+    rows = []
+    for x, z, y in labelled * times:
+        rows.append((prompt(tok, x, y, view), target(tok, z)))
         bad = spoil(x, y, rng.choice(labelled)[0], rng) if rng.random() < spoiled else None
         if bad is not None:
             rows.append((prompt(tok, x, bad, view), target(tok, IMPOSSIBLE)))

@@ -42,7 +42,7 @@ Rules
 10. Booking, moving money, sorting and filtering are answered by a bare ok when they succeed: which call it was
     must be read from its effect.
 
-To add an action: a row in CALLS (its name and the slots of its arguments), a method of World of that name
+To add an action: a row in CALLS (its name and the slots of its arguments) and in HABITS, a method of World of that name
 which changes the fields and returns the new reply (None: keep the old one), and a rule above.
 
 Departures from the benchmark
@@ -57,7 +57,7 @@ import copy
 STEPS = 14
 REPEAT = 0.06       # share of calls that repeat the call before: an impatient caller
 SLIP = 0.1          # share of calls made without a look at the state
-BOLD = 0.3          # share of calls known to end in an error that are made all the same
+BOLD = 0.2          # share of calls known to end in an error that are made all the same
 LIMIT = 60          # no account holds more
 
 PRICE = {"rome-flight": 30, "rome-hotel": 20, "oslo-flight": 20, "oslo-hotel": 30, "lima-flight": 20, "lima-hotel": 10}
@@ -78,6 +78,11 @@ CALLS = {
     "set_reminder": ("day", "task"), "move_reminder": ("busy", "day"), "clear_reminder": ("busy",),
 }
 KINDS = tuple(CALLS)
+
+# How often the family makes each kind of call.
+HABITS = {"sign_in": 1, "sign_out": 1, "search": 1, "filter_results": 2, "sort_results": 2, "check_price": 1, "book": 5,
+          "cancel": 5, "transfer": 3, "exchange": 3, "deposit": 2, "set_reminder": 3, "move_reminder": 4,
+          "clear_reminder": 2}
 
 
 def currency(offer):
@@ -237,10 +242,10 @@ class World:
         """A call; its arguments mostly come from what is listed, held or noted in the state."""
         slip = rng.random() < SLIP
         likely = {} if slip else {"offer": self.results, "booked": sorted(self.booked), "busy": list(self.reminders)}
-        kind = rng.choice(KINDS)
+        kind, = rng.choices(KINDS, [HABITS[kind] for kind in KINDS])
         if self.user == "none" and not slip:
             kind = rng.choice((kind, "sign_in", "sign_in"))
-        elif not slip and (kind == "sign_in" or kind == "cancel" and not self.booked):
+        elif not slip and (kind == "sign_in" or kind == "cancel" and not self.booked):      # nothing to sign in or drop
             kind = "book"
         elif not slip and kind in ("filter_results", "sort_results") and len(self.results) < 2:
             kind = "search"
