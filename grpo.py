@@ -15,6 +15,8 @@ Departures from the paper and its released scripts:
    sampling policy differs from 1 and the clip acts. At the first, the ratio is 1 and the loss's gradient is -A grad log pi:
    a loss near 0 is normal, read the reward and the gradient norm.
 5. Equal rows of a group are scored once and weighted by their count; rows without advantage are not run. Both exact.
+6. `replay`, if given, is a loss whose gradient joins each optimizer step: labelled rows, so that the policy does not forget
+   what it was taught (measured: README). Without it the step is the paper's.
 """
 from dataclasses import dataclass
 
@@ -98,7 +100,7 @@ def unique(rows, G):
     return kept, owner, where, torch.bincount(where, minlength=len(kept))
 
 
-def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_ref=None):
+def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_ref=None, replay=None):
     """`cfg.updates` optimizer steps on the given rows. A (N,) counts duplicates already; `total` = B*G is the normaliser,
     whatever the number of micro-batches. Returns (mean loss, mean gradient norm, {row: its token log-probs before the
     first step})."""
@@ -116,12 +118,14 @@ def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_
             loss = loss_sum(logp, old[i], A[part].to(logp), live.to(logp.device), cfg, ref, count[part].to(logp))
             (loss / total).backward()
             losses.append(loss.item() / total)
+        if replay is not None:
+            replay().backward()
         norms.append(lm.optimizer_step(policy, optimizers, cfg.lr, cfg.max_norm))
     times = max(1, len(norms))
     return sum(losses) / times, sum(norms) / times, {n: lp for part, o in zip(parts, old) for n, lp in zip(part, o.cpu())}
 
 
-def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, allowed=None):
+def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, allowed=None, replay=None):
     """One GRPO step. prompts: B lists of ids. reward(owner, rows) -> (N,) of the distinct rows. ref may be None if
     beta is 0 (then no KL is logged). Returns (log, rollouts, their rewards (B*G,)). In the log, `kl` is the KL of a whole
     row to ref, in nats, and `gap` the largest difference of a token's log-prob between sampler and trainer."""
@@ -144,7 +148,7 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, all
     log["zero_std_groups"] = (A == 0).all(1).float().mean().item()
     A = torch.zeros(len(rows)).index_add(0, where, A.flatten())                    # (N,) duplicates add up
     log["loss"], log["grad_norm"], logp_old = update(policy, optimizers, prompts, rows, owner, A, count, B * G, cfg,
-                                                      logp_ref)
+                                                      logp_ref, replay)
     log["gap"] = max((float((lp[:len(rows[n])] - logp_pi[n]).abs().max()) for n, lp in logp_old.items()), default=0.0)
     return log, sampled, R[where]
 

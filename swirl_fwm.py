@@ -70,7 +70,8 @@ def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
 
 # --- Phase I ------------------------------------------------------------------------------------------------------------
 
-def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, max_z=32, generator=None):
+def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, max_z=32, generator=None,
+                replay=None):
     """One step on pairs [(x, y)]; theta moves, phi is frozen. Returns (log, examples [{x, z, y, y_hat, reward}]); log is None
     if Q reads no action in any pair."""
     xs, ys = zip(*pairs)
@@ -89,7 +90,7 @@ def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
         return grpo.shape(logq, [len(z) for z in at(z_rows)], form, floor)         # Eq. 3: R = log Q(z | x, y_hat)
 
     log, rows, R = grpo.step(P, ref, optimizers, [prompt(tok, x, z) for x, z in zip(xs, zs)], reward, cfg,
-                               tok.eos_token_id, generator)
+                             tok.eos_token_id, generator, replay=replay)
     G = cfg.group_size
     return log, [dict(x=x, z=z, y=y, y_hat=read(tok, rows[i * G]), reward=R[i * G].item())
                  for i, (x, z, y) in enumerate(zip(xs, zs, ys))]

@@ -112,7 +112,7 @@ def best_of_n(Q, P, tok, xs, ys, max_new, view, n=8, generator=None):
 
 # --- Phase II -----------------------------------------------------------------------------------------------------------
 
-def phase2_step(Q, P, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, generator=None):
+def phase2_step(Q, P, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, generator=None, replay=None):
     """One step on pairs [(x, y)]; phi moves, theta is frozen. Returns (log, examples [{x, y, z_hat, reward}])."""
     xs, ys = zip(*pairs)
 
@@ -122,6 +122,6 @@ def phase2_step(Q, P, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
         return grpo.shape(logp_y, [len(swirl_fwm.target(tok, y)) for y in at(ys)], form, floor)
 
     log, rows, R = grpo.step(Q, ref, optimizers, [prompt(tok, x, y, view) for x, y in pairs], reward, cfg,
-                               tok.eos_token_id, generator)
+                             tok.eos_token_id, generator, replay=replay)
     G = cfg.group_size
     return log, [dict(x=x, y=y, z_hat=read(tok, rows[i * G]), reward=R[i * G].item()) for i, (x, y) in enumerate(pairs)]

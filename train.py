@@ -32,7 +32,8 @@ from envs import physics, records, tools, web
 from evals import metrics
 
 WORLDS = {"physics": physics, "web": web, "tools": tools}
-PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, "temperature": 1.0}         # the paper's, unless flags say else
+# The paper's (but for its temperature, .75), unless flags say else
+PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, "temperature": 1.0}
 
 
 def setting(default, text, **extra):
@@ -55,7 +56,7 @@ class Config:
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions of the labelled half that are kept aside to choose checkpoints")
     # warm-up (SFT on the labelled half)
-    warmup_steps: int = setting(400, "most steps, for each model. The rate falls linearly and stays low for the last sixth, to show that "
+    warmup_steps: int = setting(350, "most steps, for each model. The rate falls linearly and stays low for the last sixth, to show that "
                               "validation is flat")
     warmup_batch: int = setting(32, "transitions a step")
     warmup_lr: float = setting(4e-3, "Muon and AdamW. For a pretrained model: 2e-5 (paper)")
@@ -66,14 +67,16 @@ class Config:
     patience: int = setting(6, "validations without a gain that end the warm-up")
     # Algorithm 1
     iterations: int = setting(2, "times Phase I and Phase II alternate. Paper: up to 3")
-    phase1_steps: int = setting(120, "steps of each Phase I")
-    phase2_steps: int = setting(40, "steps of each Phase II")
+    phase1_steps: int = setting(100, "steps of each Phase I")
+    phase2_steps: int = setting(30, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
     lr_fwm: float = setting(1e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
     lr_idm: float = setting(1e-4, "learning rate of Phase II, as well")
     updates: int = setting(2, "optimizer steps on one batch of rollouts (paper: 1)")
     clip: float = setting(0.2, "range of the policy ratio")
+    replay: int = setting(8, "labelled rows whose log-likelihood joins each step of a phase, so that nothing is forgotten: P "
+                          "its labels, Q to refuse (paper: 0)")
     scale: str = setting("mean", "advantage: R - mean (Eq. 4), / std (released), leave-one-out",
                          choices=["mean", "std", "loo"])
     beta: float = setting(0.1, "KL to the reference in Phase II. Paper: .1; 1 is the exact ELBO (Eq. 5)")
@@ -106,7 +109,7 @@ def parse(argv=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
-              "episodes": cfg.episodes >= 4, "beta": cfg.beta >= 0,
+              "episodes": cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
               "beta_fwm": cfg.beta_fwm >= 0}
     for name in ("eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_every", "patience",
                  "iterations", "phase1_steps", "phase2_steps", "batch", "updates"):
@@ -261,13 +264,14 @@ def train(cfg):
         run.finish_stage(name, scores, P, Q, tok)
 
     # Warm-up: SFT of both directions on the labelled half
+    rows_Q = swirl_idm.warmup_rows(tok, labelled, cfg.view, cfg.spoiled, random.Random(cfg.seed))
+    rows_P = [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in labelled]
     if not run.done("sft"):
         since = time.time()
         xs, zs, ys = map(list, zip(*validation))
-        rows = swirl_idm.warmup_rows(tok, labelled, cfg.view, cfg.spoiled, random.Random(cfg.seed))
-        warm_up(Q, "IDM", rows,
-                lambda: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .16 * budget)
-        warm_up(P, "FWM", [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in labelled],
+        warm_up(Q, "IDM", rows_Q,
+                lambda: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .18 * budget)
+        warm_up(P, "FWM", rows_P,
                 lambda: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys), cfg, run, .27 * budget)
         stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:
@@ -287,17 +291,17 @@ def train(cfg):
             since = time.time()
             settings = phase_settings(cfg, cfg.beta_fwm, cfg.lr_fwm, limits[0])
             pairs = [(x, y) for x, y in state_only if x != y or not cfg.skip_unchanged]
-            phase(run, cfg, f"iteration{i}/phase1", P, Q, pairs, settings, cfg.phase1_steps,
-                  time_share(run, budget, left), lambda ref, opt, pairs, gen: swirl_fwm.phase1_step(
-                      P, Q, ref, opt, tok, pairs, settings, **reward, max_z=limits[1], generator=gen))
+            phase(run, cfg, f"iteration{i}/phase1", P, Q, pairs, rows_P, settings, cfg.phase1_steps,
+                  time_share(run, budget, left), lambda ref, opt, pairs, gen, replay: swirl_fwm.phase1_step(
+                      P, Q, ref, opt, tok, pairs, settings, **reward, max_z=limits[1], generator=gen, replay=replay))
             stage_ends(f"iteration{i}/phase1", since, "phase1")
         # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
         if not run.done(f"iteration{i}/phase2"):
             since = time.time()
             settings = phase_settings(cfg, cfg.beta, cfg.lr_idm, limits[1])
-            phase(run, cfg, f"iteration{i}/phase2", Q, P, state_only, settings, cfg.phase2_steps,
-                  time_share(run, budget, left - 1), lambda ref, opt, pairs, gen: swirl_idm.phase2_step(
-                      Q, P, ref, opt, tok, pairs, settings, **reward, generator=gen))
+            phase(run, cfg, f"iteration{i}/phase2", Q, P, state_only, rows_Q, settings, cfg.phase2_steps,
+                  time_share(run, budget, left - 1), lambda ref, opt, pairs, gen, replay: swirl_idm.phase2_step(
+                      Q, P, ref, opt, tok, pairs, settings, **reward, generator=gen, replay=replay))
             stage_ends(f"iteration{i}/phase2", since, "phase2")
     return finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device)
 
@@ -332,7 +336,7 @@ def phase_settings(cfg, beta, lr, max_new):
                      top_k=cfg.top_k, scale=cfg.scale, beta=beta, kl=cfg.kl, updates=cfg.updates, clip=cfg.clip, lr=lr)
 
 
-def phase(run, cfg, name, policy, frozen, pairs, settings, steps, seconds, take_step):
+def phase(run, cfg, name, policy, frozen, pairs, rows, settings, steps, seconds, take_step):
     """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold."""
     begin, rng, order = time.time(), random.Random(f"{cfg.seed} {name}"), []
     gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31))
@@ -342,6 +346,11 @@ def phase(run, cfg, name, policy, frozen, pairs, settings, steps, seconds, take_
     bar = tqdm(range(1, steps + 1), desc=name, leave=False, disable=None)
     kl, peak, side = 0.0, settings.lr, "fwm" if kind == "phase1" else "idm"
     heldout = f"{run.progress['stages'][-1][side]['exact']:.3f}"                   # at the last evaluation
+
+    def replay():                                                                  # -log pi(row | prompt) of labelled rows, mean
+        prompts, targets = zip(*rng.choices(rows, k=cfg.replay))
+        return -lm.logprobs(policy, prompts, targets, range(cfg.replay)).sum() / cfg.replay
+
     for step in bar:
         if len(order) < cfg.batch:
             order = rng.sample(pairs, len(pairs))
@@ -349,7 +358,7 @@ def phase(run, cfg, name, policy, frozen, pairs, settings, steps, seconds, take_
         since = time.time()
         settings.lr = peak * min(1, step / 10) * (1 - max((step - 1) / steps, min(1.0, (since - begin) / seconds)))
         need_ref = settings.beta or step % 10 == 1                                 # without beta the KL is only logged
-        log, examples = take_step(ref if need_ref else None, optimizers, part, gen)
+        log, examples = take_step(ref if need_ref else None, optimizers, part, gen, replay if cfg.replay else None)
         if log is None:                                                            # Q read no action: nothing to learn
             run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), reward=None)
             continue

@@ -83,9 +83,9 @@ ACTIONS = {
 KINDS = tuple(ACTIONS)
 
 # How much a visitor likes each kind.
-HABITS = {"search": 4, "clear": 5, "colour": 4, "sort": 4, "next": 12, "previous": 24, "add": 9, "amount": 3,
-          "remove": 3, "checkout": 5, "back": 3, "name": 4, "delivery": 4, "coupon": 5, "apply": 12, "pay": 8,
-          "yes": 5, "close": 1}
+HABITS = {"search": 3, "clear": 3, "colour": 3, "sort": 3, "next": 9, "previous": 14, "add": 14, "amount": 10,
+          "remove": 10, "checkout": 6, "back": 4, "name": 5, "delivery": 5, "coupon": 5, "apply": 8, "pay": 7,
+          "yes": 6, "close": 1}
 CARELESS = 0.16   # share of actions drawn without a look at the page: most of these change nothing
 BOLD = 0.3        # share of errors that a visitor who looks at the page runs into all the same
 
