@@ -386,6 +386,26 @@ def test_no_reference_is_needed_without_a_kl():
     assert torch.equal(*grad)
 
 
+@pytest.mark.parametrize("budget", [20, 10**6])
+def test_replay_joins_each_optimizer_step_once_whatever_the_micro_batches(budget):
+    policy = tiny_llama(9, 1)
+    cfg = settings(group_size=5, updates=2, budget=budget)
+
+    def replay():
+        return -naive(policy, [1, 2], [3, 4, EOS]).sum()
+
+    seen = []
+    for extra in (None, replay):
+        recorder = Recorder(policy)
+        grpo.step(policy, None, [recorder], PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(3), replay=extra)
+        seen.append(recorder.seen)
+    replay().backward()
+    truth = grads(policy)
+    assert len(seen[0]) == len(seen[1]) == 2 and truth.norm() > 0
+    for without, joined in zip(*seen):
+        assert relative(joined - without, truth) < 1e-4
+
+
 def test_constant_reward_changes_no_parameter():
     for scale in ("mean", "std", "loo"):
         policy = tiny_llama()

@@ -239,14 +239,15 @@ def test_warmup_rows_are_the_labelled_ones_and_spoiled_ones_without_action(tok, 
     rng = random.Random(0)
     triples = [("\n".join(x), f"do {n}", "\n".join(y)) for n in range(40) for x, y, _ in [states(rng)]]
     true = [(swirl_idm.prompt(tok, x, y, view), swirl_idm.target(tok, z)) for x, z, y in triples]
-    counts = []
+    counts, refusal = [], swirl_idm.target(tok, swirl_idm.IMPOSSIBLE)
     for share in (0, 0.5, 1):
-        rows = swirl_idm.warmup_rows(tok, triples, view, share, random.Random(1))
-        assert rows[:40] == true                                                    # all of them, as they are
-        assert all(row == swirl_idm.target(tok, swirl_idm.IMPOSSIBLE) for _, row in rows[40:])
-        assert view == "diff" or not [p for p, _ in rows[40:] if p in [q for q, _ in true]]
-        counts.append(len(rows) - 40)
-    assert counts[0] == 0 < counts[1] < counts[2] <= 40
+        rows = swirl_idm.warmup_rows(tok, triples, view, share, random.Random(1), times=3)
+        bad = [p for p, row in rows if row == refusal]
+        assert [r for r in rows if r[1] != refusal] == true * 3                     # all of them, as they are
+        assert view == "diff" or not [p for p in bad if p in [q for q, _ in true]]
+        assert not bad or len({tuple(p) for p in bad}) > len(bad) / 2               # another one each time
+        counts.append(len(bad))
+    assert counts[0] == 0 < counts[1] < counts[2] <= 120
 
 
 def dictate(monkeypatch, Q, drawn):
@@ -341,6 +342,18 @@ def captured(monkeypatch, which, P, Q, tok, **kw):
     monkeypatch.setattr(lm, "sample", first)
     got["examples"] = run_phase(which, P, Q, tok, settings(), **kw)[1]
     return got
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_phase_hands_its_replay_to_the_update(monkeypatch, tok, P, Q, which):
+    calls, policy = [], P if which == 1 else Q
+
+    def replay():
+        calls.append(which)
+        return sum(p.sum() for p in policy.parameters()) * 0.0
+
+    run_phase(which, P, Q, tok, settings(group_size=4, updates=3), floor=0.0, replay=replay)
+    assert calls == [which] * 3
 
 
 FORMS = [("sum", 0), ("mean", 0), ("sum", 45.0), ("mean", 6.0)]
