@@ -270,9 +270,9 @@ def train(cfg):
         since = time.time()
         xs, zs, ys = map(list, zip(*validation))
         warm_up(Q, "IDM", rows_Q,
-                lambda: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .18 * budget)
+                lambda: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .25 * budget)
         warm_up(P, "FWM", rows_P,
-                lambda: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys), cfg, run, .27 * budget)
+                lambda: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys), cfg, run, .4 * budget)
         stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:
         since = time.time()
