@@ -16,7 +16,8 @@ Departures from the paper and its released scripts:
    a loss near 0 is normal, read the reward and the gradient norm.
 5. Equal rows of a group are scored once and weighted by their count; rows without advantage are not run. Both exact.
 6. `replay`, if given, is a loss whose gradient joins each optimizer step: labelled rows, so that the policy does not forget
-   what it was taught (measured: README). Without it the step is the paper's.
+   what it was taught (measured: README). The logged `loss` leaves it out, `grad_norm` and its clip do not. None: the paper.
+7. Rollouts are sampled and scored at one temperature (`train.py`: 1.3): the objective is the tempered policy's, exactly.
 """
 from dataclasses import dataclass
 

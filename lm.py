@@ -281,5 +281,3 @@ def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, bud
         k = None if n_scored is None else [n_scored[n] for n in chosen]
         total[chosen] = logprobs(model, *take(prefixes, rows, owner, chosen), k, temperature).sum(1)
     return total
-
-

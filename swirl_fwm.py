@@ -18,6 +18,8 @@ Departures from the paper:
 3. The IDM may read the line diff of x and y instead of both states (`swirl_idm.prompt`, `view`): a small Q that reads
    whole states is too weak a judge, P learns to fool it and gets worse while its reward rises. `--view full` shows that.
 4. A pair in which Q reads no action (`swirl_idm.IMPOSSIBLE`) is left out, and so are, by default, pairs with y = x.
+5. P is sampled and scored at temperature 1.3 (`train.py`; paper .75); z and the reward are Q's at temperature 1, as in Eq. 3.
+6. Each step also raises the likelihood of a few labelled rows (`grpo`, departure 6): without them P forgets its labels.
 """
 import grpo
 import lm
@@ -76,7 +78,7 @@ def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
     if Q reads no action in any pair."""
     xs, ys = zip(*pairs)
     rows, _ = lm.sample(Q, [swirl_idm.prompt(tok, x, y, view) for x, y in pairs], 1, max_z, tok.eos_token_id,
-                        cfg.temperature, generator=generator)
+                        generator=generator)
     zs = [swirl_idm.read(tok, row) for row in rows]                                # z ~ Q(. | x, y), one a pair
     readable = [i for i, row in enumerate(rows) if row[-1] == tok.eos_token_id and zs[i] != swirl_idm.IMPOSSIBLE]
     if not readable:

@@ -16,9 +16,11 @@ Departures from the paper:
 2. beta = .1 as in the paper's experiments is not the ELBO, only beta = 1 is. The KL sits in the reward, per row (`grpo`).
 3. The reward is the summed log-probability (the ELBO's), floored at -10 (`floor`): unfloored, a few hopeless y with
    log P = -40 rule the gradient, and Q learns "safe" actions. The released scripts use the mean per token.
-4. Q also learns, on spoiled copies of the labelled pairs, to say that no action does this (`spoil`). Trained on true
-   pairs alone it ignores a wrong line beside a right one, and Phase I then makes P worse (README). `--spoiled 0`: paper.
+4. Q also learns to say that no action does this, on eight spoiled copies of each labelled pair, each with another wrong
+   line: three in four have one from another state, one in four lacks one of its changes (`spoil`). Trained on true pairs
+   alone it ignores a wrong line beside a right one, and Phase I then makes P worse (README). `--spoiled 0`: paper.
 5. `view="diff"` shows Q only the lines that change from x to y; the paper's Q reads both states: `view="full"`.
+6. Each step also raises the likelihood of a few rows of its warm-up (`grpo`, departure 6): without them Q forgets to refuse.
 """
 import difflib
 
@@ -59,15 +61,16 @@ def spoil(x, y, other, rng, late=0.25):
 
 
 def warmup_rows(tok, labelled, view, spoiled, rng, times=8):
-    """[(prompt, target)] of the labelled (x, z, y), `times` over, and of a share `spoiled` of them with a wrong y, each time
+    """[(prompt, target)] of the labelled (x, z, y), `times` over, and of a share `spoiled` of these with a wrong y, each time
     another one, and no action: P must not be paid for a future that holds the right change and a wrong one. Eq. 2 holds
-    for every Q, this one included."""
-    rows = []
-    for x, z, y in labelled * times:
-        rows.append((prompt(tok, x, y, view), target(tok, z)))
-        bad = spoil(x, y, rng.choice(labelled)[0], rng) if rng.random() < spoiled else None
-        if bad is not None:
-            rows.append((prompt(tok, x, bad, view), target(tok, IMPOSSIBLE)))
+    for every Q, this one included. A spoiled y whose change some labelled action does make is left out."""
+    rows, real = [], {tuple(line_diff(x, y)) for x, _, y in labelled}
+    for x, z, y in labelled:
+        rows += [(prompt(tok, x, y, view), target(tok, z))] * (times if spoiled else 1)
+        for _ in range(times):
+            bad = spoil(x, y, rng.choice(labelled)[0], rng) if rng.random() < spoiled else None
+            if bad is not None and tuple(line_diff(x, bad)) not in real:
+                rows.append((prompt(tok, x, bad, view), target(tok, IMPOSSIBLE)))
     return rows
 
 

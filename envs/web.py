@@ -106,7 +106,7 @@ class World:
         self.page = rng.randint(1, self.pages())
         self.cart = {}                                        # item: amount, in the order in which they came
         for item in rng.sample(list(PRICES), rng.choice((0, 1, 1, 2))):
-            self.cart[item] = rng.choice((1, 1, 2))
+            self.cart[item] = 1 if self.cart else rng.choice((1, 1, 2))
         self.name = rng.choice(("none", "none", *NAMES))
         self.delivery = rng.choice(("none", *DELIVERY))
         self.code = rng.choice(("none", "none", *COUPONS))
