@@ -37,10 +37,10 @@ Rules
     cash. Both need a user; deposit(cash) adds 20 and needs none. An account below 0 or above 60 would be an error.
  8. set_reminder(monday, call), move_reminder(monday, friday), clear_reminder(monday): one reminder a day,
     one more is an error.
- 9. A call that finds nothing to do (signing out twice, clearing a free day, sorting a sorted list) changes no
-    line, the reply included. Nor does a read or an error whose reply is already there.
-10. Booking, moving money, sorting and filtering are answered by a bare ok when they succeed: which call it was
-    must be read from its effect.
+ 9. A call that finds nothing to do (signing out twice, clearing a free day, sorting a sorted list, filtering hotels
+    for hotels) changes no line, the reply included. Nor does a read or an error whose reply is already there.
+10. Bookings, cancellations, money, sorting, filtering and reminders are answered by a bare ok when they succeed:
+    which call it was must be read from its effect.
 
 To add an action: a row in CALLS (its name and the slots of its arguments) and in HABITS, a method of World of that name
 which changes the fields and returns the new reply (None: keep the old one), and a rule above.
@@ -49,7 +49,8 @@ Departures from the benchmark
  1. StableToolBench has thousands of APIs and a language model as their server; here are 14 with exact rules.
  2. Its state is hidden behind the APIs; here it is printed, so that the next state follows from the text.
  3. Its replies are JSON and carry the news; here a success is told by the other lines.
- 4. Its callers follow a user's request; propose() follows what the state offers, and sometimes slips.
+ 4. Its callers follow a user's request; propose() follows what the state offers, thinks better of
+    most errors, and sometimes slips.
  5. Prices are sorted by their number, whatever the currency.
 """
 import copy

@@ -389,6 +389,7 @@ def test_an_untrained_tiny_model_repeats_a_random_string(monkeypatch):
 
     with torch.no_grad():
         assert min(hits(lm.make_tiny(tok, seed=seed)) for seed in range(3)) > 0.75
+        assert hits(lm.make_tiny(tok, width=64, heads=2)) > 0.3                    # other shapes, less room
         assert hits(lm.make_tiny(tok, layers=1)) < 0.05                            # one layer cannot hold it
         monkeypatch.setattr(lm, "write_induction_head", lambda model: None)
         assert hits(lm.make_tiny(tok)) < 0.05

@@ -1,5 +1,6 @@
 """Claims of `swirl_fwm.py`, `swirl_idm.py`: prompts, rewards; a phase moves one model and is given no z."""
 
+import copy
 import random
 
 import pytest
@@ -10,6 +11,7 @@ import lm
 import swirl_fwm
 import swirl_idm
 from conftest import Recorder, ending, naive, naive_greedy, weights
+from envs import tools
 from grpo import GRPO
 
 PAIRS = [("lamp is on\ndoor is shut", "lamp is off\ndoor is shut"), ("a\nb\nc", "a\nc"),
@@ -243,11 +245,34 @@ def test_warmup_rows_are_the_labelled_ones_and_spoiled_ones_without_action(tok, 
     for share in (0, 0.5, 1):
         rows = swirl_idm.warmup_rows(tok, triples, view, share, random.Random(1), times=3)
         bad = [p for p, row in rows if row == refusal]
-        assert [r for r in rows if r[1] != refusal] == true * 3                     # all of them, as they are
-        assert view == "diff" or not [p for p in bad if p in [q for q, _ in true]]
+        copies = 3 if share else 1
+        assert [r for r in rows if r[1] != refusal] == [row for row in true for _ in range(copies)]
+        assert not [p for p in bad if p in [q for q, _ in true]]                    # a true change is not refused
         assert not bad or len({tuple(p) for p in bad}) > len(bad) / 2               # another one each time
         counts.append(len(bad))
     assert counts[0] == 0 < counts[1] < counts[2] <= 120
+
+
+def test_hardly_any_spoiled_future_of_the_tools_world_is_what_another_call_does():
+    """A refusal of a true change would teach Q that nothing does what P should learn."""
+    triples = [t for seed in range(12) for t in tools.episode(random.Random(seed))]
+    rng, true, rows = random.Random(0), 0, 0
+    real = {tuple(swirl_idm.line_diff(x, y)) for x, _, y in triples}
+    calls = sorted({z for _, z, _ in triples})
+    for seed in range(12):
+        world = tools.World(random.Random(seed))
+        for _ in range(10):
+            x, after = world.text(), {}
+            for z in calls:
+                copied = copy.deepcopy(world)
+                copied.step(z)
+                after[z] = copied.text()
+            for z, y in after.items():
+                bad = swirl_idm.spoil(x, y, rng.choice(triples)[0], rng)
+                if bad is not None and tuple(swirl_idm.line_diff(x, bad)) not in real:
+                    rows, true = rows + 1, true + (bad in after.values())
+            world.step(world.propose(rng))
+    assert rows > 1000 and true < 0.03 * rows
 
 
 def dictate(monkeypatch, Q, drawn):

@@ -103,6 +103,16 @@ def test_a_call_that_finds_nothing_to_do_or_to_tell_changes_no_line():
         assert changed(session("none"), call) == changed(session("none"), call, call) == [f"reply: {reply}"]
 
 
+def test_success_is_answered_by_a_bare_ok():
+    for call in ("book(rome-hotel)", "deposit(cash)", "transfer(cash, savings)", "set_reminder(monday, pay)"):
+        world = session()
+        world.reply = "welcome"
+        assert changed(world, call)[-1] == "reply: ok"
+    listed = session(results=["rome-flight", "rome-hotel"])
+    assert changed(listed, "search(rome)") == ["reply: ok, offers of rome"]
+    assert changed(session(), "transfer(cash, cash)") == []
+
+
 @pytest.mark.parametrize("z", ["", "sign_out", "text()", "can_afford(rome-hotel)", "book()", "book(rome)",
                                "book(rome-hotel", "transfer(cash,savings)", "exchange(savings)"])
 def test_unknown_call(z):

@@ -14,6 +14,14 @@ SMALL = ["--episodes", "8", "--warmup-steps", "6", "--warmup-every", "3", "--ite
 FWM, IDM = {"n", "exact", "exact_changed", "bleu", "rouge_l", "logp"}, {"n", "exact", "bleu", "rouge_l", "logp"}
 
 
+def test_a_pretrained_model_is_spared_the_tricks_of_tiny_ones():
+    cfg, ours = train.parse(["--model", "some/model"]), train.parse(["--model", "some/model", "--temperature", "1.2"])
+    assert (cfg.temperature, cfg.replay, cfg.muon, cfg.minutes) == (1.0, 0, False, None) and ours.temperature == 1.2
+    assert train.parse([]).temperature > 1 and train.parse([]).replay == 8
+    with pytest.raises(SystemExit):
+        train.parse(["--replay", "-1"])
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 

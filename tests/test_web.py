@@ -1,5 +1,6 @@
 """The web shop: its rules one by one, then what every built-in world promises."""
 import random
+import re
 from collections import Counter, defaultdict
 
 import pytest
@@ -123,6 +124,8 @@ def test_promises_over_many_episodes():
     states = [y for x, _, y in drawn if x != y]
     assert 0.08 <= 1 - len(states) / len(drawn) <= 0.15 and len(set(states)) >= 0.95 * len(states)
     assert sum(len(zs) for zs in actions.values() if len(set(zs)) == 1) >= 0.93 * len(states)
+    carts = [line for x, _, _ in drawn for line in x.split("\n") if line.startswith("cart: ")]
+    assert max(sum(map(int, re.findall(r"(\d) ", cart))) for cart in carts) == web.FULL           # rule 3
     kinds = Counter(web.read(z)[0] for _, z, _ in drawn)
     assert set(kinds) == set(web.KINDS) and min(kinds.values()) >= 0.02 * len(drawn)
     words = [len(y.split()) for y in states]
