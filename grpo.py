@@ -128,7 +128,7 @@ def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_
 
 def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, allowed=None, replay=None):
     """One GRPO step. prompts: B lists of ids. reward(owner, rows) -> (N,) of the distinct rows. ref may be None if
-    beta is 0 (then no KL is logged). Returns (log, rollouts, their rewards (B*G,)). In the log, `kl` is the KL of a whole
+    beta is 0 (then no KL is logged); replay() -> a loss, see departure 6. Returns (log, rollouts, their rewards (B*G,)). In the log, `kl` is the KL of a whole
     row to ref, in nats, and `gap` the largest difference of a token's log-prob between sampler and trainer."""
     B, G = len(prompts), cfg.group_size
     sampled, logp_sampled = lm.sample(policy, prompts, G, cfg.max_new, eos, cfg.temperature, cfg.top_p, cfg.top_k,

@@ -74,8 +74,8 @@ def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
 
 def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, max_z=32, generator=None,
                 replay=None):
-    """One step on pairs [(x, y)]; theta moves, phi is frozen. Returns (log, examples [{x, z, y, y_hat, reward}]); log is None
-    if Q reads no action in any pair."""
+    """One step on pairs [(x, y)]; theta moves, phi is frozen. replay: as in `grpo.step`. Returns (log, examples [{x, z, y,
+    y_hat, reward}]); log is None if Q reads no action in any pair."""
     xs, ys = zip(*pairs)
     rows, _ = lm.sample(Q, [swirl_idm.prompt(tok, x, y, view) for x, y in pairs], 1, max_z, tok.eos_token_id,
                         generator=generator)

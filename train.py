@@ -337,7 +337,7 @@ def phase_settings(cfg, beta, lr, max_new):
 
 
 def phase(run, cfg, name, policy, frozen, pairs, rows, settings, steps, seconds, take_step):
-    """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold."""
+    """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold; labelled `rows` are replayed in each."""
     begin, rng, order = time.time(), random.Random(f"{cfg.seed} {name}"), []
     gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31))
     ref, optimizers = lm.freeze(policy), lm.make_optimizers(policy, settings.lr, muon=False)   # the reference: pi at the start
@@ -347,7 +347,7 @@ def phase(run, cfg, name, policy, frozen, pairs, rows, settings, steps, seconds,
     kl, peak, side = 0.0, settings.lr, "fwm" if kind == "phase1" else "idm"
     heldout = f"{run.progress['stages'][-1][side]['exact']:.3f}"                   # at the last evaluation
 
-    def replay():                                                                  # -log pi(row | prompt) of labelled rows, mean
+    def replay():                                                                  # mean of -log pi(row | prompt)
         prompts, targets = zip(*rng.choices(rows, k=cfg.replay))
         return -lm.logprobs(policy, prompts, targets, range(cfg.replay)).sum() / cfg.replay
 
