@@ -371,6 +371,22 @@ def test_context_is_the_longest_text_the_model_takes(model):
     assert lm.logprobs(model, [[1] * 250], [[2] * 6], [0]).isfinite().all()
 
 
+def test_a_saved_tiny_model_keeps_its_induction_head(tok, tmp_path):
+    """The head lives in the biases of q and k: a folder that lost them would give other numbers."""
+    model = lm.make_tiny(tok, seed=5)
+    lm.save(model, tok, tmp_path)
+    prefix, row = list(range(5, 25)) + list(range(40, 45)), list(range(5, 15))
+    a, b = (naive(m, prefix, row) for m in (model, lm.load(str(tmp_path))[0]))
+    assert torch.allclose(a, b, atol=1e-5) and model.model.layers[0].self_attn.k_proj.bias.abs().max() > 1
+
+
+def test_the_first_head_looks_at_the_token_before(tok):
+    model = lm.make_tiny(tok, seed=5)
+    model.set_attn_implementation("eager")
+    attention = model(torch.arange(5, 65)[None], output_attentions=True).attentions[0][0, 0]       # (T, T) of layer 0, head 0
+    assert (attention.argmax(1)[1:] == torch.arange(59)).all() and attention.diagonal(-1).min() > 0.5
+
+
 def test_a_tiny_model_is_a_function_of_its_seed(tok):
     make = lambda seed: weights(lm.make_tiny(tok, width=32, layers=2, seed=seed))
     assert torch.equal(make(3), make(3)) and not torch.equal(make(3), make(4))
