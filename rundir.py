@@ -129,7 +129,9 @@ def show(scores):
 
 def show_sample(s):
     """One transition as a person reads it: what changed, what P predicts, what Q reads."""
-    lines = lambda y: " / ".join(swirl_idm.line_diff(s["x"], y)) or "(nothing changes)"
+    def lines(y):
+        text = " / ".join(swirl_idm.line_diff(s["x"], y)) or "(nothing changes)"
+        return text if len(text) <= 400 else text[:400] + " ..."
     return (f"    z     {s['z']}\n    y     {lines(s['y'])}\n    y_hat {'= y' if s['y_hat'] == s['y'] else lines(s['y_hat'])}"
             f"\n    z_hat {'= z' if s['z_hat'] == s['z'] else s['z_hat']}")
 
