@@ -58,7 +58,8 @@ class Config:
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions at most of the labelled half (a sixth) that choose checkpoints")
     # warm-up (SFT on the labelled half)
-    warmup_steps: int = setting(350, "steps a model; the rate falls to 2% and stays there for the last sixth")
+    warmup_steps: int = setting(350, "steps a model; the rate falls to 2% and stays there for the last sixth. 700 give a much "
+                              "better P (README)")
     warmup_batch: int = setting(32, "transitions a step")
     warmup_lr: float = setting(4e-3, "Muon and AdamW. For a pretrained model: 2e-5 (paper)")
     spoiled: float = setting(1.0, "share of the IDM's labelled pairs that it also sees with a wrong y and no action "
