@@ -50,10 +50,11 @@ def spoil(x, y, other, rng, late=0.25):
     from x to y (the wrong line alone could be a true change) or no line can be exchanged."""
     before, after = x.split("\n"), y.split("\n")
     changes = [(i, old) for i, (old, new) in enumerate(zip(before, after)) if old != new]
-    choices = [(i, line) for i, old in enumerate(after) if old in before for line in other.split("\n")
-               if line.split(" ")[0] == old.split(" ")[0] and line != old]
     if len(before) == len(after) and len(changes) > 1 and rng.random() < late:
         choices = changes
+    else:
+        choices = [(i, line) for i, old in enumerate(after) if old in before for line in other.split("\n")
+                   if line.split(" ")[0] == old.split(" ")[0] and line != old]
     if x == y or not choices:
         return None
     i, line = rng.choice(choices)

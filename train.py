@@ -185,19 +185,27 @@ def best_of_8(P, Q, tok, data, cfg, limits):
 
 # --- warm-up ------------------------------------------------------------------------------------------------------------
 
+def batches(rows, size, rng):
+    """Endless batches of `size`, shuffled anew when fewer are left (these are passed over)."""
+    order = []
+    while True:
+        if len(order) < size:
+            order = rng.sample(rows, len(rows))
+        yield order[:size]
+        order = order[size:]
+
+
 def warm_up(model, name, rows, validate, cfg, run, seconds):
     """SFT: raise log p(target | prompt) of rows [(prompt, target)] for `warmup_steps`, or as many as `seconds` hold.
 
     validate() -> float, higher is better. The best checkpoint is kept, so that a phase's gain is not undone training.
     """
-    rng, begin, order = random.Random(cfg.seed), time.time(), []
+    begin, batch = time.time(), batches(rows, cfg.warmup_batch, random.Random(cfg.seed))
     optimizers, best, best_at, weights = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon), -1e9, 0, None
     steps, bar = cfg.warmup_steps, tqdm(total=cfg.warmup_steps, desc=f"warm-up {name}", leave=False, disable=None)
     step = 0
     while step < steps:
-        if len(order) < cfg.warmup_batch:
-            order = rng.sample(rows, len(rows))
-        part, order = order[:cfg.warmup_batch], order[cfg.warmup_batch:]
+        part = next(batch)
         prompts, targets = zip(*part)
         tokens = sum(map(len, targets))
         loss = 0.0
@@ -339,7 +347,8 @@ def phase_settings(cfg, beta, lr, max_new):
 
 def phase(run, cfg, name, policy, frozen, pairs, rows, settings, steps, seconds, take_step):
     """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold; labelled `rows` are replayed in each."""
-    begin, rng, order = time.time(), random.Random(f"{cfg.seed} {name}"), []
+    begin, rng = time.time(), random.Random(f"{cfg.seed} {name}")
+    batch = batches(pairs, cfg.batch, rng)
     gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31))
     ref, optimizers = lm.freeze(policy), lm.make_optimizers(policy, settings.lr, muon=False)   # the reference: pi at the start
     before = [p.detach().clone() for p in frozen.parameters()]
@@ -353,10 +362,7 @@ def phase(run, cfg, name, policy, frozen, pairs, rows, settings, steps, seconds,
         return -lm.logprobs(policy, prompts, targets, range(cfg.replay)).sum() / cfg.replay
 
     for step in bar:
-        if len(order) < cfg.batch:
-            order = rng.sample(pairs, len(pairs))
-        part, order = order[:cfg.batch], order[cfg.batch:]
-        since = time.time()
+        part, since = next(batch), time.time()
         settings.lr = peak * min(1, step / 10) * (1 - max((step - 1) / steps, min(1.0, (since - begin) / seconds)))
         need_ref = settings.beta or step % 10 == 1                                 # without beta the KL is only logged
         log, examples = take_step(ref if need_ref else None, optimizers, part, gen, replay if cfg.replay else None)
