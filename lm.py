@@ -117,14 +117,14 @@ def decode(tokenizer, ids):
     return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
 
 
-def make_optimizers(model, lr, muon=True):
-    """AdamW; with `muon`, the weight matrices of the layers get Muon (orthogonalised momentum), which trains small
-    models in a third of the steps, and AdamW keeps the embeddings and norms. Both take the same learning rate."""
+def make_optimizers(model, lr, muon=True, decay=0.0):
+    """AdamW; with `muon`, the weight matrices of the layers get Muon (orthogonalised momentum), which trains small models in
+    a third of the steps, and AdamW keeps the embeddings and norms. Both take the same learning rate and weight decay."""
     matrix = [p for n, p in model.named_parameters() if p.requires_grad and muon and p.ndim == 2 and "layers." in n]
     others = [p for p in model.parameters() if p.requires_grad and not any(p is m for m in matrix)]
-    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)]
     if matrix:
-        optimizers.append(torch.optim.Muon(matrix, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(matrix, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 

@@ -35,7 +35,7 @@ from evals import metrics
 
 WORLDS = {"physics": physics, "web": web, "tools": tools}
 # The paper's rates and no tricks of tiny models, unless flags say else; the other departures stay
-PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, "temperature": 1.0, "replay": 0}
+PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, "warmup_decay": 0.0, "replay": 0}
 
 
 def setting(default, text, **extra):
@@ -54,25 +54,28 @@ class Config:
     minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, else none)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
-    episodes: int = setting(110, "training episodes of a built-in world, halved into labelled and state-only")
+    episodes: int = setting(100, "training episodes of a built-in world: a quarter trains the warm-up, a quarter validates it, "
+                            "half are state-only")
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
-    validation_size: int = setting(160, "transitions at most of the labelled half (a sixth) that choose checkpoints")
+    validation_size: int = setting(160, "transitions at most of the labelled half's validation share that choose checkpoints")
     # warm-up (SFT on the labelled half)
-    warmup_steps: int = setting(350, "steps a model; the rate falls to 2% and stays there for the last sixth. 700 give a much "
-                              "better P (README)")
-    warmup_batch: int = setting(32, "transitions a step")
-    warmup_lr: float = setting(4e-3, "Muon and AdamW. For a pretrained model: 2e-5 (paper)")
+    warmup_steps: int = setting(900, "steps a model at most")
+    warmup_every: int = setting(50, "steps between validations; the best checkpoint is kept")
+    patience: int = setting(4, "validations in a row without a better one that end the warm-up")
+    warmup_batch: int = setting(32, "transitions a step, twice as many for the IDM")
+    warmup_lr: float = setting(4e-3, "constant, Muon and AdamW. For a pretrained model: 2e-5 (paper)")
+    warmup_decay: float = setting(1.0, "weight decay of the warm-up: a tiny P that may not grow learns rules, not rows (for a "
+                                  "pretrained model: 0)")
     spoiled: float = setting(1.0, "share of the IDM's labelled pairs that it also sees with a wrong y and no action "
                              "(paper: 0). See swirl_idm.py, departure 4")
-    warmup_every: int = setting(50, "steps between validations; the best checkpoint is kept")
     muon: bool = setting(True, "Muon on the weight matrices in the warm-up; the phases use AdamW, as the paper")
     # Algorithm 1
-    iterations: int = setting(2, "times Phase I and Phase II alternate. Paper: up to 3")
-    phase1_steps: int = setting(100, "steps of each Phase I")
+    iterations: int = setting(1, "times Phase I and Phase II alternate. Paper: up to 3")
+    phase1_steps: int = setting(150, "steps of each Phase I")
     phase2_steps: int = setting(30, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
-    lr_fwm: float = setting(1e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
+    lr_fwm: float = setting(2e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
     lr_idm: float = setting(1e-4, "learning rate of Phase II, as well")
     updates: int = setting(2, "optimizer steps on one batch of rollouts (paper: 1)")
     clip: float = setting(0.2, "range of the policy ratio")
@@ -83,9 +86,7 @@ class Config:
     beta: float = setting(0.1, "KL to the reference in Phase II. Paper: .1; 1 is the exact ELBO (Eq. 5)")
     beta_fwm: float = setting(0.0, "KL to the reference in Phase I. Eq. 3 and 4: 0; released scripts: .04")
     kl: str = setting("reward", "KL in the reward (exact) or k3 in the loss (released)", choices=["reward", "loss"])
-    temperature: float = setting(1.3, "of rollouts and of their scores alike, so GRPO stays exact (for a pretrained model: 1; "
-                                 "paper: .75). A tiny P is too sure of what it learned by heart: at 1 its groups hold too "
-                                 "few different futures")
+    temperature: float = setting(1.0, "of rollouts and of their scores alike, so GRPO stays exact (paper: .75)")
     top_p: float = setting(1.0, "off; the paper's .96 samples from another policy than it scores")
     top_k: int = setting(0, "off")
     reward_form: str = setting("sum", "sum of the opposite's token log-probs (theorems) or mean (released)",
@@ -113,7 +114,7 @@ def parse(argv=None):
               "episodes": cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
               "beta_fwm": cfg.beta_fwm >= 0}
     for name in ("eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_every",
-                 "iterations", "phase1_steps", "phase2_steps", "batch", "updates"):
+                 "patience", "iterations", "phase1_steps", "phase2_steps", "batch", "updates"):
         checks[name] = getattr(cfg, name) >= 1
     for name, fine in checks.items():
         if not fine:
@@ -138,7 +139,7 @@ def load_splits(cfg):
         def draw(split, n):
             return [t for i in range(n) for t in WORLDS[cfg.env].episode(random.Random(f"{cfg.seed} {split} {i}"))]
         half = cfg.episodes // 2
-        held = max(1, half // 6)
+        held = max(1, half // 2)
         labelled, validation = draw("labelled", half - held), draw("validation", held)
         state_only = [(x, y) for x, _, y in draw("state-only", half)]
         test = draw("test", 60)
@@ -195,45 +196,44 @@ def batches(rows, size, rng):
         order = order[size:]
 
 
-def warm_up(model, name, rows, validate, cfg, run, seconds):
-    """SFT: raise log p(target | prompt) of rows [(prompt, target)] for `warmup_steps`, or as many as `seconds` hold.
+def warm_up(model, name, rows, size, validate, cfg, run, seconds):
+    """SFT: raise log p(target | prompt) of rows [(prompt, target)], `size` a step, until `patience` validations in a row
+    bring no better one, or `warmup_steps`, or `seconds`, are over. The best checkpoint is kept.
 
-    validate() -> float, higher is better. The best checkpoint is kept, so that a phase's gain is not undone training.
+    The rate is constant, and what is validated and kept is `mean`, the running mean of the weights: it stands where a falling
+    rate would end, at every step. So it shows when more steps would not help; a flat end of a falling rate does not.
     """
-    begin, batch = time.time(), batches(rows, cfg.warmup_batch, random.Random(cfg.seed))
-    optimizers, best, best_at, weights = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon), -1e9, 0, None
-    steps, bar = cfg.warmup_steps, tqdm(total=cfg.warmup_steps, desc=f"warm-up {name}", leave=False, disable=None)
-    step = 0
-    while step < steps:
-        part = next(batch)
-        prompts, targets = zip(*part)
-        tokens = sum(map(len, targets))
-        loss = 0.0
-        for chosen in lm.chunks(prompts, targets, range(len(part)), 16384):
-            piece = -lm.logprobs(model, *lm.take(prompts, targets, range(len(part)), chosen)).sum() / tokens
+    begin, batch = time.time(), batches(rows, size, random.Random(cfg.seed))
+    optimizers = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon, cfg.warmup_decay)
+    mean, best, best_at, weights, ended, step = lm.freeze(model), -1e9, 0, None, "", 0
+    bar = tqdm(total=cfg.warmup_steps, desc=f"warm-up {name}", leave=False, disable=None)
+    while not ended:
+        prompts, targets = zip(*next(batch))
+        tokens, owner, loss, step = sum(map(len, targets)), range(len(targets)), 0.0, step + 1
+        for chosen in lm.chunks(prompts, targets, owner, 16384):
+            piece = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
             piece.backward()
             loss += piece.item()
-        rate = cfg.warmup_lr * min(1.0, (step + 1) / 20) * max(0.02, 1 - step / (0.85 * steps))
-        norm = lm.optimizer_step(model, optimizers, rate)
-        step += 1
-        if step == 20:                                         # plan: the steps that fit, so that the rate still comes down
-            fits = 18 * seconds / (time.time() - begin)        # a tenth is for the validations
-            if fits < steps:
-                steps = bar.total = min(steps, max(40, int(fits)))
+        norm = lm.optimizer_step(model, optimizers, cfg.warmup_lr * min(1.0, step / 20))
+        with torch.no_grad():
+            for m, p in zip(mean.parameters(), model.parameters()):
+                m.lerp_(p, 1 - min(0.98, step / (step + 9)))                       # about 50 steps
         bar.update()
-        score = validate() if step % cfg.warmup_every == 0 or step == steps else None
+        if step == cfg.warmup_steps or time.time() - begin > seconds:
+            ended = "cut off by " + ("warmup_steps" if step == cfg.warmup_steps else "the budget")
+        score = validate(mean) if step % cfg.warmup_every == 0 or ended else None
         run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=step, seconds=run.elapsed(), loss=loss,
                 grad_norm=norm, validation=score)
-        if score is not None:
-            if score >= best:
-                best, best_at, weights = score, step, {k: v.clone() for k, v in model.state_dict().items()}
-            bar.set_postfix(loss=f"{loss:.3f}", validation=f"{score:.3f}")
-            if time.time() - begin > 1.2 * seconds:
-                break
+        if score is None:
+            continue
+        if score > best:
+            best, best_at, weights = score, step, {k: v.clone() for k, v in mean.state_dict().items()}
+        elif step - best_at >= cfg.patience * cfg.warmup_every:
+            ended = "converged"
+        bar.set_postfix(loss=f"{loss:.3f}", validation=f"{score:.3f}")
     bar.close()
     model.load_state_dict(weights)
-    print(f"  warm-up {name}: best validation {best:.3f} at step {best_at} of {step}"
-          + ("" if step < steps or step == cfg.warmup_steps else f" (planned {cfg.warmup_steps}, the budget held {steps})"))
+    print(f"  warm-up {name}: best validation {best:.3f} at step {best_at} of {step} ({ended})")
 
 
 # --- the job ------------------------------------------------------------------------------------------------------------
@@ -278,10 +278,10 @@ def train(cfg):
     if not run.done("sft"):
         since = time.time()
         xs, zs, ys = map(list, zip(*validation))
-        warm_up(Q, "IDM", rows_Q,
-                lambda: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .25 * budget)
-        warm_up(P, "FWM", rows_P,
-                lambda: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys), cfg, run, .4 * budget)
+        warm_up(Q, "IDM", rows_Q, 2 * cfg.warmup_batch,                            # its rows are short, and half are spoiled
+                lambda Q: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .25 * budget)
+        warm_up(P, "FWM", rows_P, cfg.warmup_batch,
+                lambda P: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys), cfg, run, .4 * budget)
         stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:
         since = time.time()

@@ -61,15 +61,16 @@ SLIP = 0.1          # share of calls made without a look at the state
 BOLD = 0.2          # share of calls known to end in an error that are made all the same
 LIMIT = 60          # no account holds more
 
-PRICE = {"rome-flight": 30, "rome-hotel": 20, "oslo-flight": 20, "oslo-hotel": 30, "lima-flight": 20, "lima-hotel": 10}
-CITY = {city: (f"{city}-flight", f"{city}-hotel") for city in ("rome", "oslo", "lima")}
+PRICE = {"rome-flight": 30, "rome-hotel": 20, "oslo-flight": 20, "oslo-hotel": 30, "lima-flight": 20, "lima-hotel": 10,
+         "bonn-flight": 10, "bonn-hotel": 20}
+CITY = {city: (f"{city}-flight", f"{city}-hotel") for city in ("rome", "oslo", "lima", "bonn")}
 
 # The slots of arguments, and the words that may stand there.
 VALUES = {
     "user": ("mia", "leo", "ana"), "city": tuple(CITY), "keep": ("flights", "hotels"),
     "offer": tuple(PRICE), "booked": tuple(PRICE), "purse": ("cash", "savings"), "coin": ("cash", "euros"),
-    "day": ("monday", "tuesday", "friday"), "busy": ("monday", "tuesday", "friday"),
-    "task": ("call", "pay", "pack"),
+    "day": ("monday", "tuesday", "friday", "sunday"), "busy": ("monday", "tuesday", "friday", "sunday"),
+    "task": ("call", "pay", "pack", "cook"),
 }
 CALLS = {
     "sign_in": ("user",), "sign_out": (),
@@ -81,8 +82,8 @@ CALLS = {
 KINDS = tuple(CALLS)
 
 # How often the family makes each kind of call.
-HABITS = {"sign_in": 1, "sign_out": 1, "search": 1, "filter_results": 2, "sort_results": 2, "check_price": 1, "book": 5,
-          "cancel": 5, "transfer": 3, "exchange": 3, "deposit": 2, "set_reminder": 3, "move_reminder": 4,
+HABITS = {"sign_in": 1, "sign_out": 1, "search": 1, "filter_results": 2, "sort_results": 2, "check_price": 1, "book": 7,
+          "cancel": 7, "transfer": 3, "exchange": 3, "deposit": 2, "set_reminder": 4, "move_reminder": 7,
           "clear_reminder": 2}
 
 
@@ -99,8 +100,8 @@ class World:
         self.money = {account: rng.randrange(30, LIMIT + 1, 10) for account in ("cash", "savings", "euros")}
         self.left = {offer: rng.choice((0, 1, 2, 2, 3, 3)) for offer in PRICE}                     # seats or rooms
         self.results = list(CITY[rng.choice(VALUES["city"])]) if rng.random() < 0.7 else []
-        self.booked = set(rng.sample(list(PRICE), rng.randint(0, 2)))
-        self.reminders = {day: rng.choice(tasks) for day in rng.sample(days, rng.randint(0, 2))}
+        self.booked = set(rng.sample(list(PRICE), rng.randint(0, 3)))
+        self.reminders = {day: rng.choice(tasks) for day in rng.sample(days, rng.randint(0, 3))}
         self.reply = "ok"
 
     def text(self):

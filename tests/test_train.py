@@ -1,11 +1,15 @@
 """The whole job in small, what it leaves behind, and what it says to bad input."""
 import json
 import shutil
+import types
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lm
 import train
+from conftest import tiny_llama
 from envs import records, tools
 
 SMALL = ["--episodes", "8", "--warmup-steps", "6", "--warmup-every", "3", "--iterations", "1",
@@ -15,9 +19,9 @@ FWM, IDM = {"n", "exact", "exact_changed", "bleu", "rouge_l", "logp"}, {"n", "ex
 
 
 def test_a_pretrained_model_is_spared_the_tricks_of_tiny_ones():
-    cfg, ours = train.parse(["--model", "some/model"]), train.parse(["--model", "some/model", "--temperature", "1.2"])
-    assert (cfg.temperature, cfg.replay, cfg.muon, cfg.minutes) == (1.0, 0, False, None) and ours.temperature == 1.2
-    assert train.parse([]).temperature > 1 and train.parse([]).replay == 8
+    cfg, ours = train.parse(["--model", "some/model"]), train.parse(["--model", "some/model", "--warmup-decay", "0.1"])
+    assert (cfg.warmup_decay, cfg.replay, cfg.muon, cfg.minutes) == (0.0, 0, False, None) and ours.warmup_decay == 0.1
+    assert train.parse([]).warmup_decay == 1 and train.parse([]).replay == 8
     with pytest.raises(SystemExit):
         train.parse(["--replay", "-1"])
 
@@ -85,6 +89,33 @@ def test_a_cut_run_resumes_from_the_last_finished_stage(done, tmp_path, monkeypa
     assert "resuming after iteration1/phase1" in capsys.readouterr().out
     a, b = (json.loads((d / "results.json").read_text())["stages"] for d in (done, out))
     assert a == b                                              # nothing depends on where it was cut
+
+
+def test_the_warm_up_keeps_the_best_running_mean_and_ends_when_no_better_one_comes(monkeypatch, capsys):
+    model, raw, seen, scores = tiny_llama(9, 0), [], [], iter([0.1, 0.5, 0.4, 0.5])
+    step = lm.optimizer_step
+
+    def recorded(model, *rest):
+        norm = step(model, *rest)
+        raw.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        return norm
+
+    def validate(mean):
+        seen.append(torch.cat([p.flatten() for p in mean.parameters()]))
+        return next(scores)
+
+    monkeypatch.setattr(lm, "optimizer_step", recorded)
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    cfg = train.parse(["--warmup-every", "2", "--patience", "2"])
+    run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0)
+    train.warm_up(model, "P", [([1, 2], [3, 4]), ([2], [5, 6])] * 4, 4, validate, cfg, run, 60)
+    assert len(seen) == 4 and "step 4 of 8 (converged)" in capsys.readouterr().out     # an equal score is not better
+    kept = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.equal(kept, seen[1]) and not torch.equal(kept, raw[3])
+    mean = start
+    for t, weights in enumerate(raw[:4], 1):
+        mean = mean * t / (t + 9) + weights * 9 / (t + 9)
+    assert torch.allclose(kept, mean, atol=1e-5) and (raw[3] - start).abs().max() > 1e-3
 
 
 def test_state_only_pairs_carry_no_action_and_splits_share_no_episode():
