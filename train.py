@@ -265,7 +265,7 @@ def train(cfg):
         scores, samples = evaluate(P, Q, tok, test, cfg, limits)
         for s in samples[:20]:
             run.log("samples.jsonl", stage=name, **s)
-        iteration = int(name[9]) if name[9:10].isdigit() else 0
+        iteration = 0 if name == "sft" else int(name.removeprefix("iteration").split("/")[0])
         run.log("metrics.jsonl", phase="eval", stage=name, iteration=iteration, step=0, seconds=run.elapsed(), **scores)
         print(f"{name}: {rundir.show(scores)}  [{run.elapsed()/60:.1f} min]\n{rundir.show_sample(samples[0])}", flush=True)
         run.spend("eval", since)

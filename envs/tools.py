@@ -1,6 +1,6 @@
 """A session with several services' APIs, in the spirit of StableToolBench: what does a call change?
 
-A family of three shares one travel site, one bank and one calendar. A state is the whole session in fifteen
+A family of three shares one travel site, one bank and one calendar. A state is the whole session in eighteen
 lines, an action is one call, and the next state is the session after it. A drawn transition:
 
     x   user: leo                               z   book(rome-hotel)
@@ -13,10 +13,13 @@ lines, an action is one call, and the next state is the session after it. A draw
         oslo-hotel: 0, booked
         lima-flight: 0
         lima-hotel: 1
+        bonn-flight: 2
+        bonn-hotel: 3
         results: rome-flight, rome-hotel
         monday: free
         tuesday: call
         friday: pay
+        sunday: free
         reply: ok
 
 Only the catalogue (PRICE) knows that a hotel in Rome costs 20. With fewer euros only the reply would change, to an
@@ -40,7 +43,7 @@ Rules
  9. A call that finds nothing to do (signing out twice, clearing a free day, sorting a sorted list, filtering hotels
     for hotels) changes no line, the reply included. Nor does a read or an error whose reply is already there.
 10. Bookings, cancellations, money, sorting, filtering and reminders are answered by a bare ok when they succeed:
-    which call it was must be read from its effect.
+    which call it was must be read from its effect. An error gives its reason and does not name the call.
 
 To add an action: a row in CALLS (its name and the slots of its arguments) and in HABITS, a method of World of that name
 which changes the fields and returns the new reply (None: keep the old one), and a rule above.
@@ -58,7 +61,7 @@ import copy
 STEPS = 14
 REPEAT = 0.06       # share of calls that repeat the call before: an impatient caller
 SLIP = 0.1          # share of calls made without a look at the state
-BOLD = 0.2          # share of calls known to end in an error that are made all the same
+BOLD = 0.05         # share of calls known to end in an error that are made all the same
 LIMIT = 60          # no account holds more
 
 PRICE = {"rome-flight": 30, "rome-hotel": 20, "oslo-flight": 20, "oslo-hotel": 30, "lima-flight": 20, "lima-hotel": 10,
@@ -126,7 +129,7 @@ class World:
         if self.user == user:
             return None
         if self.user != "none":
-            return f"error, {self.user} is in, {user} must wait"
+            return f"error, {self.user} is in"
         self.user = user
         return "welcome"
 
@@ -143,7 +146,7 @@ class World:
     def filter_results(self, keep):
         kept = [offer for offer in self.results if offer.endswith(keep[:-1])]
         if not kept:
-            return f"error, no {keep} among them"
+            return "error, nothing would stay"
         if kept == self.results:
             return None
         self.results = kept
@@ -162,13 +165,13 @@ class World:
     def book(self, offer):
         purse, price = currency(offer), PRICE[offer]
         if self.user == "none":
-            return f"error, sign in first to take {offer}"
+            return "error, sign in first"
         if offer in self.booked:
-            return f"error, {offer} is yours already"
+            return "error, booked already"
         if self.left[offer] == 0:
-            return f"error, no seats left in {offer}"
+            return "error, no seats left"
         if self.money[purse] < price:
-            return f"error, not enough {purse}, {offer} needs {price}"
+            return f"error, not enough {purse}"
         self.money[purse] -= price
         self.left[offer] -= 1
         self.booked.add(offer)
@@ -177,9 +180,9 @@ class World:
     def cancel(self, offer):
         purse = currency(offer)
         if self.user == "none":
-            return f"error, sign in first to drop {offer}"
+            return "error, sign in first"
         if offer not in self.booked:
-            return f"error, {offer} is not booked"
+            return "error, not booked"
         self.booked.remove(offer)
         self.left[offer] += 1
         self.money[purse] = min(LIMIT, self.money[purse] + PRICE[offer] - 10)
@@ -201,23 +204,23 @@ class World:
         if source == target:
             return None
         why = self.move(source, target, 10, 10)
-        return f"error, {why}, nothing leaves {source}" if why else "ok"
+        return f"error, {why}" if why else "ok"
 
     def exchange(self, source):
         target, amount, gain = ("euros", 20, 10) if source == "cash" else ("cash", 10, 20)
         why = self.move(source, target, amount, gain)
-        return f"error, {why}, no {target} for you" if why else "ok"
+        return f"error, {why}" if why else "ok"
 
     def deposit(self, account):
         if self.money[account] + 20 > LIMIT:
-            return f"error, {account} cannot grow by 20"
+            return f"error, {account} too full"
         self.money[account] += 20
         return "ok"
 
     def set_reminder(self, day, task):
         there = self.reminders.get(day)
         if there:
-            return None if there == task else f"error, {day} is for {there}, not {task}"
+            return None if there == task else f"error, {day} is taken"
         self.reminders[day] = task
         return "ok"
 
@@ -225,7 +228,7 @@ class World:
         if old not in self.reminders or old == new:
             return None
         if new in self.reminders:
-            return f"error, {new} is taken, {old} stays"
+            return f"error, {new} is taken"
         self.reminders[new] = self.reminders.pop(old)
         return "ok"
 

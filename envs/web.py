@@ -190,14 +190,14 @@ class World:
 
     def add(self, item):
         if item in self.rows() and sum(self.cart.values()) == FULL:
-            self.message = f"dialog: {item} does not fit"
+            self.message = "dialog: cart is full"
         elif item in self.rows():
             self.put(item, self.cart.get(item, 0) + 1)
 
     def set_amount(self, item, n):
         old = self.cart.get(item, n)                    # not in the cart: as if nothing changed
         if sum(self.cart.values()) - old + n > FULL:
-            self.message = f"dialog: {n} {item} do not fit"
+            self.message = "dialog: cart is full"
         elif n != old:
             self.put(item, n)
 

@@ -28,31 +28,31 @@ def changed(world, *calls):
 def test_the_transition_in_the_docstring():
     world = session(cash=20, savings=10, euros=50, results=["rome-flight", "rome-hotel"],
                     booked=["oslo-hotel"], reminders={"tuesday": "call", "friday": "pay"})
-    world.left = dict(zip(tools.PRICE, (3, 2, 1, 0, 0, 1)))
+    world.left = dict(zip(tools.PRICE, (3, 2, 1, 0, 0, 1, 2, 3)))
     shown = [re.split("  +", row.removeprefix("    x").strip()) for row in tools.__doc__.splitlines()]
     start = shown.index(["user: leo", "z", "book(rome-hotel)"])
-    assert [row[0] for row in shown[start:start + 16]] == world.text().splitlines() + [""]
-    assert [row[1] for row in shown[start + 3:start + 16] if row[1:]] == changed(world, "book(rome-hotel)")
+    assert [row[0] for row in shown[start:start + 19]] == world.text().splitlines() + [""]
+    assert [row[1] for row in shown[start + 3:start + 19] if row[1:]] == changed(world, "book(rome-hotel)")
 
 
-def test_booking_takes_the_seat_and_the_price_or_names_the_first_reason_against_it():
+def test_booking_takes_the_seat_and_the_price_or_says_the_first_reason_against_it():
     for offer, purse in [("oslo-flight", "cash: 20"), ("oslo-hotel", "euros: 10")]:
         assert changed(session(), f"book({offer})") == [purse, f"{offer}: 1, booked"]
     broke = dict(left=0, cash=0)
     for world, error in [
-            (session("none", booked=["oslo-flight"], **broke), "sign in first to take oslo-flight"),
-            (session(booked=["oslo-flight"], **broke), "oslo-flight is yours already"),
-            (session(**broke), "no seats left in oslo-flight"),
-            (session(cash=10), "not enough cash, oslo-flight needs 20")]:
+            (session("none", booked=["oslo-flight"], **broke), "sign in first"),
+            (session(booked=["oslo-flight"], **broke), "booked already"),
+            (session(**broke), "no seats left"),
+            (session(cash=10), "not enough cash")]:
         assert changed(world, "book(oslo-flight)") == ["reply: error, " + error]
 
 
 def test_cancelling_gives_back_the_seat_and_the_price_less_a_fee():
     back = [changed(session(cash=cash, booked=["rome-flight", "lima-hotel"]), "cancel(rome-flight)") for cash in (30, 50)]
     assert back == [[f"cash: {c}", "rome-flight: 3"] for c in (50, 60)]
-    assert changed(session(), "cancel(lima-hotel)") == ["reply: error, lima-hotel is not booked"]
+    assert changed(session(), "cancel(lima-hotel)") == ["reply: error, not booked"]
     assert changed(session("none", booked=["lima-hotel"]), "cancel(lima-hotel)") == [
-        "reply: error, sign in first to drop lima-hotel"]
+        "reply: error, sign in first"]
 
 
 def test_results_are_listed_filtered_and_sorted():
@@ -62,7 +62,7 @@ def test_results_are_listed_filtered_and_sorted():
     assert changed(world, "sort_results()") == []
     assert changed(world, "filter_results(flights)") == ["results: rome-flight"]
     assert changed(world, "filter_results(flights)") == []
-    assert changed(world, "filter_results(hotels)") == ["reply: error, no hotels among them"]
+    assert changed(world, "filter_results(hotels)") == ["reply: error, nothing would stay"]
 
 
 def test_money_moves_within_its_limits_and_halves_into_euros():
@@ -71,16 +71,16 @@ def test_money_moves_within_its_limits_and_halves_into_euros():
     assert changed(session(), "exchange(euros)") == ["cash: 60", "euros: 30"]
     assert changed(session("none"), "deposit(cash)") == ["cash: 60"]                # by anybody, up to 60
     for world, call, error in [
-            (session(cash=0), "transfer(cash, savings)", "cash too low, nothing leaves cash"),
-            (session(cash=50), "exchange(euros)", "cash too full, no cash for you"),
-            (session("none"), "exchange(cash)", "sign in first, no euros for you"),
-            (session(cash=50), "deposit(cash)", "cash cannot grow by 20")]:
+            (session(cash=0), "transfer(cash, savings)", "cash too low"),
+            (session(cash=50), "exchange(euros)", "cash too full"),
+            (session("none"), "exchange(cash)", "sign in first"),
+            (session(cash=50), "deposit(cash)", "cash too full")]:
         assert changed(world, call) == ["reply: error, " + error]
 
 
 def test_the_session_has_one_user_and_signing_out_clears_the_results():
     assert changed(session("none"), "sign_in(mia)")[0] == "user: mia"
-    assert changed(session(), "sign_in(mia)") == ["reply: error, leo is in, mia must wait"]
+    assert changed(session(), "sign_in(mia)") == ["reply: error, leo is in"]
     assert changed(session(results=["rome-flight"]), "sign_out()")[:2] == ["user: none", "results: none"]
 
 
@@ -89,8 +89,8 @@ def test_a_day_holds_one_reminder():
     for call, *lines in [("set_reminder(tuesday, pack)", "tuesday: pack"),
                          ("move_reminder(monday, tuesday)", "monday: free", "tuesday: call"),
                          ("clear_reminder(monday)", "monday: free"),
-                         ("set_reminder(friday, pack)", "reply: error, friday is for pay, not pack"),
-                         ("move_reminder(monday, friday)", "reply: error, friday is taken, monday stays")]:
+                         ("set_reminder(friday, pack)", "reply: error, friday is taken"),
+                         ("move_reminder(monday, friday)", "reply: error, friday is taken")]:
         assert changed(session(reminders=noted), call) == lines
 
 
@@ -99,7 +99,7 @@ def test_a_call_that_finds_nothing_to_do_or_to_tell_changes_no_line():
     noted = session(reminders={"monday": "call"})
     assert changed(noted, "sign_in(leo)", "set_reminder(monday, call)", "move_reminder(friday, monday)") == []
     for call, reply in [("check_price(rome-hotel)", "rome-hotel for 20 euros"),
-                        ("book(rome-hotel)", "error, sign in first to take rome-hotel")]:
+                        ("book(rome-hotel)", "error, sign in first")]:
         assert changed(session("none"), call) == changed(session("none"), call, call) == [f"reply: {reply}"]
 
 
@@ -127,12 +127,13 @@ def test_promises_over_many_episodes():
     drawn, ys, calls = [t for e in episodes for t in e], {}, defaultdict(list)
     for x, z, y in drawn:
         assert ys.setdefault((x, z), y) == y and z not in y                         # Markov in the text
-        if x != y:
+        if x != y and "reply: error" not in y:                                      # a reason does not name the call
             calls[tuple((a, b) for a, b in zip(x.splitlines(), y.splitlines()) if a != b)].append(z)
     states = [y for x, _, y in drawn if x != y]
     assert 0.08 <= 1 - len(states) / len(drawn) <= 0.15 and len(set(states)) >= 0.95 * len(states)
-    assert sum(len(zs) for zs in calls.values() if len(set(zs)) == 1) >= 0.99 * len(states)
+    assert sum(len(zs) for zs in calls.values() if len(set(zs)) == 1) >= 0.99 * sum(map(len, calls.values()))
+    assert 0.02 * len(drawn) <= len(states) - sum(map(len, calls.values())) <= 0.06 * len(drawn)      # errors
     kinds = Counter(z.split("(")[0] for _, z, _ in drawn)
     assert set(kinds) == set(tools.KINDS) and len(kinds) == 14 and min(kinds.values()) >= 0.02 * len(drawn)
-    assert all(30 <= len(x.split()) <= 46 and x.count("\n") == 14 for x, _, _ in drawn)
+    assert all(36 <= len(x.split()) <= 56 and x.count("\n") == 17 for x, _, _ in drawn)
     assert len({word.strip(":,") for x, _, _ in drawn for word in x.split()}) <= 90
