@@ -17,7 +17,7 @@ Departures from the paper:
 3. The reward is the summed log-probability (the ELBO's), floored at -10 (`floor`): unfloored, a few hopeless y with
    log P = -40 rule the gradient, and Q learns "safe" actions. The released scripts use the mean per token.
 4. Q also learns to say that no action does this, on eight spoiled copies of each labelled pair, each with another wrong
-   line: three in four have one from another state, one in four lacks one of its changes (`spoil`). Trained on true pairs
+   line (`spoil`): one that should have stayed, one that changed to something else, or one that did not change. Trained on true pairs
    alone it ignores a wrong line beside a right one, and Phase I then makes P worse (README). `--spoiled 0`: paper.
 5. `view="diff"` shows Q only the lines that change from x to y; the paper's Q reads both states: `view="full"`.
 6. Each step also raises the likelihood of a few rows of its warm-up (`grpo`, departure 6): without them Q forgets to refuse.
@@ -44,20 +44,21 @@ def line_diff(x, y):
 IMPOSSIBLE = "no action does this"
 
 
-def spoil(x, y, other, rng, late=0.25):
-    """y with one wrong line, as a careless P would write it: in a share `late` of the pairs that change several lines one of
-    them stays as it was in x, else a line that should have stayed is taken from another state. None if nothing changes
-    from x to y (the wrong line alone could be a true change) or no line can be exchanged."""
+def spoil(x, y, other, rng):
+    """y with one wrong line, as a careless P would write it. Half of the time a line that should have stayed is taken from
+    another state; where y changes several lines, a quarter of the time one of them is, and a quarter of the time one of them
+    stays as it was in x. None if nothing changes from x to y (the wrong line alone could be a true change) or no line can
+    be exchanged."""
     before, after = x.split("\n"), y.split("\n")
-    changes = [(i, old) for i, (old, new) in enumerate(zip(before, after)) if old != new]
-    if len(before) == len(after) and len(changes) > 1 and rng.random() < late:
-        choices = changes
-    else:
-        choices = [(i, line) for i, old in enumerate(after) if old in before for line in other.split("\n")
-                   if line.split(" ")[0] == old.split(" ")[0] and line != old]
-    if x == y or not choices:
+    changed = [i for i, (old, new) in enumerate(zip(before, after)) if old != new] if len(before) == len(after) else []
+    take = lambda lines: [(i, line) for i in lines for line in other.split("\n")
+                          if line.split(" ")[0] == after[i].split(" ")[0] and line not in (after[i], *before[i:i + 1])]
+    stray = take([i for i, line in enumerate(after) if line in before])
+    several = [take(changed), [(i, before[i]) for i in changed]] if len(changed) > 1 else []
+    options = [choices for choices in (stray, stray, *several) if choices]
+    if x == y or not options:
         return None
-    i, line = rng.choice(choices)
+    i, line = rng.choice(rng.choice(options))
     return "\n".join(after[:i] + [line] + after[i + 1:])
 
 

@@ -21,7 +21,7 @@ Rules
     sort (equal prices: a to z), three a page. Prices are not printed: they are the same in all episodes. Next
     and previous turn pages as far as there are any.
  2. A new search, colour or sort leads to page 1; one that is chosen already changes nothing.
- 3. Add puts an item that is on the page into the cart. The cart holds 3 things; one more is an error dialog.
+ 3. Add puts an item that is on the page into the cart. The cart holds 4 things; one more is an error dialog.
  4. An amount, 1 or 2, can be typed for an item in the cart, with the same limit. Remove takes out a single
     thing at once, and asks first if there are two or more of it. Both work in both views.
  5. Search, filter, order, pages, add, checkout work in view list; name, delivery, coupon, apply, pay, back
@@ -57,7 +57,8 @@ SORTS = {"name": "a to z", "price up": "cheap first", "price down": "dear first"
 NAMES = ("ana", "ben", "cleo", "dan")
 DELIVERY = ("pickup", "post", "courier")
 COUPONS = {"spring": (50, 10), "winter": (90, 20), "autumn": None}      # (goods from, off); None: over
-ROWS, FULL, STEPS = 3, 3, 14      # rows a page, things a cart holds, steps an episode
+ROWS, FULL, STEPS = 3, 4, 14      # rows a page, things a cart holds, steps an episode
+EPISODES = 160      # to train on, unless --episodes says else
 
 # kind: {action string: its argument}
 ACTIONS = {
@@ -83,8 +84,8 @@ ACTIONS = {
 KINDS = tuple(ACTIONS)
 
 # How much a visitor likes each kind.
-HABITS = {"search": 3, "clear": 3, "colour": 3, "sort": 3, "next": 9, "previous": 14, "add": 14, "amount": 10,
-          "remove": 10, "checkout": 6, "back": 4, "name": 5, "delivery": 5, "coupon": 5, "apply": 8, "pay": 7,
+HABITS = {"search": 3, "clear": 3, "colour": 3, "sort": 3, "next": 10, "previous": 20, "add": 18, "amount": 16,
+          "remove": 16, "checkout": 5, "back": 3, "name": 3, "delivery": 3, "coupon": 3, "apply": 6, "pay": 6,
           "yes": 6, "close": 1}
 CARELESS = 0.16   # share of actions drawn without a look at the page: most of these change nothing
 BOLD = 0.3        # share of errors that a visitor who looks at the page runs into all the same
@@ -105,7 +106,7 @@ class World:
         self.sort = rng.choice(list(SORTS.values()))
         self.page = rng.randint(1, self.pages())
         self.cart = {}                                        # item: amount, in the order in which they came
-        for item in rng.sample(list(PRICES), rng.choice((0, 1, 1, 2))):
+        for item in rng.sample(list(PRICES), rng.choice((0, 1, 2, 3))):
             self.cart[item] = 1 if self.cart else rng.choice((1, 1, 2))
         self.name = rng.choice(("none", "none", *NAMES))
         self.delivery = rng.choice(("none", *DELIVERY))

@@ -48,17 +48,17 @@ def test_rows_follow_search_colour_sort_and_page():
 
 
 def test_add_wants_the_item_on_the_page_and_room_in_the_cart():
-    world = shop(cart={"blue-bag": 2})
+    world = shop(cart={"blue-bag": 3})
     assert not after(world, "[button] add red-mug -> CLICK")  # on page 3
-    assert after(world, "[button] add blue-bag -> CLICK") == ["cart: 3 blue-bag"]
+    assert after(world, "[button] add blue-bag -> CLICK") == ["cart: 4 blue-bag"]
     assert after(world, "[button] add blue-lamp -> CLICK") == ["dialog: cart is full"]
-    assert world.cart == {"blue-bag": 3}
+    assert world.cart == {"blue-bag": 4}
 
 
 @pytest.mark.parametrize("view", ["list", "checkout"])
 def test_amount_and_remove(view):
-    world = shop(view=view, cart={"red-mug": 2, "red-bag": 1})
-    assert not after(world, "[button] remove blue-mug -> CLICK", "[spinbutton] red-mug -> TYPE: 2")
+    world = shop(view=view, cart={"red-mug": 3, "red-bag": 1})
+    assert not after(world, "[button] remove blue-mug -> CLICK", "[spinbutton] red-bag -> TYPE: 1")
     assert after(world, "[spinbutton] red-bag -> TYPE: 2") == ["dialog: cart is full"]
     world.step("[button] close -> CLICK")
     assert after(world, "[button] remove red-mug -> CLICK") == ["dialog: drop red-mug?"]  # two: asks first
