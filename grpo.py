@@ -17,7 +17,7 @@ Departures from the paper and its released scripts:
 5. Equal rows of a group are scored once and weighted by their count; rows without advantage are not run. Both exact.
 6. `replay`, if given, is a loss whose gradient joins each optimizer step: labelled rows, so that the policy does not forget
    what it was taught (measured: README). The logged `loss` leaves it out, `grad_norm` and its clip do not. None: the paper.
-7. Rollouts are sampled and scored at one temperature (`train.py`: 1.3): the objective is the tempered policy's, exactly.
+7. Rollouts are sampled and scored at one temperature (1): at any other the objective is the tempered policy's, exactly.
 """
 from dataclasses import dataclass
 

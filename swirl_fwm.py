@@ -18,7 +18,7 @@ Departures from the paper:
 3. The IDM may read the line diff of x and y instead of both states (`swirl_idm.prompt`, `view`): a small Q that reads
    whole states is too weak a judge, P learns to fool it and gets worse while its reward rises. `--view full` shows that.
 4. A pair in which Q reads no action (`swirl_idm.IMPOSSIBLE`) is left out, and so are, by default, pairs with y = x.
-5. P is sampled and scored at temperature 1.3 (`train.py`; paper .75); z and the reward are Q's at temperature 1, as in Eq. 3.
+5. P is sampled and scored at temperature 1 (paper .75), as z and the reward are: Eq. 3.
 6. Each step also raises the likelihood of a few labelled rows (`grpo`, departure 6): without them P forgets its labels.
 """
 import grpo

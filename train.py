@@ -9,8 +9,9 @@ other half lose them for good: GRPO gets their pairs (x, y) and nothing else. Te
 again resumes an unfinished run.
 
 Departures from the paper: the models are tiny and start from random weights with an induction head written in
-(`lm.write_induction_head`), in place of pretraining; rollouts are drawn at temperature 1.3; labelled rows are replayed in the
-phases; each phase is a hundred steps, not an epoch over 30k pairs. See `swirl_fwm.py`, `swirl_idm.py`, `grpo.py` for the rest.
+(`lm.write_induction_head`), in place of pretraining; their warm-up has weight decay and keeps a running mean of the weights;
+labelled rows are replayed in the phases; a phase is 200 steps, not an epoch over 30k pairs. See `swirl_fwm.py`,
+`swirl_idm.py`, `grpo.py` for the rest.
 """
 import argparse
 import dataclasses
