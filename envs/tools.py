@@ -192,25 +192,21 @@ class World:
     def move(self, source, target, amount, gain):
         """Take the amount from one account and add the gain to another; or say why not."""
         if self.user == "none":
-            return "sign in first"
+            return "error, sign in first"
         if self.money[source] < amount:
-            return f"{source} too low"
+            return f"error, {source} too low"
         if self.money[target] + gain > LIMIT:
-            return f"{target} too full"
+            return f"error, {target} too full"
         self.money[source] -= amount
         self.money[target] += gain
-        return None
+        return "ok"
 
     def transfer(self, source, target):
-        if source == target:
-            return None
-        why = self.move(source, target, 10, 10)
-        return f"error, {why}" if why else "ok"
+        return None if source == target else self.move(source, target, 10, 10)
 
     def exchange(self, source):
         target, amount, gain = ("euros", 20, 10) if source == "cash" else ("cash", 10, 20)
-        why = self.move(source, target, amount, gain)
-        return f"error, {why}" if why else "ok"
+        return self.move(source, target, amount, gain)
 
     def deposit(self, account):
         if self.money[account] + 20 > LIMIT:

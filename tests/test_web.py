@@ -119,11 +119,11 @@ def test_promises_over_many_episodes():
     drawn, ys, actions = [t for e in episodes for t in e], {}, defaultdict(list)
     for x, z, y in drawn:
         assert ys.setdefault((x, z), y) == y and z not in y  # Markov in the text
-        if x != y:
+        if x != y and not y.endswith("dialog: cart is full"):                      # it does not name the action
             actions[tuple((a, b) for a, b in zip(x.split("\n"), y.split("\n")) if a != b)].append(z)
     states = [y for x, _, y in drawn if x != y]
     assert 0.08 <= 1 - len(states) / len(drawn) <= 0.15 and len(set(states)) >= 0.95 * len(states)
-    assert sum(len(zs) for zs in actions.values() if len(set(zs)) == 1) >= 0.9 * len(states)
+    assert sum(len(zs) for zs in actions.values() if len(set(zs)) == 1) >= 0.93 * sum(map(len, actions.values()))
     carts = [line for x, _, _ in drawn for line in x.split("\n") if line.startswith("cart: ")]
     assert max(sum(map(int, re.findall(r"(\d) ", cart))) for cart in carts) == web.FULL           # rule 3
     kinds = Counter(web.read(z)[0] for _, z, _ in drawn)
