@@ -29,12 +29,12 @@ import grpo
 import lm
 import mi_bounds
 import rundir
+import sft
 import swirl_fwm
 import swirl_idm
-from envs import physics, records, tools, web
+from envs import WORLDS, load_splits, records
 from evals import metrics
 
-WORLDS = {"physics": physics, "web": web, "tools": tools}
 # The paper's rates and no tricks of tiny models, unless flags say else; the other departures stay
 PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, "warmup_decay": 0.0, "replay": 0}
 
@@ -131,27 +131,6 @@ def parse(argv=None):
 
 # --- data ---------------------------------------------------------------------------------------------------------------
 
-def load_splits(cfg):
-    """labelled, validation, test: [(x, z, y)]; state_only: [(x, y)], no z anywhere in memory."""
-    if cfg.data:
-        part = records.split(records.read(cfg.data), cfg.seed)
-        labelled, validation, test = ([(t.x, t.z, t.y) for t in part[k]] for k in ("labelled", "validation", "test"))
-        state_only = [(t.x, t.y) for t in part["state_only"]]
-    else:
-        def draw(split, n):
-            return [t for i in range(n) for t in WORLDS[cfg.env].episode(random.Random(f"{cfg.seed} {split} {i}"))]
-        half = cfg.episodes // 2
-        held = max(1, half // 2)
-        labelled, validation = draw("labelled", half - held), draw("validation", held)
-        state_only = [(x, y) for x, _, y in draw("state-only", half)]
-        test = draw("test", 60)
-    seen = {s for x, _, y in labelled for s in (x, y)} | {s for pair in state_only for s in pair}
-    test = [t for t in test if t[0] not in seen] or test       # no test state that training held word for word
-    rng = random.Random(cfg.seed)
-    pick = lambda rows, n: rng.sample(rows, n) if len(rows) > n else rows
-    return labelled, pick(validation, cfg.validation_size), state_only, pick(test, cfg.eval_size)
-
-
 def load_models(cfg, labelled, state_only):
     """(P, Q, tok). Tiny models get a tokenizer fitted on the run's own training text."""
     if cfg.model != "tiny":
@@ -184,58 +163,6 @@ def best_of_8(P, Q, tok, data, cfg, limits):
     gen = torch.Generator(P.device).manual_seed(cfg.seed)
     return {"fwm": metrics.fwm_scores(xs, swirl_fwm.best_of_n(P, Q, tok, xs, zs, limits[0], cfg.view, 8, gen), ys),
             "idm": metrics.idm_scores(swirl_idm.best_of_n(Q, P, tok, xs, ys, limits[1], cfg.view, 8, gen), zs)}
-
-
-# --- warm-up ------------------------------------------------------------------------------------------------------------
-
-def batches(rows, size, rng):
-    """Endless batches of `size`, shuffled anew when fewer are left (these are passed over)."""
-    order = []
-    while True:
-        if len(order) < size:
-            order = rng.sample(rows, len(rows))
-        yield order[:size]
-        order = order[size:]
-
-
-def warm_up(model, name, rows, size, validate, cfg, run, seconds):
-    """SFT: raise log p(target | prompt) of rows [(prompt, target)], `size` a step, until `patience` validations in a row
-    bring no better one, or `warmup_steps`, or `seconds`, are over. The best checkpoint is kept.
-
-    The rate is constant, and what is validated and kept is `mean`, the running mean of the weights: it stands where a falling
-    rate would end, at every step. So it shows when more steps would not help; a flat end of a falling rate does not.
-    """
-    begin, batch = time.time(), batches(rows, size, random.Random(cfg.seed))
-    optimizers = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon, cfg.warmup_decay)
-    mean, best, best_at, weights, ended, step = lm.freeze(model), -1e9, 0, None, "", 0
-    bar = tqdm(total=cfg.warmup_steps, desc=f"warm-up {name}", leave=False, disable=None)
-    while not ended:
-        prompts, targets = zip(*next(batch))
-        tokens, owner, loss, step = sum(map(len, targets)), range(len(targets)), 0.0, step + 1
-        for chosen in lm.chunks(prompts, targets, owner, 16384):
-            piece = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
-            piece.backward()
-            loss += piece.item()
-        norm = lm.optimizer_step(model, optimizers, cfg.warmup_lr * min(1.0, step / 20))
-        with torch.no_grad():
-            for m, p in zip(mean.parameters(), model.parameters()):
-                m.lerp_(p, 1 - min(0.98, step / (step + 9)))                       # about 50 steps
-        bar.update()
-        if step == cfg.warmup_steps or time.time() - begin > seconds:
-            ended = "cut off by " + ("warmup_steps" if step == cfg.warmup_steps else "the budget")
-        score = validate(mean) if step % cfg.warmup_every == 0 or ended else None
-        run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=step, seconds=run.elapsed(), loss=loss,
-                grad_norm=norm, validation=score)
-        if score is None:
-            continue
-        if score > best:
-            best, best_at, weights = score, step, {k: v.clone() for k, v in mean.state_dict().items()}
-        elif step - best_at >= cfg.patience * cfg.warmup_every:
-            ended = "converged"
-        bar.set_postfix(loss=f"{loss:.3f}", validation=f"{score:.3f}")
-    bar.close()
-    model.load_state_dict(weights)
-    print(f"  warm-up {name}: best validation {best:.3f} at step {best_at} of {step} ({ended})")
 
 
 # --- the job ------------------------------------------------------------------------------------------------------------
@@ -280,9 +207,9 @@ def train(cfg):
     if not run.done("sft"):
         since = time.time()
         xs, zs, ys = map(list, zip(*validation))
-        warm_up(Q, "IDM", rows_Q, 2 * cfg.warmup_batch,                            # its rows are short, and half are spoiled
+        sft.warm_up(Q, "IDM", rows_Q, 2 * cfg.warmup_batch,                            # its rows are short, and half are spoiled
                 lambda Q: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .25 * budget)
-        warm_up(P, "FWM", rows_P, cfg.warmup_batch,
+        sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch,
                 lambda P: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys), cfg, run, .4 * budget)
         stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:
@@ -350,7 +277,7 @@ def phase_settings(cfg, beta, lr, max_new):
 def phase(run, cfg, name, policy, frozen, pairs, rows, settings, steps, seconds, take_step):
     """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold; labelled `rows` are replayed in each."""
     begin, rng = time.time(), random.Random(f"{cfg.seed} {name}")
-    batch = batches(pairs, cfg.batch, rng)
+    batch = sft.batches(pairs, cfg.batch, rng)
     gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31))
     ref, optimizers = lm.freeze(policy), lm.make_optimizers(policy, settings.lr, muon=False)   # the reference: pi at the start
     before = [p.detach().clone() for p in frozen.parameters()]

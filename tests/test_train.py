@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import envs
 import lm
+import sft
 import train
 from conftest import tiny_llama
 from envs import records, tools
@@ -108,7 +110,7 @@ def test_the_warm_up_keeps_the_best_running_mean_and_ends_when_no_better_one_com
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     cfg = train.parse(["--warmup-every", "2", "--patience", "2"])
     run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0)
-    train.warm_up(model, "P", [([1, 2], [3, 4]), ([2], [5, 6])] * 4, 4, validate, cfg, run, 60)
+    sft.warm_up(model, "P", [([1, 2], [3, 4]), ([2], [5, 6])] * 4, 4, validate, cfg, run, 60)
     assert len(seen) == 4 and "step 4 of 8 (converged)" in capsys.readouterr().out     # an equal score is not better
     kept = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert torch.equal(kept, seen[1]) and not torch.equal(kept, raw[3])
@@ -119,7 +121,7 @@ def test_the_warm_up_keeps_the_best_running_mean_and_ends_when_no_better_one_com
 
 
 def test_state_only_pairs_carry_no_action_and_splits_share_no_episode():
-    labelled, validation, state_only, test = train.load_splits(train.parse(["--episodes", "8"]))
+    labelled, validation, state_only, test = envs.load_splits(train.parse(["--episodes", "8"]))
     assert all(len(pair) == 2 for pair in state_only)
     states = lambda rows: {s for row in rows for s in (row[0], row[-1])}
     assert not {x for x, _, _ in test} & (states(labelled) | states(state_only))

@@ -1,0 +1,65 @@
+"""SFT, the stage before Algorithm 1: both directions learn log p(target | prompt) from the labelled pairs.
+
+Claim: Phase I and II can only be judged against a warm-up that has converged; otherwise their gain is training that the
+warm-up had not finished. So it ends when a validation share of the labelled half stops improving, and says how it ended.
+
+Departures from the paper: constant rate and a running mean of the weights in place of a cosine schedule; weight decay 1 for
+tiny models (`train.Config.warmup_decay`); Muon on the weight matrices (`lm.make_optimizers`).
+"""
+import random
+import time
+
+import torch
+from tqdm import tqdm
+
+import lm
+
+
+def batches(rows, size, rng):
+    """Endless batches of `size`, shuffled anew when fewer are left (these are passed over)."""
+    order = []
+    while True:
+        if len(order) < size:
+            order = rng.sample(rows, len(rows))
+        yield order[:size]
+        order = order[size:]
+
+
+def warm_up(model, name, rows, size, validate, cfg, run, seconds):
+    """SFT: raise log p(target | prompt) of rows [(prompt, target)], `size` a step, until `patience` validations in a row
+    bring no better one, or `warmup_steps`, or `seconds`, are over. The best checkpoint is kept.
+
+    The rate is constant, and what is validated and kept is `mean`, the running mean of the weights: it stands where a falling
+    rate would end, at every step. So it shows when more steps would not help; a flat end of a falling rate does not.
+    """
+    begin, batch = time.time(), batches(rows, size, random.Random(cfg.seed))
+    optimizers = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon, cfg.warmup_decay)
+    mean, best, best_at, weights, ended, step = lm.freeze(model), -1e9, 0, None, "", 0
+    bar = tqdm(total=cfg.warmup_steps, desc=f"warm-up {name}", leave=False, disable=None)
+    while not ended:
+        prompts, targets = zip(*next(batch))
+        tokens, owner, loss, step = sum(map(len, targets)), range(len(targets)), 0.0, step + 1
+        for chosen in lm.chunks(prompts, targets, owner, 16384):
+            piece = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
+            piece.backward()
+            loss += piece.item()
+        norm = lm.optimizer_step(model, optimizers, cfg.warmup_lr * min(1.0, step / 20))
+        with torch.no_grad():
+            for m, p in zip(mean.parameters(), model.parameters()):
+                m.lerp_(p, 1 - min(0.98, step / (step + 9)))                       # about 50 steps
+        bar.update()
+        if step == cfg.warmup_steps or time.time() - begin > seconds:
+            ended = "cut off by " + ("warmup_steps" if step == cfg.warmup_steps else "the budget")
+        score = validate(mean) if step % cfg.warmup_every == 0 or ended else None
+        run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=step, seconds=run.elapsed(), loss=loss,
+                grad_norm=norm, validation=score)
+        if score is None:
+            continue
+        if score > best:
+            best, best_at, weights = score, step, {k: v.clone() for k, v in mean.state_dict().items()}
+        elif step - best_at >= cfg.patience * cfg.warmup_every:
+            ended = "converged"
+        bar.set_postfix(loss=f"{loss:.3f}", validation=f"{score:.3f}")
+    bar.close()
+    model.load_state_dict(weights)
+    print(f"  warm-up {name}: best validation {best:.3f} at step {best_at} of {step} ({ended})")
