@@ -60,7 +60,6 @@ TIMES = tuple(f"{day} {hours}" for day in ("monday", "friday", "sunday") for hou
 DELIVERY = ("pickup", "post", "courier")
 COUPONS = {"spring": (50, 10), "winter": (90, 20), "autumn": None}      # (goods from, off); None: over
 ROWS, FULL, STEPS = 3, 4, 14      # rows a page, things a cart holds, steps an episode
-EPISODES = 160      # to train on, unless --episodes says else
 
 # kind: {action string: its argument}
 ACTIONS = {
@@ -87,8 +86,8 @@ ACTIONS = {
 KINDS = tuple(ACTIONS)
 
 # How much a visitor likes each kind.
-HABITS = {"search": 2, "clear": 2, "colour": 2, "sort": 2, "next": 5, "previous": 6, "add": 8, "amount": 5,
-          "remove": 8, "checkout": 9, "back": 9, "name": 10, "time": 10, "delivery": 7, "coupon": 7, "apply": 2,
+HABITS = {"search": 2, "clear": 2, "colour": 2, "sort": 2, "next": 6, "previous": 8, "add": 8, "amount": 5,
+          "remove": 8, "checkout": 9, "back": 9, "name": 10, "time": 10, "delivery": 7, "coupon": 7, "apply": 7,
           "pay": 4, "yes": 5, "close": 2}
 CARELESS = 0.16   # share of actions drawn without a look at the page: most of these change nothing
 BOLD = 0.3        # share of errors that a visitor who looks at the page runs into all the same
