@@ -1,26 +1,25 @@
 """A session with several services' APIs, in the spirit of StableToolBench: what does a call change?
 
-A family of three shares one travel site, one bank and one calendar. A state is the whole session in fifteen
+A family of three shares one travel site, one bank and one calendar. A state is the whole session in fourteen
 lines, an action is one call, and the next state is the session after it. A drawn transition:
 
     x   user: leo                               z   book(rome-hotel)
         cash: 20
         savings: 10                             y   the same but for this line
-        rome-flight: 3 left
-        rome-hotel: 2 left                          rome-hotel: 1 left, booked by leo
-        oslo-flight: 1 left
-        oslo-hotel: 0 left, booked by mia
-        lima-flight: 0 left
-        lima-hotel: 1 left
+        rome-flight: 3
+        rome-hotel: 2                               rome-hotel: 1, booked by leo
+        oslo-flight: 1
+        oslo-hotel: 0, booked by mia
+        lima-flight: 0
+        lima-hotel: 1
         results: rome-flight, rome-hotel
         monday: free
         tuesday: call tom at 9
         friday: pay eva at 15
-        sunday: free
         reply: ok
 
 Rules
- 1. Each offer has a line with what is left, and who of the family has booked one, if anybody has.
+ 1. Each offer has a line with the number left, and who of the family has booked one, if anybody has.
  2. sign_in(mia) works when nobody is in. sign_out() also clears the results.
  3. search(rome) lists all that the catalogue has there, full or not. filter_results(hotels) keeps the hotels; if
     nothing would stay, it is an error and the list stays. sort_results() puts the cheapest first.
@@ -62,7 +61,7 @@ CITY = {city: (f"{city}-flight", f"{city}-hotel") for city in ("rome", "oslo", "
 VALUES = {
     "user": ("mia", "leo", "ana"), "city": tuple(CITY), "keep": ("flights", "hotels"),
     "offer": tuple(PRICE), "booked": tuple(PRICE), "purse": ("cash", "savings"),
-    "day": ("monday", "tuesday", "friday", "sunday"), "busy": ("monday", "tuesday", "friday", "sunday"),
+    "day": ("monday", "tuesday", "friday"), "busy": ("monday", "tuesday", "friday"),
     "task": ("call", "pay", "meet", "visit"), "person": ("tom", "eva", "max", "zoe"),
     "hour": ("8", "9", "10", "14", "15", "16"),
 }
@@ -93,13 +92,13 @@ class World:
         self.results = list(CITY[rng.choice(VALUES["city"])]) if rng.random() < 0.7 else []
         self.booked = {offer: rng.choice(users) for offer in rng.sample(list(PRICE), rng.randint(1, 4))}
         self.reminders = {day: tuple(rng.choice(VALUES[slot]) for slot in ("task", "person", "hour"))
-                          for day in rng.sample(days, rng.randint(1, 4))}
+                          for day in rng.sample(days, rng.randint(1, 3))}
         self.reply = "ok"
 
     def text(self):
         lines = [f"user: {self.user}"]
         lines += [f"{account}: {amount}" for account, amount in self.money.items()]
-        lines += [f"{offer}: {self.left[offer]} left" + (f", booked by {self.booked[offer]}" if offer in self.booked else "")
+        lines += [f"{offer}: {self.left[offer]}" + (f", booked by {self.booked[offer]}" if offer in self.booked else "")
                   for offer in PRICE]
         lines.append(f"results: {', '.join(self.results) or 'none'}")
         lines += [f"{day}: " + ("{} {} at {}".format(*self.reminders[day]) if day in self.reminders else "free")

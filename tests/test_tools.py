@@ -31,12 +31,12 @@ def test_the_transition_in_the_docstring():
     world.left = dict(zip(tools.PRICE, (3, 2, 1, 0, 0, 1)))
     shown = [re.split("  +", row.removeprefix("    x").strip()) for row in tools.__doc__.splitlines()]
     start = shown.index(["user: leo", "z", "book(rome-hotel)"])
-    assert [row[0] for row in shown[start:start + 16]] == world.text().splitlines() + [""]
-    assert [row[1] for row in shown[start + 3:start + 16] if row[1:]] == changed(world, "book(rome-hotel)")
+    assert [row[0] for row in shown[start:start + 15]] == world.text().splitlines() + [""]
+    assert [row[1] for row in shown[start + 3:start + 15] if row[1:]] == changed(world, "book(rome-hotel)")
 
 
 def test_booking_takes_one_for_the_user_or_says_the_first_reason_against_it():
-    assert changed(session(), "book(oslo-flight)") == ["oslo-flight: 1 left, booked by leo"]
+    assert changed(session(), "book(oslo-flight)") == ["oslo-flight: 1, booked by leo"]
     mine = {"oslo-flight": "mia"}
     for world, error in [(session("none", left=0, booked=mine), "sign in first"),
                          (session(left=0, booked=mine), "booked already"), (session(left=0), "none left")]:
@@ -44,7 +44,7 @@ def test_booking_takes_one_for_the_user_or_says_the_first_reason_against_it():
 
 
 def test_cancelling_gives_it_back_whoever_booked_it():
-    assert changed(session(booked={"rome-flight": "mia"}), "cancel(rome-flight)") == ["rome-flight: 3 left"]
+    assert changed(session(booked={"rome-flight": "mia"}), "cancel(rome-flight)") == ["rome-flight: 3"]
     assert changed(session(), "cancel(lima-hotel)") == ["reply: error, not booked"]
     assert changed(session("none", booked={"lima-hotel": "leo"}), "cancel(lima-hotel)") == ["reply: error, sign in first"]
 
@@ -92,7 +92,7 @@ def test_a_day_holds_one_reminder():
 def test_a_call_that_finds_nothing_to_do_or_to_tell_changes_no_line():
     assert changed(session("none"), "sign_out()", "sort_results()", "clear_reminder(tuesday)", "reschedule(monday, 8)") == []
     assert changed(session(reminders=NOTED), "sign_in(leo)", "set_reminder(monday, call, tom, 9)", "reschedule(monday, 9)",
-                   "move_reminder(tuesday, sunday)") == []
+                   "move_reminder(tuesday, monday)") == []
     for call, reply in [("check_price(rome-hotel)", "rome-hotel for 20"), ("book(rome-hotel)", "error, sign in first")]:
         assert changed(session("none"), call) == changed(session("none"), call, call) == [f"reply: {reply}"]
 
@@ -129,5 +129,5 @@ def test_promises_over_many_episodes():
     assert 0.01 * len(drawn) <= len(states) - sum(map(len, calls.values())) <= 0.06 * len(drawn)      # errors
     kinds = Counter(z.split("(")[0] for _, z, _ in drawn)
     assert set(kinds) == set(tools.KINDS) and len(kinds) == 14 and min(kinds.values()) >= 0.02 * len(drawn)
-    assert all(36 <= len(x.split()) <= 67 and x.count("\n") == 14 for x, _, _ in drawn)
+    assert all(28 <= len(x.split()) <= 56 and x.count("\n") == 13 for x, _, _ in drawn)
     assert len({word.strip(":,") for x, _, _ in drawn for word in x.split()}) <= 90
