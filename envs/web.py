@@ -12,6 +12,7 @@ A drawn transition: x, the action z, and of y the lines that are new.
     3 red-mug
     cart: 1 red-bag, 1 blue-bag               cart: 1 red-bag, 1 blue-bag, 1 red-lamp
     name: cleo hill
+    street: 12 oak road
     time: friday 12 to 14
     delivery: post
     code: autumn
@@ -25,17 +26,17 @@ Rules
  3. Add puts an item that is on the page into the cart. The cart holds 4 things; one more is an error dialog.
  4. An amount, 1 or 2, can be typed for an item in the cart, with the same limit. Remove takes out a single
     thing at once, and asks first if there are two or more of it. Both work in both views.
- 5. Search, filter, order, pages, add, checkout work in view list; name, time, delivery, coupon, apply, pay, back
-    in view checkout. Checkout wants something in the cart, else an error dialog.
+ 5. Search, filter, order, pages, add, checkout work in view list; name, street, time, delivery, coupon, apply, pay,
+    back in view checkout. Checkout wants something in the cart, else an error dialog.
  6. Apply counts the typed coupon: spring takes 10 off from 50 of goods on, winter 20 from 90 on, autumn is
     over. Goods that fall below the limit, or a new code, switch it off again.
- 7. Pay wants something in the cart, a name, a time, a delivery, and the courier for a chair. The first one missing
-    is an error dialog; otherwise a dialog asks whether to send. Sending empties cart, time, delivery and code.
+ 7. Pay wants something in the cart, a name, a street, a time, a delivery, and the courier for a chair. The first one
+    missing is an error dialog; otherwise a dialog asks whether to send. Sending empties cart, time, delivery and code.
  8. A dialog stands in the place of the note and blocks the rest. Yes agrees to a question, close ends any.
  9. What is not on offer (other view, item not on the page or not in the cart) changes nothing.
 
 Departures from the benchmark
- 1. Mind2Web has real pages, HTML of thousands of elements; this is one shop of 14 lines without markup.
+ 1. Mind2Web has real pages, HTML of thousands of elements; this is one shop of 15 lines without markup.
  2. Mind2Web asks for the action that serves a goal; here it is given, or to be read from the change.
  3. Actions keep its form, `[role] name -> CLICK / TYPE: word / SELECT: word`, but a visitor with simple
     habits draws them (`propose`), not a person with a task.
@@ -56,6 +57,7 @@ THINGS = ("lamp", "mug", "bag", "chair")
 COLOURS = ("red", "blue", "white", "green")
 SORTS = {"name": "a to z", "price up": "cheap first", "price down": "dear first"}    # choice: as printed
 NAMES = tuple(f"{first} {last}" for first in ("ana", "ben", "cleo", "dan") for last in ("gray", "hill", "moss", "stone"))
+STREETS = tuple(f"{number} {street}" for number in (3, 12, 27, 40) for street in ("oak road", "mill lane", "park row", "bay street"))
 TIMES = tuple(f"{day} {hours}" for day in ("monday", "friday", "sunday") for hours in ("8 to 10", "12 to 14", "18 to 20"))
 DELIVERY = ("pickup", "post", "courier")
 COUPONS = {"spring": (50, 10), "winter": (90, 20), "autumn": None}      # (goods from, off); None: over
@@ -75,6 +77,7 @@ ACTIONS = {
     "checkout": {"[button] checkout -> CLICK": None},
     "back": {"[link] back -> CLICK": None},
     "name": {f"[textbox] name -> TYPE: {name}": name for name in NAMES},
+    "street": {f"[textbox] street -> TYPE: {street}": street for street in STREETS},
     "time": {f"[combobox] time -> SELECT: {time}": time for time in TIMES},
     "delivery": {f"[combobox] delivery -> SELECT: {way}": way for way in DELIVERY},
     "coupon": {f"[textbox] coupon -> TYPE: {code}": code for code in COUPONS},
@@ -86,9 +89,9 @@ ACTIONS = {
 KINDS = tuple(ACTIONS)
 
 # How much a visitor likes each kind.
-HABITS = {"search": 2, "clear": 3, "colour": 2, "sort": 2, "next": 7, "previous": 9, "add": 8, "amount": 5,
-          "remove": 8, "checkout": 9, "back": 9, "name": 10, "time": 10, "delivery": 7, "coupon": 7, "apply": 6,
-          "pay": 4, "yes": 5, "close": 2}
+HABITS = {"search": 2, "clear": 4, "colour": 2, "sort": 2, "next": 9, "previous": 14, "add": 5, "amount": 3, "remove": 3,
+          "checkout": 9, "back": 9, "name": 10, "street": 10, "time": 10, "delivery": 8, "coupon": 8, "apply": 6, "pay": 4,
+          "yes": 7, "close": 2}
 CARELESS = 0.16   # share of actions drawn without a look at the page: most of these change nothing
 BOLD = 0.3        # share of errors that a visitor who looks at the page runs into all the same
 
@@ -110,7 +113,8 @@ class World:
         self.cart = {}                                        # item: amount, in the order in which they came
         for item in rng.sample(list(PRICES), rng.choice((1, 2, 2, 3))):
             self.cart[item] = 1 if self.cart else rng.choice((1, 1, 2))
-        self.name, self.time = (rng.choice(("none", rng.choice(some), rng.choice(some))) for some in (NAMES, TIMES))
+        self.name, self.street, self.time = (rng.choice(("none", rng.choice(some), rng.choice(some)))
+                                             for some in (NAMES, STREETS, TIMES))
         self.delivery = rng.choice(("none", *DELIVERY))
         self.code = rng.choice(("none", "none", *COUPONS))
         self.applied = False
@@ -129,6 +133,7 @@ class World:
             *(f"{number} {row}" for number, row in enumerate(rows, 1)),
             "cart: " + (", ".join(f"{n} {item}" for item, n in self.cart.items()) or "empty"),
             f"name: {self.name}",
+            f"street: {self.street}",
             f"time: {self.time}",
             f"delivery: {self.delivery}",
             f"code: {self.code}{off}",
@@ -183,6 +188,8 @@ class World:
             self.view = "list"
         elif kind == "name":
             self.name = what
+        elif kind == "street":
+            self.street = what
         elif kind == "time":
             self.time = what
         elif kind == "delivery":
@@ -233,6 +240,8 @@ class World:
             self.message = "dialog: nothing to pay for"
         elif self.name == "none":
             self.message = "dialog: name is missing"
+        elif self.street == "none":
+            self.message = "dialog: street is missing"
         elif self.time == "none":
             self.message = "dialog: time is missing"
         elif self.delivery == "none":

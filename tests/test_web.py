@@ -11,7 +11,7 @@ from envs import web
 def shop(**facts):
     """A shop with an empty cart and form on page 1 of everything, but for the facts given."""
     world = web.World(random.Random(0))
-    start = dict(view="list", search="none", colour="any", sort="a to z", page=1, cart={}, name="none", time="none",
+    start = dict(view="list", search="none", colour="any", sort="a to z", page=1, cart={}, name="none", street="none", time="none",
                  delivery="none", code="none", applied=False, message="note: ready")
     for fact, value in (start | facts).items():
         setattr(world, fact, value)
@@ -28,8 +28,8 @@ def after(world, *actions):
 
 def test_the_transition_in_the_docstring():
     cart = {"red-bag": 1, "blue-bag": 1}
-    world = shop(colour="red", cart=cart, name="cleo hill", time="friday 12 to 14", delivery="post", code="autumn")
-    shown = [row.strip().split("   ") for row in web.__doc__.split("\n") if row.startswith("    ")][:14]
+    world = shop(colour="red", cart=cart, name="cleo hill", street="12 oak road", time="friday 12 to 14", delivery="post", code="autumn")
+    shown = [row.strip().split("   ") for row in web.__doc__.split("\n") if row.startswith("    ")][:15]
     assert [row[0] for row in shown] == world.text().split("\n")
     assert after(world, "[button] add red-lamp -> CLICK") == [shown[8][-1].strip()]
 
@@ -88,6 +88,7 @@ def test_coupon():
 def test_pay_asks_for_what_is_missing_and_then_sends():
     world = shop(view="checkout", cart={"white-chair": 1})
     for missing, remedy in [("name is missing", "[textbox] name -> TYPE: ben moss"),
+                            ("street is missing", "[textbox] street -> TYPE: 3 mill lane"),
                             ("time is missing", "[combobox] time -> SELECT: friday 8 to 10"),
                             ("delivery is missing", "[combobox] delivery -> SELECT: post"),
                             ("chair needs courier", "[combobox] delivery -> SELECT: courier")]:
@@ -128,8 +129,8 @@ def test_promises_over_many_episodes():
     carts = [line for x, _, _ in drawn for line in x.split("\n") if line.startswith("cart: ")]
     assert max(sum(map(int, re.findall(r"(\d) ", cart))) for cart in carts) == web.FULL           # rule 3
     kinds = Counter(web.read(z)[0] for _, z, _ in drawn)
-    assert set(kinds) == set(web.KINDS) and min(kinds.values()) >= 0.02 * len(drawn)
+    assert set(kinds) == set(web.KINDS) and min(kinds.values()) >= 0.01 * len(drawn)
     words = [len(y.split()) for y in states]
-    assert 30 * len(words) <= sum(words) and max(words) <= 45 and {y.count("\n") for y in states} == {13}
+    assert 30 * len(words) <= sum(words) and max(words) <= 45 and {y.count("\n") for y in states} == {14}
     text = " ".join(x + " " + z for x, z, _ in drawn).replace("-", " ")  # red-lamp is two of the words
-    assert len({word.strip(",:?") for word in text.split()}) <= 110
+    assert len({word.strip(",:?") for word in text.split()}) <= 120
