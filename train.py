@@ -55,8 +55,8 @@ class Config:
     minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, else none)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
-    episodes: int = setting(160, "training episodes of a built-in world: a quarter trains the warm-up, a quarter validates it, "
-                                 "half are state-only")
+    episodes: int = setting(0, "training episodes of a built-in world (0: its EPISODES): a quarter trains the warm-up, a quarter "
+                            "validates it, half are state-only")
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions at most of the labelled half's validation share that choose checkpoints")
     # warm-up (SFT on the labelled half)
@@ -73,7 +73,7 @@ class Config:
     # Algorithm 1
     iterations: int = setting(1, "times Phase I and Phase II alternate. Paper: up to 3")
     phase1_steps: int = setting(200, "steps of each Phase I")
-    phase2_steps: int = setting(30, "steps of each Phase II")
+    phase2_steps: int = setting(60, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
     lr_fwm: float = setting(2e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
@@ -112,7 +112,7 @@ def parse(argv=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
-              "episodes": cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
+              "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
               "beta_fwm": cfg.beta_fwm >= 0}
     for name in ("eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_every",
                  "patience", "iterations", "phase1_steps", "phase2_steps", "batch", "updates"):
@@ -124,6 +124,7 @@ def parse(argv=None):
         rundir.fail("--device cuda: no GPU is visible; use --device cpu")
     if cfg.minutes is None and cfg.model == "tiny":
         cfg.minutes = 10.0
+    cfg.episodes = cfg.episodes or WORLDS[cfg.env].EPISODES
     cfg.out = cfg.out or f"runs/{Path(cfg.data).name.split('.')[0] or cfg.env}-{Path(cfg.model).name}-{cfg.seed}"
     return cfg
 
