@@ -57,8 +57,10 @@ THINGS = ("lamp", "mug", "bag", "chair")
 COLOURS = ("red", "blue", "white", "green")
 SORTS = {"name": "a to z", "price up": "cheap first", "price down": "dear first"}    # choice: as printed
 NAMES = tuple(f"{first} {last}" for first in ("ana", "ben", "cleo", "dan") for last in ("gray", "hill", "moss", "stone"))
-STREETS = tuple(f"{number} {street}" for number in (3, 12, 27, 40) for street in ("oak road", "mill lane", "park row", "bay street"))
+STREETS = tuple(f"{number} {street}" for number in (3, 12, 27, 40)
+                for street in ("oak road", "mill lane", "park row", "bay street"))
 TIMES = tuple(f"{day} {hours}" for day in ("monday", "friday", "sunday") for hours in ("8 to 10", "12 to 14", "18 to 20"))
+FORM = ("name", "street", "time", "delivery")         # what paying asks for, in this order
 DELIVERY = ("pickup", "post", "courier")
 COUPONS = {"spring": (50, 10), "winter": (90, 20), "autumn": None}      # (goods from, off); None: over
 ROWS, FULL, STEPS = 3, 4, 14      # rows a page, things a cart holds, steps an episode
@@ -187,14 +189,8 @@ class World:
                 self.message = "dialog: nothing to check out"
         elif kind == "back":
             self.view = "list"
-        elif kind == "name":
-            self.name = what
-        elif kind == "street":
-            self.street = what
-        elif kind == "time":
-            self.time = what
-        elif kind == "delivery":
-            self.delivery = what
+        elif kind in FORM:
+            setattr(self, kind, what)
         elif kind == "coupon" and what != self.code:
             self.code, self.applied = what, False
         elif kind == "apply" and self.code != "none" and not self.applied:
@@ -237,16 +233,11 @@ class World:
             self.applied = True
 
     def pay(self):
+        missing = [field for field in FORM if getattr(self, field) == "none"]
         if not self.cart:
             self.message = "dialog: nothing to pay for"
-        elif self.name == "none":
-            self.message = "dialog: name is missing"
-        elif self.street == "none":
-            self.message = "dialog: street is missing"
-        elif self.time == "none":
-            self.message = "dialog: time is missing"
-        elif self.delivery == "none":
-            self.message = "dialog: delivery is missing"
+        elif missing:
+            self.message = f"dialog: {missing[0]} is missing"
         elif self.delivery != "courier" and any("chair" in item for item in self.cart):
             self.message = "dialog: chair needs courier"
         else:
