@@ -11,9 +11,9 @@ Departures from the paper and its released scripts:
    another objective. The released scripts divide by the token count of the batch.
 2. The advantage is R - mean (Eq. 4). The released scripts divide by the standard deviation: `scale="std"`.
 3. The KL is in the reward, per row (k1). The released scripts put k3 into the loss, per token: `kl="loss"`.
-4. `updates` (2) optimizer steps are taken on one batch of rollouts (the paper: one). From the second on the ratio to the
-   sampling policy differs from 1 and the clip acts. At the first, the ratio is 1 and the loss's gradient is -A grad log pi:
-   a loss near 0 is normal, read the reward and the gradient norm.
+4. One optimizer step is taken on one batch of rollouts, as in the paper. There the ratio is 1 and the loss's gradient is
+   -A grad log pi: a loss near 0 is normal, read the reward and the gradient norm. With `updates` > 1 the later steps' ratio
+   to the sampling policy differs from 1 and the clip acts.
 5. Equal rows of a group are scored once and weighted by their count; rows without advantage are not run. Both exact.
 6. `replay`, if given, is a loss whose gradient joins each optimizer step: labelled rows, so that the policy does not forget
    what it was taught (measured: README). The logged `loss` leaves it out, `grad_norm` and its clip do not. None: the paper.
@@ -37,7 +37,7 @@ class GRPO:
     scale: str = "mean"         # advantage: mean (Eq. 4), std (released scripts), loo (leave-one-out, unbiased)
     beta: float = 0.0           # weight of the KL to the reference. Paper: .1, and 1 for the exact ELBO
     kl: str = "reward"          # reward (exact for Eq. 5) or loss (k3 per token, as released)
-    updates: int = 2            # optimizer steps on one batch of rollouts. Paper: 1
+    updates: int = 1            # optimizer steps on one batch of rollouts. Paper: 1
     clip: float = 0.2           # the ratio's range is 1 - clip .. 1 + clip
     lr: float = 1e-4            # learning rate
     max_norm: float = 1.0       # gradient norm clip

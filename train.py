@@ -60,10 +60,11 @@ class Config:
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions at most of the labelled half's validation share that choose checkpoints")
     # warm-up (SFT on the labelled half)
-    warmup_steps: int = setting(700, "steps a model at most")
-    warmup_every: int = setting(50, "steps between validations; the best checkpoint is kept")
+    warmup_steps: int = setting(1400, "steps a model at most")
+    warmup_every: int = setting(100, "steps between validations; the best checkpoint is kept")
     patience: int = setting(4, "validations in a row without a better one that end the warm-up")
-    warmup_batch: int = setting(32, "transitions a step, twice as many for the IDM")
+    warmup_batch: int = setting(8, "transitions a step of the FWM: few, since steps count, not rows (README)")
+    warmup_batch_idm: int = setting(64, "rows a step of the IDM: short ones, half of them spoiled")
     warmup_lr: float = setting(4e-3, "constant, Muon and AdamW. For a pretrained model: 2e-5 (paper)")
     warmup_decay: float = setting(1.0, "weight decay of the warm-up: a tiny P that may not grow learns rules, not rows (for a "
                                   "pretrained model: 0)")
@@ -76,9 +77,9 @@ class Config:
     phase2_steps: int = setting(60, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
-    lr_fwm: float = setting(2e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
+    lr_fwm: float = setting(8e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
     lr_idm: float = setting(1e-4, "learning rate of Phase II, as well")
-    updates: int = setting(2, "optimizer steps on one batch of rollouts (paper: 1)")
+    updates: int = setting(1, "optimizer steps on one batch of rollouts (paper: 1)")
     clip: float = setting(0.2, "range of the policy ratio")
     replay: int = setting(8, "labelled rows whose log-likelihood joins each step of a phase, so that nothing is forgotten: P "
                           "its labels, Q to refuse (paper: 0)")
@@ -114,7 +115,7 @@ def parse(argv=None):
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
               "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
               "beta_fwm": cfg.beta_fwm >= 0}
-    for name in ("eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_every",
+    for name in ("eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_batch_idm", "warmup_every",
                  "patience", "iterations", "phase1_steps", "phase2_steps", "batch", "updates"):
         checks[name] = getattr(cfg, name) >= 1
     for name, fine in checks.items():
@@ -204,13 +205,13 @@ def train(cfg):
     # Warm-up: SFT of both directions on the labelled half
     rows_Q = swirl_idm.warmup_rows(tok, labelled, cfg.view, cfg.spoiled, random.Random(cfg.seed))
     rows_P = [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in labelled]
+    xs, zs, ys = map(list, zip(*validation))
+    validate_P = lambda P: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys)
+    validate_Q = lambda Q: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs)
     if not run.done("sft"):
         since = time.time()
-        xs, zs, ys = map(list, zip(*validation))
-        sft.warm_up(Q, "IDM", rows_Q, 2 * cfg.warmup_batch,                            # its rows are short, and half are spoiled
-                lambda Q: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs), cfg, run, .25 * budget)
-        sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch,
-                lambda P: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys), cfg, run, .4 * budget)
+        sft.warm_up(Q, "IDM", rows_Q, cfg.warmup_batch_idm, validate_Q, cfg, run, .25 * budget)
+        sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch, validate_P, cfg, run, .4 * budget)
         stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:
         since = time.time()
@@ -229,7 +230,7 @@ def train(cfg):
             since = time.time()
             settings = phase_settings(cfg, cfg.beta_fwm, cfg.lr_fwm, limits[0])
             pairs = [(x, y) for x, y in state_only if x != y or not cfg.skip_unchanged]
-            phase(run, cfg, f"iteration{i}/phase1", P, Q, pairs, rows_P, settings, cfg.phase1_steps,
+            phase(run, cfg, f"iteration{i}/phase1", P, Q, validate_P, pairs, rows_P, settings, cfg.phase1_steps,
                   time_share(run, budget, left), lambda ref, opt, pairs, gen, replay: swirl_fwm.phase1_step(
                       P, Q, ref, opt, tok, pairs, settings, **reward, max_z=limits[1], generator=gen, replay=replay))
             stage_ends(f"iteration{i}/phase1", since, "phase1")
@@ -237,7 +238,7 @@ def train(cfg):
         if not run.done(f"iteration{i}/phase2"):
             since = time.time()
             settings = phase_settings(cfg, cfg.beta, cfg.lr_idm, limits[1])
-            phase(run, cfg, f"iteration{i}/phase2", Q, P, state_only, rows_Q, settings, cfg.phase2_steps,
+            phase(run, cfg, f"iteration{i}/phase2", Q, P, validate_Q, state_only, rows_Q, settings, cfg.phase2_steps,
                   time_share(run, budget, left - 1), lambda ref, opt, pairs, gen, replay: swirl_idm.phase2_step(
                       Q, P, ref, opt, tok, pairs, settings, **reward, generator=gen, replay=replay))
             stage_ends(f"iteration{i}/phase2", since, "phase2")
@@ -274,8 +275,9 @@ def phase_settings(cfg, beta, lr, max_new):
                      top_k=cfg.top_k, scale=cfg.scale, beta=beta, kl=cfg.kl, updates=cfg.updates, clip=cfg.clip, lr=lr)
 
 
-def phase(run, cfg, name, policy, frozen, pairs, rows, settings, steps, seconds, take_step):
-    """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold; labelled `rows` are replayed in each."""
+def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps, seconds, take_step):
+    """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold; labelled `rows` are replayed in each.
+    A phase that lowers the validation score is undone."""
     begin, rng = time.time(), random.Random(f"{cfg.seed} {name}")
     batch = sft.batches(pairs, cfg.batch, rng)
     gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31))
@@ -310,8 +312,12 @@ def phase(run, cfg, name, policy, frozen, pairs, rows, settings, steps, seconds,
     for example in examples:
         run.log("samples.jsonl", stage=name, **example)
     assert all(torch.equal(a, b) for a, b in zip(before, frozen.parameters())), "the frozen model moved"
+    was, now = validate(ref), validate(policy)
+    if now < was:
+        policy.load_state_dict(ref.state_dict())
     print(f"  {name}: {step} steps" + (f" (planned {steps}, the budget held {step})" if step < steps else "")
-          + f", {kind[-1] == '1' and 'Q' or 'P'} frozen and unchanged")
+          + f", {kind[-1] == '1' and 'Q' or 'P'} frozen and unchanged; validation {was:.3f} to {now:.3f}"
+          + (", undone" if now < was else ""))
 
 
 # --- the end ------------------------------------------------------------------------------------------------------------

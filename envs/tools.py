@@ -14,8 +14,8 @@ lines, an action is one call, and the next state is the session after it. A draw
         lima-hotel: 1
         results: rome-flight, rome-hotel
         monday: free
-        tuesday: call tom at 9
-        friday: pay eva at 15
+        tuesday: 9am call tom
+        friday: 3pm pay eva
         reply: ok
 
 Rules
@@ -28,7 +28,7 @@ Rules
  6. cancel(oslo-hotel) gives it back, whoever booked it. Errors: nobody is in, it is not booked.
  7. transfer(cash, savings) moves 10 and needs a user; deposit(cash) adds 20 and needs none. An account below 0 or
     above 60 would be an error.
- 8. set_reminder(monday, call, tom, 9): one reminder a day, one more is an error. reschedule(monday, 15) changes
+ 8. set_reminder(monday, call, tom, 9am): one reminder a day, one more is an error. reschedule(monday, 3pm) changes
     its hour, move_reminder(monday, friday) its day, clear_reminder(monday) ends it.
  9. A call that finds nothing to do (signing out twice, clearing a free day, sorting a sorted list, filtering hotels
     for hotels) changes no line, the reply included. Nor does a read or an error whose reply is already there.
@@ -49,7 +49,7 @@ Departures from the benchmark
 import copy
 
 STEPS = 14
-EPISODES = 100      # to train on, unless --episodes says else
+EPISODES = 80       # to train on, unless --episodes says else
 REPEAT = 0.06       # share of calls that repeat the call before: an impatient caller
 SLIP = 0.1          # share of calls made without a look at the state
 BOLD = 0.05         # share of calls known to end in an error that are made all the same
@@ -64,7 +64,7 @@ VALUES = {
     "offer": tuple(PRICE), "booked": tuple(PRICE), "purse": ("cash", "savings"),
     "day": ("monday", "tuesday", "friday"), "busy": ("monday", "tuesday", "friday"),
     "task": ("call", "pay", "meet", "visit"), "person": ("tom", "eva", "max", "zoe"),
-    "hour": ("8", "9", "10", "14", "15", "16"),
+    "hour": ("8am", "9am", "10am", "2pm", "3pm", "4pm"),
 }
 CALLS = {
     "sign_in": ("user",), "sign_out": (),
@@ -102,7 +102,7 @@ class World:
         lines += [f"{offer}: {self.left[offer]}" + (f", booked by {self.booked[offer]}" if offer in self.booked else "")
                   for offer in PRICE]
         lines.append(f"results: {', '.join(self.results) or 'none'}")
-        lines += [f"{day}: " + ("{} {} at {}".format(*self.reminders[day]) if day in self.reminders else "free")
+        lines += [f"{day}: " + ("{2} {0} {1}".format(*self.reminders[day]) if day in self.reminders else "free")
                   for day in VALUES["day"]]
         return "\n".join([*lines, f"reply: {self.reply}"])
 

@@ -27,7 +27,7 @@ def changed(world, *calls):
 
 def test_the_transition_in_the_docstring():
     world = session(cash=20, savings=10, results=["rome-flight", "rome-hotel"], booked={"oslo-hotel": "mia"},
-                    reminders={"tuesday": ("call", "tom", "9"), "friday": ("pay", "eva", "15")})
+                    reminders={"tuesday": ("call", "tom", "9am"), "friday": ("pay", "eva", "3pm")})
     world.left = dict(zip(tools.PRICE, (3, 2, 1, 0, 0, 1)))
     shown = [re.split("  +", row.removeprefix("    x").strip()) for row in tools.__doc__.splitlines()]
     start = shown.index(["user: leo", "z", "book(rome-hotel)"])
@@ -76,29 +76,29 @@ def test_the_session_has_one_user_and_signing_out_clears_the_results():
     assert changed(session(results=["rome-flight"]), "sign_out()")[:2] == ["user: none", "results: none"]
 
 
-NOTED = {"monday": ("call", "tom", "9"), "friday": ("pay", "eva", "15")}
+NOTED = {"monday": ("call", "tom", "9am"), "friday": ("pay", "eva", "3pm")}
 
 
 def test_a_day_holds_one_reminder():
-    for call, *lines in [("set_reminder(tuesday, visit, zoe, 8)", "tuesday: visit zoe at 8"),
-                         ("reschedule(friday, 10)", "friday: pay eva at 10"),
-                         ("move_reminder(monday, tuesday)", "monday: free", "tuesday: call tom at 9"),
+    for call, *lines in [("set_reminder(tuesday, visit, zoe, 8am)", "tuesday: 8am visit zoe"),
+                         ("reschedule(friday, 10am)", "friday: 10am pay eva"),
+                         ("move_reminder(monday, tuesday)", "monday: free", "tuesday: 9am call tom"),
                          ("clear_reminder(monday)", "monday: free"),
-                         ("set_reminder(friday, pay, eva, 14)", "reply: error, friday is taken"),
+                         ("set_reminder(friday, pay, eva, 2pm)", "reply: error, friday is taken"),
                          ("move_reminder(monday, friday)", "reply: error, friday is taken")]:
         assert changed(session(reminders=NOTED), call) == lines
 
 
 def test_a_call_that_finds_nothing_to_do_or_to_tell_changes_no_line():
-    assert changed(session("none"), "sign_out()", "sort_results()", "clear_reminder(tuesday)", "reschedule(monday, 8)") == []
-    assert changed(session(reminders=NOTED), "sign_in(leo)", "set_reminder(monday, call, tom, 9)", "reschedule(monday, 9)",
+    assert changed(session("none"), "sign_out()", "sort_results()", "clear_reminder(tuesday)", "reschedule(monday, 8am)") == []
+    assert changed(session(reminders=NOTED), "sign_in(leo)", "set_reminder(monday, call, tom, 9am)", "reschedule(monday, 9am)",
                    "move_reminder(tuesday, monday)") == []
     for call, reply in [("check_price(rome-hotel)", "rome-hotel for 20"), ("book(rome-hotel)", "error, sign in first")]:
         assert changed(session("none"), call) == changed(session("none"), call, call) == [f"reply: {reply}"]
 
 
 def test_success_is_answered_by_a_bare_ok():
-    for call in ("book(rome-hotel)", "deposit(cash)", "transfer(cash, savings)", "set_reminder(monday, pay, tom, 8)"):
+    for call in ("book(rome-hotel)", "deposit(cash)", "transfer(cash, savings)", "set_reminder(monday, pay, tom, 8am)"):
         world = session()
         world.reply = "welcome"
         assert changed(world, call)[-1] == "reply: ok"

@@ -120,6 +120,30 @@ def test_the_warm_up_keeps_the_best_running_mean_and_ends_when_no_better_one_com
     assert torch.allclose(kept, mean, atol=1e-5) and (raw[3] - start).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("scores, undone", [((0.5, 0.4), True), ((0.5, 0.5), False), ((0.4, 0.5), False)])
+def test_a_phase_that_lowers_the_validation_is_undone(capsys, scores, undone):
+    """validate sees the model of the phase's start, then the one of its end."""
+    policy, frozen, seen = tiny_llama(9, 0), tiny_llama(9, 1), []
+    flat = lambda model: torch.cat([p.detach().flatten() for p in model.parameters()])
+    start = flat(policy)
+
+    def take_step(ref, optimizers, pairs, gen, replay):
+        with torch.no_grad():
+            policy.model.norm.weight += 1
+        return {"reward": 0.0, "kl": None, "gap": 0.0, "tokens": 1}, []
+
+    def validate(model):
+        seen.append(flat(model))
+        return scores[len(seen) - 1]
+
+    run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0, progress={"stages": [{"fwm": {"exact": 0.0}}]})
+    cfg = train.parse([])
+    settings = train.phase_settings(cfg, 0.0, 0.1, 4)
+    train.phase(run, cfg, "iteration1/phase1", policy, frozen, validate, [("a", "b")] * 8, [([1], [2])], settings, 2, 60, take_step)
+    assert torch.equal(seen[0], start) and not torch.equal(seen[1], start)
+    assert torch.equal(flat(policy), seen[0] if undone else seen[1]) and ("undone" in capsys.readouterr().out) == undone
+
+
 def test_state_only_pairs_carry_no_action_and_splits_share_no_episode():
     labelled, validation, state_only, test = envs.load_splits(train.parse(["--episodes", "8"]))
     assert all(len(pair) == 2 for pair in state_only)
