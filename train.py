@@ -78,7 +78,7 @@ class Config:
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
     lr_fwm: float = setting(8e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
-    lr_idm: float = setting(1e-4, "learning rate of Phase II, as well")
+    lr_idm: float = setting(2e-4, "learning rate of Phase II, as well")
     updates: int = setting(1, "optimizer steps on one batch of rollouts (paper: 1)")
     clip: float = setting(0.2, "range of the policy ratio")
     replay: int = setting(8, "labelled rows whose log-likelihood joins each step of a phase, so that nothing is forgotten: P "
