@@ -11,9 +11,8 @@ Departures from the paper and its released scripts:
    another objective. The released scripts divide by the token count of the batch.
 2. The advantage is R - mean (Eq. 4). The released scripts divide by the standard deviation: `scale="std"`.
 3. The KL is in the reward, per row (k1). The released scripts put k3 into the loss, per token: `kl="loss"`.
-4. One optimizer step is taken on one batch of rollouts, as in the paper. There the ratio is 1 and the loss's gradient is
-   -A grad log pi: a loss near 0 is normal, read the reward and the gradient norm. With `updates` > 1 the later steps' ratio
-   to the sampling policy differs from 1 and the clip acts.
+4. Later optimizer steps on one batch of rollouts (`updates` > 1; the paper takes one, as does our default) clip the ratio to
+   the sampling policy. At the first the ratio is 1 and the loss's gradient is -A grad log pi: a loss near 0 is normal.
 5. Equal rows of a group are scored once and weighted by their count; rows without advantage are not run. Both exact.
 6. `replay`, if given, is a loss whose gradient joins each optimizer step: labelled rows, so that the policy does not forget
    what it was taught (measured: README). The logged `loss` leaves it out, `grad_norm` and its clip do not. None: the paper.
@@ -110,7 +109,7 @@ def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_
     parts = [[keep[i] for i in part] for part in
              lm.chunks(prompts, [rows[n] for n in keep], [owner[n] for n in keep], cfg.budget)] if keep else []
     old, losses, norms = [None] * len(parts), [], []
-    for _ in range(cfg.updates if keep else 0):
+    for _ in range(cfg.updates if keep or replay else 0):
         for i, part in enumerate(parts):
             logp = lm.logprobs(policy, *lm.take(prompts, rows, owner, part), temperature=cfg.temperature)  # (n, T)
             live = torch.arange(logp.shape[1]) < torch.tensor([[len(rows[n])] for n in part])              # (n, T)

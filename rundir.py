@@ -122,6 +122,15 @@ class Run:
             shutil.rmtree(self.dir / rest, ignore_errors=True)
 
 
+def peak_rss_mb():
+    """The most memory that the process held, or None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def show(scores):
     return (f"FWM exact {scores['fwm']['exact']:.3f}, of changed {scores['fwm']['exact_changed'] or 0:.3f}, "
             f"logp {scores['fwm']['logp']:.2f} | IDM exact {scores['idm']['exact']:.3f}, logp {scores['idm']['logp']:.3f}")
@@ -140,13 +149,13 @@ def report(results):
     """The final table: a row a stage, FWM and IDM side by side."""
     rows = [(s["name"], s["fwm"], s["idm"]) for s in results["stages"]]
     best = results["baselines"]["best_of_8"]
-    rows += [("sft, best of 8", best["fwm"], best["idm"]), ("copy x", results["baselines"]["copy_x"], None)]
+    rows += [(f"sft, best of 8 ({best['fwm']['n']})", best["fwm"], best["idm"]), ("copy x", results["baselines"]["copy_x"], None)]
     columns = [(0, "exact", 100), (0, "exact_changed", 100), (0, "bleu", 1), (0, "rouge_l", 1), (0, "logp", 1),
                (1, "exact", 100), (1, "logp", 1)]
     cell = lambda value, scale: f"{value * scale:10.2f}" if value is not None else "         -"
     print(f"\n{results['env']}, seed {results['seed']}: {results['splits']['test']} held-out transitions, "
           f"{results['seconds']['total'] / 60:.1f} minutes on {results['hardware']}")
-    print(f"{'':18}{'FWM: exact %':>10}{'changed %':>10}{'BLEU':>10}{'ROUGE-L':>10}{'logp':>10}{'IDM: ex %':>10}{'logp':>10}")
+    print(f"{'':20}{'FWM: exact %':>10}{'changed %':>10}{'BLEU':>10}{'ROUGE-L':>10}{'logp':>10}{'IDM: ex %':>10}{'logp':>10}")
     for name, *sides in rows:
-        print(f"{name:18}" + "".join(cell(sides[i] and sides[i].get(key), scale) for i, key, scale in columns))
+        print(f"{name:22}" + "".join(cell(sides[i] and sides[i].get(key), scale) for i, key, scale in columns))
     return 0

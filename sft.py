@@ -3,8 +3,8 @@
 Claim: Phase I and II can only be judged against a warm-up that has converged; otherwise their gain is training that the
 warm-up had not finished. So it ends when a validation share of the labelled half stops improving, and says how it ended.
 
-Departures from the paper: constant rate and a running mean of the weights in place of a cosine schedule; weight decay 1 for
-tiny models (`train.Config.warmup_decay`); Muon on the weight matrices (`lm.make_optimizers`).
+Departures from the paper: constant rate and a running mean of the weights in place of a cosine schedule; for tiny models
+weight decay 1 and 8 rows a step (`settings.Config.warmup_decay`, `warmup_batch`); Muon on the weight matrices (`lm.make_optimizers`).
 """
 import random
 import time
@@ -46,7 +46,7 @@ def warm_up(model, name, rows, size, validate, cfg, run, seconds):
         norm = lm.optimizer_step(model, optimizers, cfg.warmup_lr * min(1.0, step / 20))
         with torch.no_grad():
             for m, p in zip(mean.parameters(), model.parameters()):
-                m.lerp_(p, 1 - min(0.99, step / (step + 9)))                       # about 100 steps
+                m.lerp_(p, 1 - min(0.99, step / (step + 9)))   # a ninth of the steps so far, 100 at most
         bar.update()
         if step == cfg.warmup_steps or time.time() - begin > seconds:
             ended = "cut off by " + ("warmup_steps" if step == cfg.warmup_steps else "the budget")
@@ -55,7 +55,7 @@ def warm_up(model, name, rows, size, validate, cfg, run, seconds):
                 grad_norm=norm, validation=score)
         if score is None:
             continue
-        if score > best:
+        if score > best or best == 0:                                              # nothing right yet: not converged
             best, best_at, weights = score, step, {k: v.clone() for k, v in mean.state_dict().items()}
         elif step - best_at >= cfg.patience * cfg.warmup_every:
             ended = "converged"

@@ -10,11 +10,10 @@ again resumes an unfinished run.
 
 Departures from the paper: the models are tiny and start from random weights with an induction head written in
 (`lm.write_induction_head`), in place of pretraining; their warm-up has weight decay and keeps a running mean of the weights;
-labelled rows are replayed in the phases; a phase is 200 steps, not an epoch over 30k pairs. See `swirl_fwm.py`,
+labelled rows are replayed in the phases; Phase I is 200 steps and Phase II 60, not an epoch over 30k pairs;
+a phase that validates worse than its start, on labelled rows, is undone. See `swirl_fwm.py`,
 `swirl_idm.py`, `grpo.py` for the rest.
 """
-import argparse
-import dataclasses
 import platform
 import random
 import sys
@@ -32,103 +31,9 @@ import rundir
 import sft
 import swirl_fwm
 import swirl_idm
-from envs import WORLDS, load_splits, records
+from envs import load_splits, records
 from evals import metrics
-
-# The paper's rates and no tricks of tiny models, unless flags say else; the other departures stay
-PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, "warmup_decay": 0.0, "replay": 0}
-
-
-def setting(default, text, **extra):
-    return dataclasses.field(default=default, metadata={"help": text, **extra})
-
-
-@dataclasses.dataclass
-class Config:
-    """Every setting; each is a flag (`lr_fwm` is `--lr-fwm`)."""
-    env: str = setting("tools", "built-in world", choices=sorted(WORLDS))
-    data: str = setting("", "transitions file (JSONL, .gz) instead of a world")
-    model: str = setting("tiny", "tiny (made here, from random weights), a Hub id or a local folder")
-    seed: int = setting(0, "everything that is random")
-    out: str = setting("", "where the run lives (default runs/ENV-MODEL-SEED)")
-    device: str = setting("auto", "where to compute", choices=["auto", "cpu", "cuda"])
-    minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, else none)")
-    fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
-    # data
-    episodes: int = setting(0, "training episodes of a built-in world (0: its EPISODES): a quarter trains the warm-up, a quarter "
-                            "validates it, half are state-only")
-    eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
-    validation_size: int = setting(160, "transitions at most of the labelled half's validation share that choose checkpoints")
-    # warm-up (SFT on the labelled half)
-    warmup_steps: int = setting(1400, "steps a model at most")
-    warmup_every: int = setting(100, "steps between validations; the best checkpoint is kept")
-    patience: int = setting(4, "validations in a row without a better one that end the warm-up")
-    warmup_batch: int = setting(8, "transitions a step of the FWM: few, since steps count, not rows (README)")
-    warmup_batch_idm: int = setting(64, "rows a step of the IDM: short ones, half of them spoiled")
-    warmup_lr: float = setting(4e-3, "constant, Muon and AdamW. For a pretrained model: 2e-5 (paper)")
-    warmup_decay: float = setting(1.0, "weight decay of the warm-up: a tiny P that may not grow learns rules, not rows (for a "
-                                  "pretrained model: 0)")
-    spoiled: float = setting(1.0, "share of the IDM's labelled pairs that it also sees with a wrong y and no action "
-                             "(paper: 0). See swirl_idm.py, departure 4")
-    muon: bool = setting(True, "Muon on the weight matrices in the warm-up; the phases use AdamW, as the paper")
-    # Algorithm 1
-    iterations: int = setting(1, "times Phase I and Phase II alternate. Paper: up to 3")
-    phase1_steps: int = setting(200, "steps of each Phase I")
-    phase2_steps: int = setting(60, "steps of each Phase II")
-    batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
-    group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
-    lr_fwm: float = setting(8e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
-    lr_idm: float = setting(2e-4, "learning rate of Phase II, as well")
-    updates: int = setting(1, "optimizer steps on one batch of rollouts (paper: 1)")
-    clip: float = setting(0.2, "range of the policy ratio")
-    replay: int = setting(8, "labelled rows whose log-likelihood joins each step of a phase, so that nothing is forgotten: P "
-                          "its labels, Q to refuse (paper: 0)")
-    scale: str = setting("mean", "advantage: R - mean (Eq. 4), / std (released), leave-one-out",
-                         choices=["mean", "std", "loo"])
-    beta: float = setting(0.1, "KL to the reference in Phase II. Paper: .1; 1 is the exact ELBO (Eq. 5)")
-    beta_fwm: float = setting(0.0, "KL to the reference in Phase I. Eq. 3 and 4: 0; released scripts: .04")
-    kl: str = setting("reward", "KL in the reward (exact) or k3 in the loss (released)", choices=["reward", "loss"])
-    temperature: float = setting(1.0, "of rollouts and of their scores alike, so GRPO stays exact (paper: .75)")
-    top_p: float = setting(1.0, "off; the paper's .96 samples from another policy than it scores")
-    top_k: int = setting(0, "off")
-    reward_form: str = setting("sum", "sum of the opposite's token log-probs (theorems) or mean (released)",
-                               choices=["sum", "mean"])
-    floor: float = setting(10.0, "least reward is -floor; 0 is none (theorems). See swirl_fwm.py, departure 1")
-    skip_unchanged: bool = setting(True, "leave pairs with y = x out of Phase I: no action can be read in them, so P "
-                                   "would be paid for inventing an effect (paper: all pairs)")
-    view: str = setting("diff", "what the IDM reads: diff (changed lines, ours) or full (x and y, the paper's)",
-                        choices=["diff", "full"])
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description="SWIRL: self-improving world modelling with latent actions.")
-    parser.error = rundir.fail
-    for f in dataclasses.fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else \
-            dict(type=f.type, choices=f.metadata.get("choices"))
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
-                            help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
-    if parser.parse_args(argv).model != "tiny":
-        parser.set_defaults(**PRETRAINED)
-    cfg = Config(**vars(parser.parse_args(argv)))
-    checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
-              "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
-              "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
-              "beta_fwm": cfg.beta_fwm >= 0}
-    for name in ("eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_batch_idm", "warmup_every",
-                 "patience", "iterations", "phase1_steps", "phase2_steps", "batch", "updates"):
-        checks[name] = getattr(cfg, name) >= 1
-    for name, fine in checks.items():
-        if not fine:
-            rundir.fail(f"--{name.replace('_', '-')} cannot be {getattr(cfg, name)}; see --help")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        rundir.fail("--device cuda: no GPU is visible; use --device cpu")
-    if cfg.minutes is None and cfg.model == "tiny":
-        cfg.minutes = 10.0
-    cfg.episodes = cfg.episodes or WORLDS[cfg.env].EPISODES
-    cfg.out = cfg.out or f"runs/{Path(cfg.data).name.split('.')[0] or cfg.env}-{Path(cfg.model).name}-{cfg.seed}"
-    return cfg
-
+from settings import parse
 
 # --- data ---------------------------------------------------------------------------------------------------------------
 
@@ -252,12 +157,13 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
     for what, rows in (("labelled", labelled), ("validation", validation), ("state-only", state_only), ("test", test)):
         if not any(row[0] != row[-1] for row in rows):
             rundir.fail(f"{name}: no {what} transition with y != x; give more episodes")
-    z = max(len(lm.encode(tok, " " + z)) for _, z, _ in labelled) + 8
+    z, longest_z = (max(len(lm.encode(tok, " " + z)) for rows in splits for _, z, _ in rows) + 8
+                    for splits in ((labelled,), (labelled, validation, test)))
     n = {s: len(lm.encode(tok, "\n" + s)) for rows in (labelled, validation, state_only, test) for row in rows
          for s in (row[0], row[-1])}
     y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
     longest = max(n, key=n.get)
-    if n[longest] + max(y, n[longest]) + 2 * z + 16 > lm.context(P):
+    if n[longest] + max(y, n[longest]) + 2 * longest_z + 16 > lm.context(P):
         rundir.fail(f"{name}: a state of {n[longest]} tokens ({longest[:40]!r}...) is longer than the model takes "
              f"({lm.context(P)} tokens for x, z and y together); shorten the states or choose another --model")
     return y, z
@@ -277,7 +183,7 @@ def phase_settings(cfg, beta, lr, max_new):
 
 def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps, seconds, take_step):
     """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold; labelled `rows` are replayed in each.
-    A phase that lowers the validation score is undone."""
+    A phase that lowers the validation score is undone (`--no-undo`: the paper)."""
     begin, rng = time.time(), random.Random(f"{cfg.seed} {name}")
     batch = sft.batches(pairs, cfg.batch, rng)
     gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31))
@@ -293,8 +199,12 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
         return -lm.logprobs(policy, prompts, targets, range(cfg.replay)).sum() / cfg.replay
 
     for step in bar:
+        if step > 1 and time.time() - begin > seconds * (step - 1) / step:         # the next one would not fit
+            step -= 1
+            break
         part, since = next(batch), time.time()
-        settings.lr = peak * min(1, step / 10) * (1 - max((step - 1) / steps, min(1.0, (since - begin) / seconds)))
+        late = 0 if step == 1 else max((step - 1) / steps, min(1.0, (since - begin) / seconds))
+        settings.lr = peak * min(1, step / 10) * (1 - late)
         need_ref = settings.beta or step % 10 == 1                                 # without beta the KL is only logged
         log, examples = take_step(ref if need_ref else None, optimizers, part, gen, replay if cfg.replay else None)
         if log is None:                                                            # Q read no action: nothing to learn
@@ -306,18 +216,19 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
         log["tokens_per_second"] = log.pop("tokens") / (time.time() - since)
         run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), **log)
         bar.set_postfix(reward=f"{log['reward']:.3f}", kl=f"{kl:.3f}", heldout=heldout)
-        if time.time() - begin > seconds * step / (step + 1):                      # the next one would not fit
-            break
     bar.close()
     for example in examples:
         run.log("samples.jsonl", stage=name, **example)
     assert all(torch.equal(a, b) for a, b in zip(before, frozen.parameters())), "the frozen model moved"
     was, now = validate(ref), validate(policy)
-    if now < was:
+    undone = cfg.undo and now < was
+    if undone:
         policy.load_state_dict(ref.state_dict())
+    run.log("metrics.jsonl", phase="eval", stage=name, iteration=int(iteration), step=step, seconds=run.elapsed(),
+            validation_start=was, validation_end=now, undone=undone)
     print(f"  {name}: {step} steps" + (f" (planned {steps}, the budget held {step})" if step < steps else "")
           + f", {kind[-1] == '1' and 'Q' or 'P'} frozen and unchanged; validation {was:.3f} to {now:.3f}"
-          + (", undone" if now < was else ""))
+          + (", undone" if undone else ""))
 
 
 # --- the end ------------------------------------------------------------------------------------------------------------
@@ -332,7 +243,6 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
     y_hat = [swirl_fwm.read(tok, row) for row in lm.sample_all(
         P, [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, z_hat)], 1, limits[0], tok.eos_token_id, gen)]
     eq3 = mi_bounds.barber_agakov_from_samples(swirl_idm.logp(Q, tok, xs, z_hat, y_hat, cfg.view).cpu())
-    import resource                                            # Linux and macOS
     progress, seconds = run.progress, run.progress["seconds"]
     results = {
         "version": 1, "env": cfg.data or cfg.env, "model": cfg.model, "seed": cfg.seed,
@@ -347,7 +257,7 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
         "collapse": mi_bounds.collapse(z_hat, true),
         "presets": {"bleu": "mirrorapi (characters, method3, mean)", "rouge_l": "rouge_score, no stemmer"},
         "sizes": {"parameters": sum(p.numel() for p in P.parameters()),
-                  "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}}
+                  "peak_rss_mb": rundir.peak_rss_mb()}}
     run.finish(results)
     return rundir.report(results)
 

@@ -1,4 +1,4 @@
-"""One file a world (physics, web, tools, pixels), `records.py` for your own transitions file, and the splits of both."""
+"""One file a world (physics, web, tools), `records.py` for your own transitions file, and the splits of both."""
 import random
 
 from envs import physics, records, tools, web
@@ -21,7 +21,7 @@ def load_splits(cfg):
         state_only = [(x, y) for x, _, y in draw("state-only", half)]
         test = draw("test", 60)
     seen = {s for x, _, y in labelled for s in (x, y)} | {s for pair in state_only for s in pair}
-    test = [t for t in test if t[0] not in seen] or test       # no test state that training held word for word
+    test = [t for t in test if t[0] not in seen and t[2] not in seen] or test     # no state that training held word for word
     rng = random.Random(cfg.seed)
     pick = lambda rows, n: rng.sample(rows, n) if len(rows) > n else rows
     return labelled, pick(validation, cfg.validation_size), state_only, pick(test, cfg.eval_size)

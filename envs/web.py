@@ -10,7 +10,7 @@ A drawn transition: x, the action z, and of y the lines that are new.
     1 red-bag
     2 red-lamp
     3 red-mug
-    cart: 1 red-bag, 1 blue-bag               cart: 1 red-bag, 1 blue-bag, 1 red-lamp
+    cart: red-bag, blue-bag                   cart: red-bag, blue-bag, red-lamp
     name: cleo hill
     street: 12 oak road
     time: friday 12 to 14
@@ -94,7 +94,7 @@ KINDS = tuple(ACTIONS)
 HABITS = {"search": 2, "clear": 4, "colour": 2, "sort": 2, "next": 9, "previous": 14, "add": 5, "amount": 3, "remove": 3,
           "checkout": 9, "back": 9, "name": 10, "street": 10, "time": 10, "delivery": 8, "coupon": 8, "apply": 6, "pay": 4,
           "yes": 7, "close": 2}
-EPISODES = 120    # to train on, unless --episodes says else
+EPISODES = 100    # to train on, unless --episodes says else
 CARELESS = 0.16   # share of actions drawn without a look at the page: most of these change nothing
 BOLD = 0.3        # share of errors that a visitor who looks at the page runs into all the same
 
@@ -134,7 +134,7 @@ class World:
             f"sort: {self.sort}",
             f"page: {self.page} of {self.pages()}",
             *(f"{number} {row}" for number, row in enumerate(rows, 1)),
-            "cart: " + (", ".join(f"{n} {item}" for item, n in self.cart.items()) or "empty"),
+            "cart: " + (", ".join(item + (f" x{n}" if n > 1 else "") for item, n in self.cart.items()) or "empty"),
             f"name: {self.name}",
             f"street: {self.street}",
             f"time: {self.time}",
