@@ -417,6 +417,16 @@ def test_constant_reward_changes_no_parameter():
         assert log["zero_std_groups"] == 1 and log["reward"] == pytest.approx(-7.3) and log["grad_norm"] == 0
 
 
+def test_replay_acts_even_when_no_group_has_spread():
+    policy = tiny_llama()
+    recorder = Recorder(policy)
+    replay = lambda: -naive(policy, [1, 2], [3, 4, EOS]).sum()
+    constant = lambda owner, rows: torch.full((len(rows),), -7.3)
+    grpo.step(policy, None, [recorder], PROMPTS, constant, settings(), EOS, torch.Generator().manual_seed(0), replay=replay)
+    replay().backward()
+    assert len(recorder.seen) == 1 and relative(recorder.seen[0], grads(policy)) < 1e-4
+
+
 @pytest.mark.parametrize("scale", ["mean", "std", "loo"])
 def test_noise_in_equal_rewards_gives_a_tiny_gradient(scale):
     norm = []

@@ -1,5 +1,6 @@
 """The whole job in small, what it leaves behind, and what it says to bad input."""
 import json
+import random
 import shutil
 import types
 
@@ -22,7 +23,7 @@ FWM, IDM = {"n", "exact", "exact_changed", "bleu", "rouge_l", "logp"}, {"n", "ex
 
 def test_a_pretrained_model_is_spared_the_tricks_of_tiny_ones():
     cfg, ours = train.parse(["--model", "some/model"]), train.parse(["--model", "some/model", "--warmup-decay", "0.1"])
-    assert (cfg.warmup_decay, cfg.replay, cfg.muon, cfg.minutes) == (0.0, 0, False, None) and ours.warmup_decay == 0.1
+    assert (cfg.warmup_decay, cfg.replay, cfg.muon, cfg.undo, cfg.minutes) == (0.0, 0, False, False, None) and ours.warmup_decay == 0.1
     assert train.parse([]).warmup_decay == 1 and train.parse([]).replay == 8
     with pytest.raises(SystemExit):
         train.parse(["--replay", "-1"])
@@ -120,6 +121,36 @@ def test_the_warm_up_keeps_the_best_running_mean_and_ends_when_no_better_one_com
     assert torch.allclose(kept, mean, atol=1e-5) and (raw[3] - start).abs().max() > 1e-3
 
 
+def test_a_warm_up_with_nothing_right_yet_has_not_converged(capsys):
+    run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0)
+    cfg = train.parse(["--warmup-every", "1", "--patience", "2", "--warmup-steps", "5"])
+    sft.warm_up(tiny_llama(9, 0), "P", [([1, 2], [3, 4])] * 4, 4, lambda mean: 0.0, cfg, run, 60)
+    assert "step 5 of 5 (cut off by warmup_steps)" in capsys.readouterr().out
+
+
+def test_each_stage_gets_its_own_models_rows_and_settings(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(sft, "warm_up", lambda model, name, rows, size, *_: seen.update({name: (rows, size)}))
+    monkeypatch.setattr(train, "phase", lambda run, cfg, name, policy, frozen, validate, pairs, rows, settings, *_:
+                        seen.update({name: (rows, settings.lr, pairs)}))
+    assert train.main([*SMALL, "--out", str(tmp_path / "run"), "--warmup-batch", "3", "--warmup-batch-idm", "5",
+                       "--lr-fwm", ".1", "--lr-idm", ".2"]) == 0
+    longest = lambda rows: max(len(target) for _, target in rows)
+    assert seen["FWM"][1] == 3 and seen["IDM"][1] == 5 and longest(seen["FWM"][0]) > longest(seen["IDM"][0])
+    one, two = seen["iteration1/phase1"], seen["iteration1/phase2"]
+    assert one[0] == seen["FWM"][0] and two[0] == seen["IDM"][0] and (one[1], two[1]) == (.1, .2)
+    assert all(x != y for x, y in one[2]) and any(x == y for x, y in two[2])
+
+
+def test_the_warm_up_takes_its_optimizer_from_the_settings(monkeypatch):
+    seen, make = [], lm.make_optimizers
+    monkeypatch.setattr(lm, "make_optimizers", lambda model, *settings: seen.append(settings) or make(model, *settings))
+    run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0)
+    cfg = train.parse(["--warmup-steps", "1", "--warmup-lr", ".01", "--no-muon", "--warmup-decay", ".3"])
+    sft.warm_up(tiny_llama(9, 0), "P", [([1, 2], [3, 4])] * 4, 4, lambda mean: 0.0, cfg, run, 60)
+    assert seen == [(.01, False, .3)]
+
+
 @pytest.mark.parametrize("scores, undone", [((0.5, 0.4), True), ((0.5, 0.5), False), ((0.4, 0.5), False)])
 def test_a_phase_that_lowers_the_validation_is_undone(capsys, scores, undone):
     """validate sees the model of the phase's start, then the one of its end."""
@@ -149,6 +180,15 @@ def test_state_only_pairs_carry_no_action_and_splits_share_no_episode():
     assert all(len(pair) == 2 for pair in state_only)
     states = lambda rows: {s for row in rows for s in (row[0], row[-1])}
     assert not {x for x, _, _ in test} & (states(labelled) | states(state_only))
+
+
+def test_no_state_of_a_test_row_was_held_by_training(monkeypatch):
+    """Neither its x nor its y, in any split with or without actions."""
+    world = {"labelled": [("a", "z", "b")], "validation": [("v", "z", "w")], "state-only": [("c", "z", "d")],
+             "test": [("p", "z", "q"), ("a", "z", "q"), ("p", "z", "b"), ("d", "z", "q"), ("p", "z", "c")]}
+    splits = {random.Random(f"0 {split} {i}").random(): rows for split, rows in world.items() for i in range(60)}
+    monkeypatch.setattr(tools, "episode", lambda rng: splits[rng.random()])
+    assert set(envs.load_splits(train.parse(["--episodes", "4"]))[3]) == {("p", "z", "q")}
 
 
 # --- bad input: one line, exit code 2, nothing half-written ---------------------------------------------------------------
@@ -210,7 +250,6 @@ def test_fresh_deletes_what_a_run_wrote_and_nothing_else(done, tmp_path, capsys)
 
 
 def test_own_data_trains_to_the_end(tmp_path):
-    import random
     rows = [records.Transition(f"e{i}", t, x, z, y) for i in range(14)
             for t, (x, z, y) in enumerate(tools.episode(random.Random(i), 3))]
     records.write(tmp_path / "t.jsonl.gz", rows)
