@@ -46,7 +46,7 @@ def warm_up(model, name, rows, size, validate, cfg, run, seconds):
         norm = lm.optimizer_step(model, optimizers, cfg.warmup_lr * min(1.0, step / 20))
         with torch.no_grad():
             for m, p in zip(mean.parameters(), model.parameters()):
-                m.lerp_(p, 1 - min(0.99, step / (step + 9)))   # a ninth of the steps so far, 100 at most
+                m.lerp_(p, 9 / (step + 9))                             # the last ninth of the steps so far, roughly
         bar.update()
         if step == cfg.warmup_steps or time.time() - begin > seconds:
             ended = "cut off by " + ("warmup_steps" if step == cfg.warmup_steps else "the budget")

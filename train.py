@@ -115,8 +115,8 @@ def train(cfg):
     validate_Q = lambda Q: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs)
     if not run.done("sft"):
         since = time.time()
-        sft.warm_up(Q, "IDM", rows_Q, cfg.warmup_batch_idm, validate_Q, cfg, run, .25 * budget)
-        sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch, validate_P, cfg, run, .4 * budget)
+        sft.warm_up(Q, "IDM", rows_Q, cfg.warmup_batch_idm, validate_Q, cfg, run, .22 * budget)
+        sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch, validate_P, cfg, run, .43 * budget)
         stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:
         since = time.time()
@@ -157,16 +157,15 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
     for what, rows in (("labelled", labelled), ("validation", validation), ("state-only", state_only), ("test", test)):
         if not any(row[0] != row[-1] for row in rows):
             rundir.fail(f"{name}: no {what} transition with y != x; give more episodes")
-    z, longest_z = (max(len(lm.encode(tok, " " + z)) for rows in splits for _, z, _ in rows) + 8
-                    for splits in ((labelled,), (labelled, validation, test)))
+    longest_z = lambda rows: max(len(lm.encode(tok, " " + z)) for _, z, _ in rows) + 8
     n = {s: len(lm.encode(tok, "\n" + s)) for rows in (labelled, validation, state_only, test) for row in rows
          for s in (row[0], row[-1])}
     y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
     longest = max(n, key=n.get)
-    if n[longest] + max(y, n[longest]) + 2 * longest_z + 16 > lm.context(P):
+    if n[longest] + max(y, n[longest]) + 2 * longest_z(labelled + validation + test) + 16 > lm.context(P):
         rundir.fail(f"{name}: a state of {n[longest]} tokens ({longest[:40]!r}...) is longer than the model takes "
              f"({lm.context(P)} tokens for x, z and y together); shorten the states or choose another --model")
-    return y, z
+    return y, longest_z(labelled)
 
 
 def time_share(run, budget, phases_left):
