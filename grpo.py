@@ -140,7 +140,10 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, all
     logp_ref, shaped = None, R
     if ref is not None:
         logp_ref = score_tokens(ref, prompts, rows, owner, cfg)                    # (N, T)
-        kl = k1(torch.stack([logp_pi[n].sum() for n in range(len(rows))]), logp_ref.sum(1))   # (N,)
+        truncated = cfg.top_p < 1 or cfg.top_k > 0                                 # then the sampler's are not pi's
+        own = score_tokens(policy, prompts, rows, owner, cfg).sum(1) if truncated else \
+            torch.stack([logp_pi[n].sum() for n in range(len(rows))])
+        kl = k1(own, logp_ref.sum(1))                                              # (N,)
         log["kl"] = kl[where].mean().item()
         if cfg.kl == "reward":
             shaped = R - cfg.beta * kl                                             # Eq. 5: the KL belongs to the reward

@@ -26,8 +26,7 @@ Everything is in nats, 0 log 0 = 0, and log 0 = -inf is kept where it is the rig
 Departures from the paper:
  1. The exact half enumerates a world; the paper has no such world and reports none of these numbers.
  2. Theorem 3.2 needs a prior of x alone, so no function here takes a reference that also reads y.
- 3. `iwae_from_samples` (Burda et al., arXiv:1509.00519) is not in the paper: a tighter bound, same samples.
- 4. `collapse` counts words where the paper counts tokens, and leaves out its perplexity ratio under GPT-2.
+ 3. `collapse` counts words where the paper counts tokens, and leaves out its perplexity ratio under GPT-2.
 """
 import math
 from typing import NamedTuple
@@ -202,17 +201,6 @@ def elbo_from_samples(logp_y, logq_z, logprior_z, beta=1.0):
     logp_y, logq_z, logprior_z = _logps((2,), "(B, K)", logp_y=logp_y, logq_z=logq_z, logprior_z=logprior_z)
     # Eq. 5: J = mean_k [ log P(y|x,z_k) - beta (log Q - log prior) ]
     return _estimate((logp_y - beta * (logq_z - logprior_z) if beta else logp_y).mean(1))
-
-
-def iwae_from_samples(logp_y, logq_z, logprior_z):
-    """Not in the paper (departure 3): log of the mean weight over K, averaged over pairs -> Estimate, nats.
-
-    Arguments and errors as in elbo_from_samples. ELBO <= this on any samples (Jensen); its expectation is at
-    most log P(y|x), which it reaches as K grows; K = 1 is the ELBO."""
-    logp_y, logq_z, logprior_z = _logps((2,), "(B, K)", logp_y=logp_y, logq_z=logq_z, logprior_z=logprior_z)
-    # w_k = P(y|x,z_k) prior(z_k|x) / Q(z_k|x,y), an unbiased estimate of P(y|x); below, log mean_k w_k
-    logw = logp_y + logprior_z - logq_z                                      # (B,K)
-    return _estimate(logw.logsumexp(1) - math.log(logw.shape[1]))
 
 
 # ---- Have the latent actions collapsed?

@@ -57,8 +57,11 @@ class Run:
         if found - {"config.json.new"} and not old:
             fail(f"--out {cfg.out} holds files that no run wrote; give another folder")
         if cfg.fresh and found:
-            if found - OURS:
-                fail(f"--fresh: {cfg.out} holds {sorted(found - OURS)[0]}, which no run wrote; move it away first")
+            saved = (self.load("progress.json") or {}).get("saved", [])
+            foreign = sorted(found - OURS) + [f"{side}/{p.name}" for side in ("fwm", "idm") if side in found
+                                              for p in sorted((self.dir / side).iterdir()) if p.name not in saved]
+            if foreign:
+                fail(f"--fresh: {cfg.out} holds {foreign[0]}, which no run wrote; move it away first")
             shutil.rmtree(self.dir)
             old = {}
         for k in config:
@@ -103,6 +106,7 @@ class Run:
         lm.save(Q, tok, self.dir / folder / "idm")
         self.progress["stages"].append({"name": name, **scores})
         self.progress["folder"] = folder
+        self.progress["saved"] = sorted(p.name for p in (self.dir / folder / "fwm").iterdir())
         self.save_progress()
 
     def save_progress(self):

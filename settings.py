@@ -29,10 +29,10 @@ class Config:
     minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, else none)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
-    episodes: int = setting(0, "training episodes of a built-in world (0: its EPISODES): a quarter trains the warm-up, a quarter "
-                            "is for its validation, half are state-only")
+    episodes: int = setting(0, "training episodes of a built-in world (0: its EPISODES): half keep their actions, half are "
+                            "state-only")
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
-    validation_size: int = setting(160, "transitions at most of the labelled half's validation share that choose checkpoints")
+    validation_size: int = setting(160, "transitions of the labelled half that choose checkpoints, at most (half of it at most)")
     # warm-up (SFT on the labelled half)
     warmup_steps: int = setting(2000, "steps a model at most")
     warmup_every: int = setting(100, "steps between validations; the best checkpoint is kept")
@@ -89,7 +89,9 @@ def parse(argv=None):
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
               "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
-              "beta_fwm": cfg.beta_fwm >= 0}
+              "beta_fwm": cfg.beta_fwm >= 0, "seed": 0 <= cfg.seed < 2**32, "warmup_decay": 0 <= cfg.warmup_decay < float("inf")}
+    for name in ("warmup_lr", "lr_fwm", "lr_idm"):
+        checks[name] = 0 < getattr(cfg, name) < float("inf")
     for name in ("eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_batch_idm", "warmup_every",
                  "patience", "iterations", "phase1_steps", "phase2_steps", "batch", "updates"):
         checks[name] = getattr(cfg, name) >= 1

@@ -62,4 +62,6 @@ def warm_up(model, name, rows, size, validate, cfg, run, seconds):
         bar.set_postfix(loss=f"{loss:.3f}", validation=f"{score:.3f}")
     bar.close()
     model.load_state_dict(weights)
+    run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=step, seconds=run.elapsed(), best_step=best_at,
+            best_validation=best, ended=ended)
     print(f"  warm-up {name}: best validation {best:.3f} at step {best_at} of {step} ({ended})")

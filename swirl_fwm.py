@@ -88,7 +88,7 @@ def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
     def reward(owner, rows):                                                       # -> (N,)
         at = lambda values: [values[o] for o in owner]
         y_hat = [read(tok, row) for row in rows]
-        logq = lm.score(Q, [swirl_idm.prompt(tok, x, y, view) for x, y in zip(at(xs), y_hat)], at(z_rows))
+        logq = swirl_idm.score(Q, tok, at(xs), y_hat, at(z_rows), view)
         return grpo.shape(logq, [len(z) for z in at(z_rows)], form, floor)         # Eq. 3: R = log Q(z | x, y_hat)
 
     log, rows, R = grpo.step(P, ref, optimizers, [prompt(tok, x, z) for x, z in zip(xs, zs)], reward, cfg,

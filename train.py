@@ -44,6 +44,8 @@ def load_models(cfg, labelled, state_only):
             P, tok = lm.load(cfg.model)
         except (OSError, ValueError, ImportError) as e:
             rundir.fail(f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, a Hub id or a folder with safetensors")
+        if tok.eos_token_id is None:
+            rundir.fail(f"--model {cfg.model}: its tokenizer has no end token; give a causal language model")
         return P, lm.load(cfg.model)[0], tok
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
     tok = lm.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
@@ -98,8 +100,10 @@ def train(cfg):
         run.spend(what, since)
         since = time.time()
         scores, samples = evaluate(P, Q, tok, test, cfg, limits)
-        for s in samples[:20]:
-            run.log("samples.jsonl", stage=name, **s)
+        few = samples[:20]
+        R = swirl_idm.logp(Q, tok, *([s[k] for s in few] for k in ("x", "z", "y_hat")), cfg.view)    # log Q(z | x, y_hat)
+        for s, r in zip(few, R.tolist()):
+            run.log("samples.jsonl", stage=name, **s, reward=r)
         iteration = 0 if name == "sft" else int(name.removeprefix("iteration").split("/")[0])
         run.log("metrics.jsonl", phase="eval", stage=name, iteration=iteration, step=0, seconds=run.elapsed(), **scores)
         print(f"{name}: {rundir.show(scores)}  [{run.elapsed()/60:.1f} min]\n{rundir.show_sample(samples[0])}", flush=True)
@@ -169,9 +173,10 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
 
 
 def time_share(run, budget, phases_left):
-    """Seconds that the next phase may take: what is left after the evaluations to come, Phase I taking four times
-    Phase II's share (its rollouts are whole states)."""
-    left = max(2.0, budget - run.elapsed() - run.progress["eval_seconds"] * phases_left - 5)
+    """Seconds that the next phase may take: what is left after what comes at its end and at the run's, reckoned in evaluations
+    (1.3 a phase: two validations; half a one for the bounds), Phase I taking four times Phase II's share (its rollouts
+    are whole states)."""
+    left = max(2.0, budget - run.elapsed() - run.progress["eval_seconds"] * (1.3 * phases_left + 0.5))
     return left * (4 if phases_left % 2 == 0 else 1) / (5 * ((phases_left + 1) // 2) - (4 if phases_left % 2 else 0))
 
 
@@ -190,7 +195,7 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
     before = [p.detach().clone() for p in frozen.parameters()]
     iteration, kind = name.removeprefix("iteration").split("/")
     bar = tqdm(range(1, steps + 1), desc=name, leave=False, disable=None)
-    kl, peak, side = 0.0, settings.lr, "fwm" if kind == "phase1" else "idm"
+    checked, kl, peak, side = False, 0.0, settings.lr, "fwm" if kind == "phase1" else "idm"
     heldout = f"{run.progress['stages'][-1][side]['exact']:.3f}"                   # at the last evaluation
 
     def replay():                                                                  # mean of -log pi(row | prompt)
@@ -209,8 +214,9 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
         if log is None:                                                            # Q read no action: nothing to learn
             run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), reward=None)
             continue
-        if step == 1 and not log["gap"] < 1e-3 and settings.top_p == 1 and settings.top_k == 0:
+        if not checked and not log["gap"] < 1e-3 and settings.top_p == 1 and settings.top_k == 0:
             raise RuntimeError(f"sampler and trainer disagree by {log['gap']} nats a token")
+        checked = checked or log["gap"] > 0                                        # 0: no rollout had an advantage
         kl = kl if log["kl"] is None else log["kl"]
         log["tokens_per_second"] = log.pop("tokens") / (time.time() - since)
         run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), **log)
@@ -241,7 +247,9 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
     xs, ys = map(list, zip(*some))
     y_hat = [swirl_fwm.read(tok, row) for row in lm.sample_all(
         P, [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, z_hat)], 1, limits[0], tok.eos_token_id, gen)]
-    eq3 = mi_bounds.barber_agakov_from_samples(swirl_idm.logp(Q, tok, xs, z_hat, y_hat, cfg.view).cpu())
+    logq = swirl_idm.logp(Q, tok, xs, z_hat, y_hat, cfg.view).cpu()
+    trained = [i for i in range(n) if xs[i] != ys[i] and z_hat[i] != swirl_idm.IMPOSSIBLE] or list(range(n))   # as in Phase I
+    eq3 = mi_bounds.barber_agakov_from_samples(logq[trained])
     progress, seconds = run.progress, run.progress["seconds"]
     results = {
         "version": 1, "env": cfg.data or cfg.env, "model": cfg.model, "seed": cfg.seed,
@@ -270,8 +278,8 @@ def main(argv=None):
     except records.BadData as e:
         rundir.fail(e)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; finished stages are saved in {cfg.out}: the same command resumes after the last one",
-              file=sys.stderr)
+        print(f"\ninterrupted; finished stages are saved in {cfg.out}: the same command (without --fresh) "
+              "resumes after the last one", file=sys.stderr)
         return 130
 
 

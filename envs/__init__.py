@@ -16,12 +16,12 @@ def load_splits(cfg):
         def draw(split, n):
             return [t for i in range(n) for t in WORLDS[cfg.env].episode(random.Random(f"{cfg.seed} {split} {i}"))]
         half = cfg.episodes // 2
-        held = max(1, half // 2)
+        held = max(1, min(half // 2, -(-cfg.validation_size // WORLDS[cfg.env].STEPS)))   # no more than are used
         labelled, validation = draw("labelled", half - held), draw("validation", held)
         state_only = [(x, y) for x, _, y in draw("state-only", half)]
         test = draw("test", 60)
     seen = {s for x, _, y in labelled for s in (x, y)} | {s for pair in state_only for s in pair}
     test = [t for t in test if t[0] not in seen and t[2] not in seen] or test     # no state that training held word for word
     rng = random.Random(cfg.seed)
-    pick = lambda rows, n: rng.sample(rows, n) if len(rows) > n else rows
+    pick = lambda rows, n: rng.sample(rows, min(n, len(rows)))
     return labelled, pick(validation, cfg.validation_size), state_only, pick(test, cfg.eval_size)

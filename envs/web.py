@@ -94,7 +94,7 @@ KINDS = tuple(ACTIONS)
 HABITS = {"search": 2, "clear": 4, "colour": 2, "sort": 2, "next": 9, "previous": 14, "add": 5, "amount": 3, "remove": 3,
           "checkout": 9, "back": 9, "name": 10, "street": 10, "time": 10, "delivery": 8, "coupon": 8, "apply": 6, "pay": 4,
           "yes": 7, "close": 2}
-EPISODES = 100    # to train on, unless --episodes says else
+EPISODES = 74    # to train on, unless --episodes says else
 CARELESS = 0.16   # share of actions drawn without a look at the page: most of these change nothing
 BOLD = 0.3        # share of errors that a visitor who looks at the page runs into all the same
 

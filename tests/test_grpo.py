@@ -368,6 +368,14 @@ def test_kl_is_zero_when_the_phase_begins():
     assert max(abs(run(n)["kl"]) for n in range(1, 4)) > 1e-2  # and not because ref follows
 
 
+@pytest.mark.parametrize("off", [{"top_k": 2}, {"top_p": 0.5}])
+def test_kl_is_the_policy_s_own_where_the_sampler_is_truncated(off):
+    policy = tiny_llama()
+    cfg, opt = settings(beta=0.1, **off), lm.make_optimizers(policy, 1e-2)
+    log, *_ = grpo.step(policy, lm.freeze(policy), opt, PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(0))
+    assert abs(log["kl"]) < 1e-4
+
+
 def test_gap_sees_a_sampler_that_is_not_the_trainer():
     """top_k samples from another policy than the one that is scored: the log says so."""
     policy = tiny_llama()

@@ -240,6 +240,18 @@ def test_nothing_to_spoil():
 
 
 @pytest.mark.parametrize("view", VIEWS)
+def test_scores_go_through_q_once_for_what_they_share(monkeypatch, tok, Q, view):
+    """An x (view full) or a whole prompt (view diff) that comes again is one prefix; the scores are the naive ones."""
+    (x, _), (other, y) = PAIRS[0], PAIRS[1]
+    xs, ys, zs = [x, x, other, x], [y, other, y, y], ["a", "b", "a", "a b"]
+    seen, score = [], lm.score
+    monkeypatch.setattr(lm, "score", lambda Q, prefixes, *rest: seen.append(len(prefixes)) or score(Q, prefixes, *rest))
+    got = swirl_idm.logp(Q, tok, xs, zs, ys, view)
+    want = [logq_z(Q, tok, x, z, y, view) for x, z, y in zip(xs, zs, ys)]
+    assert torch.allclose(got, torch.tensor(want), atol=1e-4) and seen == [2 if view == "full" else 3]
+
+
+@pytest.mark.parametrize("view", VIEWS)
 def test_warmup_rows_are_the_labelled_ones_and_spoiled_ones_without_action(tok, view):
     rng = random.Random(0)
     triples = [("\n".join(x), f"do {n}", "\n".join(y)) for n in range(40) for x, y, _ in [states(rng)]]

@@ -182,6 +182,13 @@ def test_state_only_pairs_carry_no_action_and_splits_share_no_episode():
     assert not {x for x, _, _ in test} & (states(labelled) | states(state_only))
 
 
+def test_validation_takes_no_more_episodes_than_it_uses():
+    labelled, validation, state_only, _ = envs.load_splits(train.parse([]))
+    assert (len(labelled), len(validation), len(state_only)) == (20 * 14, 160, 32 * 14)
+    labelled, validation, *_ = envs.load_splits(train.parse(["--episodes", "8"]))
+    assert len(labelled) == len(validation) == 2 * 14
+
+
 def test_no_state_of_a_test_row_was_held_by_training(monkeypatch):
     """Neither its x nor its y, in any split with or without actions."""
     world = {"labelled": [("a", "z", "b")], "validation": [("v", "z", "w")], "state-only": [("c", "z", "d")],
@@ -236,8 +243,10 @@ def test_bad_arguments_are_refused(tmp_path, capsys, done):
     assert "--out" in refused(capsys, ["--out", str(tmp_path)])           # holds files that no run wrote
     assert (tmp_path / "file").read_text() == "mine"
     assert "seed=0" in refused(capsys, [*SMALL, "--out", str(done), "--seed", "1"])   # another run lives there
-    for zero in ("--group-size", "--batch", "--iterations"):
+    for zero in ("--group-size", "--batch", "--iterations", "--lr-fwm", "--warmup-lr"):
         assert zero in refused(capsys, [zero, "0", *out])
+    for name, value in (("--lr-idm", "nan"), ("--warmup-decay", "-1"), ("--seed", "-1"), ("--seed", "1" * 20)):
+        assert name in refused(capsys, [name, value, *out])
     assert not (tmp_path / "out").exists()
 
 
@@ -246,7 +255,9 @@ def test_fresh_deletes_what_a_run_wrote_and_nothing_else(done, tmp_path, capsys)
     shutil.copytree(done, out)
     (out / "notes.txt").write_text("mine")
     assert "notes.txt" in refused(capsys, [*SMALL, "--out", str(out), "--fresh"])
-    assert (out / "results.json").exists() and (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").rename(out / "fwm" / "notes.txt")
+    assert "fwm/notes.txt" in refused(capsys, [*SMALL, "--out", str(out), "--fresh"])
+    assert (out / "results.json").exists() and (out / "fwm" / "notes.txt").read_text() == "mine"
 
 
 def test_own_data_trains_to_the_end(tmp_path):
