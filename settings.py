@@ -47,7 +47,7 @@ class Config:
     muon: bool = setting(True, "Muon on the weight matrices in the warm-up; the phases use AdamW, as the paper")
     # Algorithm 1
     iterations: int = setting(1, "times Phase I and Phase II alternate. Paper: up to 3")
-    phase1_steps: int = setting(200, "steps of each Phase I")
+    phase1_steps: int = setting(250, "steps of each Phase I")
     phase2_steps: int = setting(60, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")

@@ -10,7 +10,7 @@ again resumes an unfinished run.
 
 Departures from the paper: the models are tiny and start from random weights with an induction head written in
 (`lm.write_induction_head`), in place of pretraining; their warm-up has weight decay and keeps a running mean of the weights;
-labelled rows are replayed in the phases; Phase I is 200 steps and Phase II 60, not an epoch over 30k pairs;
+labelled rows are replayed in the phases; Phase I is 250 steps and Phase II 60, not an epoch over 30k pairs;
 a phase that validates worse than its start, on labelled rows, is undone. See `swirl_fwm.py`,
 `swirl_idm.py`, `grpo.py` for the rest.
 """

@@ -34,7 +34,7 @@ To add a substance or a recipe: a line in SUBSTANCES or RECIPES (and STOCK, if t
 import copy
 
 STEPS = 14
-EPISODES = 104      # to train on, unless --episodes says else
+EPISODES = 90       # to train on, unless --episodes says else
 KINDS = ("put", "take", "turn on", "turn off", "open", "close",
          "fill", "pour", "empty", "stir", "add", "wait")
 NEVER = 999                                         # a temperature that nothing here reaches
