@@ -34,7 +34,7 @@ class Config:
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions of the labelled half that choose checkpoints, at most (half of it at most)")
     # warm-up (SFT on the labelled half)
-    warmup_steps: int = setting(2000, "steps a model at most")
+    warmup_steps: int = setting(2800, "steps a model at most")
     warmup_every: int = setting(100, "steps between validations; the best checkpoint is kept")
     patience: int = setting(5, "validations in a row without a better one that end the warm-up")
     warmup_batch: int = setting(8, "transitions a step of the FWM: few, since steps count, not rows (README). Paper: 128")
