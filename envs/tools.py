@@ -7,9 +7,9 @@ lines, an action is one call, and the next state is the session after it. A draw
         cash: 20
         savings: 10                             y   the same but for this line
         rome-flight: 3
-        rome-hotel: 2                               rome-hotel: 1, booked by leo
+        rome-hotel: 2                               rome-hotel: 1, booked
         oslo-flight: 1
-        oslo-hotel: 0, booked by mia
+        oslo-hotel: 0, booked
         lima-flight: 0
         lima-hotel: 1
         results: rome-flight, rome-hotel
@@ -19,13 +19,13 @@ lines, an action is one call, and the next state is the session after it. A draw
         reply: ok
 
 Rules
- 1. Each offer has a line with the number left, and who of the family has booked one, if anybody has.
+ 1. Each offer has a line with the number left, and whether the family has booked one.
  2. sign_in(mia) works when nobody is in. sign_out() also clears the results.
  3. search(rome) lists all that the catalogue has there, full or not. filter_results(hotels) keeps the hotels; if
     nothing would stay, it is an error and the list stays. sort_results() puts the cheapest first.
  4. check_price(oslo-hotel) only answers. Prices stand in the catalogue (PRICE) alone, the same in all episodes.
  5. book(oslo-hotel) takes one of what is left. Errors, the first that holds: nobody is in, it is booked, none left.
- 6. cancel(oslo-hotel) gives it back, whoever booked it. Errors: nobody is in, it is not booked.
+ 6. cancel(oslo-hotel) gives it back. Errors: nobody is in, it is not booked.
  7. transfer(cash, savings) moves 10 and needs a user; deposit(cash) adds 20 and needs none. An account below 0 or
     above 60 would be an error.
  8. set_reminder(monday, call, tom, 9am): one reminder a day, one more is an error. reschedule(monday, 3pm) changes
@@ -49,7 +49,7 @@ Departures from the benchmark
 import copy
 
 STEPS = 14
-EPISODES = 64       # to train on, unless --episodes says else
+EPISODES = 54       # to train on, unless --episodes says else
 REPEAT = 0.06       # share of calls that repeat the call before: an impatient caller
 SLIP = 0.1          # share of calls made without a look at the state
 BOLD = 0.05         # share of calls known to end in an error that are made all the same
@@ -86,12 +86,12 @@ class World:
     """One session. text() prints every field: the rules use nothing else but the constants above."""
 
     def __init__(self, rng):
-        users, days = VALUES["user"], VALUES["day"]
-        self.user = rng.choice(users + ("none",))
+        days = VALUES["day"]
+        self.user = rng.choice(VALUES["user"] + ("none",))
         self.money = {account: rng.randrange(0, LIMIT + 1, 10) for account in VALUES["purse"]}
         self.left = {offer: rng.randint(0, 5) for offer in PRICE}                                  # seats or rooms
         self.results = list(CITY[rng.choice(VALUES["city"])]) if rng.random() < 0.7 else []
-        self.booked = {offer: rng.choice(users) for offer in rng.sample(list(PRICE), rng.randint(1, 4))}
+        self.booked = set(rng.sample(list(PRICE), rng.randint(1, 4)))
         self.reminders = {day: tuple(rng.choice(VALUES[slot]) for slot in ("task", "person", "hour"))
                           for day in rng.sample(days, rng.randint(1, 3))}
         self.reply = "ok"
@@ -99,7 +99,7 @@ class World:
     def text(self):
         lines = [f"user: {self.user}"]
         lines += [f"{account}: {amount}" for account, amount in self.money.items()]
-        lines += [f"{offer}: {self.left[offer]}" + (f", booked by {self.booked[offer]}" if offer in self.booked else "")
+        lines += [f"{offer}: {self.left[offer]}" + (", booked" if offer in self.booked else "")
                   for offer in PRICE]
         lines.append(f"results: {', '.join(self.results) or 'none'}")
         lines += [f"{day}: " + ("{2} {0} {1}".format(*self.reminders[day]) if day in self.reminders else "free")
@@ -161,7 +161,7 @@ class World:
         if self.left[offer] == 0:
             return "error, none left"
         self.left[offer] -= 1
-        self.booked[offer] = self.user
+        self.booked.add(offer)
         return "ok"
 
     def cancel(self, offer):
@@ -170,7 +170,7 @@ class World:
         if offer not in self.booked:
             return "error, not booked"
         self.left[offer] += 1
-        del self.booked[offer]
+        self.booked.remove(offer)
         return "ok"
 
     def transfer(self, source, target):

@@ -13,7 +13,7 @@ def session(user="leo", cash=40, savings=40, left=2, results=(), booked=(), remi
     world.user, world.reply = user, "ok"
     world.money = {"cash": cash, "savings": savings}
     world.left = {offer: left for offer in tools.PRICE}
-    world.results, world.booked, world.reminders = list(results), dict(booked), dict(reminders)
+    world.results, world.booked, world.reminders = list(results), set(booked), dict(reminders)
     return world
 
 
@@ -26,7 +26,7 @@ def changed(world, *calls):
 
 
 def test_the_transition_in_the_docstring():
-    world = session(cash=20, savings=10, results=["rome-flight", "rome-hotel"], booked={"oslo-hotel": "mia"},
+    world = session(cash=20, savings=10, results=["rome-flight", "rome-hotel"], booked=["oslo-hotel"],
                     reminders={"tuesday": ("call", "tom", "9am"), "friday": ("pay", "eva", "3pm")})
     world.left = dict(zip(tools.PRICE, (3, 2, 1, 0, 0, 1)))
     shown = [re.split("  +", row.removeprefix("    x").strip()) for row in tools.__doc__.splitlines()]
@@ -35,18 +35,18 @@ def test_the_transition_in_the_docstring():
     assert [row[1] for row in shown[start + 3:start + 15] if row[1:]] == changed(world, "book(rome-hotel)")
 
 
-def test_booking_takes_one_for_the_user_or_says_the_first_reason_against_it():
-    assert changed(session(), "book(oslo-flight)") == ["oslo-flight: 1, booked by leo"]
-    mine = {"oslo-flight": "mia"}
+def test_booking_takes_one_or_says_the_first_reason_against_it():
+    assert changed(session(), "book(oslo-flight)") == ["oslo-flight: 1, booked"]
+    mine = ["oslo-flight"]
     for world, error in [(session("none", left=0, booked=mine), "sign in first"),
                          (session(left=0, booked=mine), "booked already"), (session(left=0), "none left")]:
         assert changed(world, "book(oslo-flight)") == ["reply: error, " + error]
 
 
-def test_cancelling_gives_it_back_whoever_booked_it():
-    assert changed(session(booked={"rome-flight": "mia"}), "cancel(rome-flight)") == ["rome-flight: 3"]
+def test_cancelling_gives_it_back():
+    assert changed(session(booked=["rome-flight"]), "cancel(rome-flight)") == ["rome-flight: 3"]
     assert changed(session(), "cancel(lima-hotel)") == ["reply: error, not booked"]
-    assert changed(session("none", booked={"lima-hotel": "leo"}), "cancel(lima-hotel)") == ["reply: error, sign in first"]
+    assert changed(session("none", booked=["lima-hotel"]), "cancel(lima-hotel)") == ["reply: error, sign in first"]
 
 
 def test_results_are_listed_filtered_and_sorted():
