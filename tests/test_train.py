@@ -183,7 +183,7 @@ def test_state_only_pairs_carry_no_action_and_splits_share_no_episode():
 
 
 def test_validation_takes_no_more_episodes_than_it_uses():
-    labelled, validation, state_only, _ = envs.load_splits(train.parse([]))
+    labelled, validation, state_only, _ = envs.load_splits(train.parse(["--episodes", "64"]))
     assert (len(labelled), len(validation), len(state_only)) == (20 * 14, 160, 32 * 14)
     labelled, validation, *_ = envs.load_splits(train.parse(["--episodes", "8"]))
     assert len(labelled) == len(validation) == 2 * 14
