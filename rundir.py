@@ -52,7 +52,7 @@ class Run:
         found = {p.name for p in self.dir.iterdir()} if self.dir.exists() else set()
         try:
             old = self.load("config.json")["settings"] if "config.json" in found else {}
-        except (ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             fail(f"--out {cfg.out} holds a config.json that no run wrote; give another folder")
         if found - {"config.json.new"} and not old:
             fail(f"--out {cfg.out} holds files that no run wrote; give another folder")
@@ -77,7 +77,10 @@ class Run:
 
     def load(self, name):
         path = self.dir / name
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError:
+            fail(f"{path} is not the JSON that a run wrote; give another --out, or remove that folder")
 
     def write(self, name, value):
         """Whole or not at all."""

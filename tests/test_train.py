@@ -258,6 +258,10 @@ def test_fresh_deletes_what_a_run_wrote_and_nothing_else(done, tmp_path, capsys)
     (out / "notes.txt").rename(out / "fwm" / "notes.txt")
     assert "fwm/notes.txt" in refused(capsys, [*SMALL, "--out", str(out), "--fresh"])
     assert (out / "results.json").exists() and (out / "fwm" / "notes.txt").read_text() == "mine"
+    for name in ("progress.json", "config.json"):
+        (out / "results.json").unlink(missing_ok=True)
+        (out / name).write_text('{"cut')
+        assert name in refused(capsys, [*SMALL, "--out", str(out), "--fresh"]) and (out / "fwm" / "config.json").exists()
 
 
 def test_own_data_trains_to_the_end(tmp_path):
