@@ -275,8 +275,11 @@ def take(prefixes, rows, owner, chosen):
 
 @torch.no_grad()
 def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, budget=16384):
-    """(N,) summed log-probs of the scored tokens, without gradient, in chunks. Same arguments as `logprobs`."""
-    owner = list(range(len(rows))) if owner is None else owner
+    """(N,) summed log-probs of the scored tokens, without gradient, in chunks. Same arguments as `logprobs`; without `owner`
+    there is a prefix a row, and equal ones go through the model once."""
+    if owner is None:
+        at = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prefixes)))}
+        prefixes, owner = list(at), [at[tuple(p)] for p in prefixes]
     total = torch.zeros(len(rows), device=model.device)
     for chosen in chunks(prefixes, rows, owner, budget):
         k = None if n_scored is None else [n_scored[n] for n in chosen]

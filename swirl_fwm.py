@@ -50,9 +50,8 @@ def read(tok, ids):
 
 def logp(P, tok, xs, zs, ys):
     """(N,) log P(y | x, z), summed over tokens, in nats. An x that comes several times goes through P once."""
-    at = {x: i for i, x in enumerate(dict.fromkeys(xs))}
     rows = [prompt(tok, x, z)[len(before(tok, x)):] + target(tok, y) for x, z, y in zip(xs, zs, ys)]
-    return lm.score(P, [before(tok, x) for x in at], rows, [at[x] for x in xs], [len(target(tok, y)) for y in ys])
+    return lm.score(P, [before(tok, x) for x in xs], rows, n_scored=[len(target(tok, y)) for y in ys])
 
 
 def predict(P, tok, xs, zs, max_new):

@@ -103,11 +103,10 @@ def logp(Q, tok, xs, zs, ys, view="diff"):
 
 def score(Q, tok, xs, ys, rows, view="diff"):
     """As `logp`, of the ids that spell z. A prompt that comes several times goes through Q once; in view "full" x alone does."""
-    prompts = [tuple(prompt(tok, x, y, view)) for x, y in zip(xs, ys)]
+    prompts = [prompt(tok, x, y, view) for x, y in zip(xs, ys)]
     shared = [p if view == "diff" else p[:len(lm.encode(tok, "\n" + x))] for p, x in zip(prompts, xs)]
-    at = {p: i for i, p in enumerate(dict.fromkeys(shared))}
     rows_after = [[*p[len(s):], *row] for p, s, row in zip(prompts, shared, rows)]
-    return lm.score(Q, list(at), rows_after, [at[s] for s in shared], [len(row) for row in rows])
+    return lm.score(Q, shared, rows_after, n_scored=[len(row) for row in rows])
 
 
 def predict(Q, tok, xs, ys, max_new, view="diff"):

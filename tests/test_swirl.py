@@ -244,8 +244,8 @@ def test_scores_go_through_q_once_for_what_they_share(monkeypatch, tok, Q, view)
     """An x (view full) or a whole prompt (view diff) that comes again is one prefix; the scores are the naive ones."""
     (x, _), (other, y) = PAIRS[0], PAIRS[1]
     xs, ys, zs = [x, x, other, x], [y, other, y, y], ["a", "b", "a", "a b"]
-    seen, score = [], lm.score
-    monkeypatch.setattr(lm, "score", lambda Q, prefixes, *rest: seen.append(len(prefixes)) or score(Q, prefixes, *rest))
+    seen, prefill = [], lm.prefill
+    monkeypatch.setattr(lm, "prefill", lambda Q, prefixes: seen.append(len(prefixes)) or prefill(Q, prefixes))
     got = swirl_idm.logp(Q, tok, xs, zs, ys, view)
     want = [logq_z(Q, tok, x, z, y, view) for x, z, y in zip(xs, zs, ys)]
     assert torch.allclose(got, torch.tensor(want), atol=1e-4) and seen == [2 if view == "full" else 3]
@@ -353,9 +353,8 @@ def test_logp_is_a_single_row_forward_with_the_end_scored(tok, P, Q):
 
 def test_logp_with_repeated_x_is_one_by_one_scoring(monkeypatch, tok, P):
     """An x that comes several times, in any order, goes through P once and changes no number."""
-    asked, score = [], lm.score
-    monkeypatch.setattr(lm, "score", lambda model, prefixes, *rest, **kw: asked.append(prefixes) or
-                        score(model, prefixes, *rest, **kw))
+    asked, prefill = [], lm.prefill
+    monkeypatch.setattr(lm, "prefill", lambda P, prefixes: asked.append(list(map(list, prefixes))) or prefill(P, prefixes))
     rng = random.Random(0)
     triples = [(rng.choice(XS), rng.choice(ZS), rng.choice([*YS, "", XS[0]])) for _ in range(24)]
     triples += [triples[0], (XS[0] + "\n", "turn off", YS[0]), ("", "", "")]
