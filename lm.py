@@ -278,8 +278,9 @@ def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, bud
     """(N,) summed log-probs of the scored tokens, without gradient, in chunks. Same arguments as `logprobs`; without `owner`
     there is a prefix a row, and equal ones go through the model once."""
     if owner is None:
-        at = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prefixes)))}
-        prefixes, owner = list(at), [at[tuple(p)] for p in prefixes]
+        prefixes = [tuple(p) for p in prefixes]
+        at = {p: i for i, p in enumerate(dict.fromkeys(prefixes))}
+        prefixes, owner = list(at), [at[p] for p in prefixes]
     total = torch.zeros(len(rows), device=model.device)
     for chosen in chunks(prefixes, rows, owner, budget):
         k = None if n_scored is None else [n_scored[n] for n in chosen]

@@ -80,7 +80,7 @@ class Run:
         try:
             return json.loads(path.read_text()) if path.exists() else None
         except ValueError:
-            fail(f"{path} is not the JSON that a run wrote; give another --out, or remove that folder")
+            fail(f"{path} is not the JSON that a run wrote; give another --out")
 
     def write(self, name, value):
         """Whole or not at all."""

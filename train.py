@@ -91,7 +91,7 @@ def train(cfg):
         (P, tok), (Q, _) = (lm.load(last / side if (last / side).exists() else run.dir / side) for side in ("fwm", "idm"))
         print(f"resuming after {run.progress['stages'][-1]['name']}")
     P, Q = P.to(device), Q.to(device)
-    budget = cfg.minutes * 54 if cfg.minutes else float("inf")                    # a margin for what cannot be planned
+    budget = cfg.minutes * 54 if cfg.minutes else float("inf")         # the rest: installing, what cannot be planned
     print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
           f"state-only, {len(test)} test transitions; {sum(p.numel() for p in P.parameters())/1e6:.2f}M parameters a model; "
           f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes else ""))

@@ -86,14 +86,13 @@ class World:
     """One session. text() prints every field: the rules use nothing else but the constants above."""
 
     def __init__(self, rng):
-        days = VALUES["day"]
         self.user = rng.choice(VALUES["user"] + ("none",))
         self.money = {account: rng.randrange(0, LIMIT + 1, 10) for account in VALUES["purse"]}
         self.left = {offer: rng.randint(0, 5) for offer in PRICE}                                  # seats or rooms
         self.results = list(CITY[rng.choice(VALUES["city"])]) if rng.random() < 0.7 else []
         self.booked = set(rng.sample(list(PRICE), rng.randint(1, 4)))
         self.reminders = {day: tuple(rng.choice(VALUES[slot]) for slot in ("task", "person", "hour"))
-                          for day in rng.sample(days, rng.randint(1, 3))}
+                          for day in rng.sample(VALUES["day"], rng.randint(1, 3))}
         self.reply = "ok"
 
     def text(self):
