@@ -40,7 +40,7 @@ class GRPO:
     clip: float = 0.2           # the ratio's range is 1 - clip .. 1 + clip
     lr: float = 1e-4            # learning rate
     max_norm: float = 1.0       # gradient norm clip
-    budget: int = 16384         # tokens a micro-batch: bounds memory, changes no gradient
+    budget: int = lm.BUDGET     # tokens a micro-batch: bounds memory, changes no gradient
 
 
 def advantages(R, scale="mean"):

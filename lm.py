@@ -1,4 +1,4 @@
-"""The one door to a language model: make or load it, sample from it, score with it.
+"""The one door to a language model: load it, sample from it, score with it. (`tiny.py` makes one.)
 
 Claim: P(y|x,z) and Q(z|x,y) are both  log p(row | prefix) = sum_t log p(row_t | prefix, row_<t),  and everything in this
 project is one of two calls: `sample` draws rows and returns their token log-probs, `logprobs` scores given rows.
@@ -12,8 +12,8 @@ project is one of two calls: `sample` draws rows and returns their token log-pro
 Departures from a plain Hugging Face loop, each exact:
 1. A prefix goes through the model once for all its rows: its keys and values are cached, copied to the rows, and the
    last prefix token is fed again with each row, since it predicts the row's first token. Gradients flow through the copy.
-2. While sampling, rollouts of a group that are equal so far are one row, and a finished row leaves the batch; logits
-   are computed only where a token is scored.
+2. While sampling, the rollouts of a prompt are a tree in one row of the batch: a beginning that they share is computed once, and
+   no key is copied when they part. A prompt whose rollouts have ended leaves. Logits only where a token is scored.
 3. Masks come from lengths, never from token ids, so pad == eos is harmless. Positions are always explicit.
 4. Models stay in eval mode (no dropout): the sampler and the trainer see the same distribution.
 """
@@ -21,64 +21,13 @@ import copy
 import functools
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+BUDGET = 16384 if torch.cuda.is_available() else 1024      # tokens at a time: memory grows with them, a CPU gains nothing
 
 
-# --- make, load, copy ---------------------------------------------------------------------------------------------------
-
-def make_tokenizer(texts, vocab_size=1024):
-    """A byte-level BPE fitted on `texts`. Frequent words become one token; a rare word falls back to pieces, at worst to
-    bytes, so that no character is unknown. A word keeps the space or line break before it (segments start with it)."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\s?[^\s]+|\s"), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>",
-                                   clean_up_tokenization_spaces=False)
-
-
-def make_tiny(tokenizer, width=128, layers=4, heads=4, context=2048, seed=0):
-    """A small Llama (about 1M parameters) with random weights and an induction head: nothing is downloaded."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context, attention_bias=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id)).eval()
-    if layers > 1:
-        write_induction_head(model)
-    return model
-
-
-@torch.no_grad()
-def write_induction_head(model, previous=8.0, match=4.0, gain=2.0, scale=0.1):
-    """Write into the first two layers what every pretrained model can and a random one finds late: after "a b .. a" comes
-    "b" (Olsson et al. 2022, In-context Learning and Induction Heads). All of it stays trainable.
-
-    Layer 0, head 0 attends to the token before: constant query and key (biases), turned apart by one position of RoPE. It
-    adds a sketch of that token. Layer 1 looks for the place whose sketch is the current token, and copies what stands there.
-    The constants were found by trying: an untrained model then continues a repeated random string in four of five places.
-    """
-    W, D, E = model.config.hidden_size, model.model.layers[0].self_attn.head_dim, model.model.embed_tokens.weight
-    first, second = (layer.self_attn for layer in model.model.layers[:2])
-    E.normal_(0, scale)
-    turn = model.model.rotary_emb.inv_freq.to(E)                                   # (D/2,) radians a position
-    first.k_proj.bias[:D] = previous * torch.cat([torch.ones_like(turn), torch.zeros_like(turn)])
-    first.q_proj.bias[:D] = previous * torch.cat([turn.cos(), -turn.sin()])        # score sum_i cos(turn_i (distance - 1))
-    sketch, place = (torch.linalg.qr(torch.randn(W, D))[0].to(E) for _ in range(2))   # (W, D) orthonormal columns
-    sketch = sketch.T * (torch.cat([turn, turn]) < 0.02)[:, None]                  # only where RoPE hardly turns
-    first.v_proj.weight[:D], first.o_proj.weight[:, :D] = sketch, gain * scale * place
-    second.q_proj.weight.copy_(match * sketch.repeat(W // D, 1))                   # every head: the current token's sketch
-    second.k_proj.weight.copy_(match * place.T.repeat(W // D, 1))                  # meets the sketch of the token before
-    second.v_proj.weight.copy_(torch.eye(W))                                       # and each copies its share of the
-    second.o_proj.weight.copy_(2 * scale * torch.eye(W))                           # embedding that stands there
-
+# --- load, save, copy, train --------------------------------------------------------------------------------------------
 
 def load(name):
     """(model, tokenizer) of a local folder or a Hub id; safetensors only, no remote code. OSError if it is not there."""
@@ -101,8 +50,8 @@ def freeze(model):
 
 
 def context(model):
-    """The longest prefix + row that the model takes, in tokens."""
-    return getattr(model.config, "max_position_embeddings", None) or 10**9
+    """The longest prefix + row that the model takes, in tokens. A sliding window is no window as long as all fits in."""
+    return min(getattr(model.config, name, None) or 10**9 for name in ("max_position_embeddings", "sliding_window"))
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -149,12 +98,37 @@ def pad(rows, side, value, device):
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+class Room(DynamicLayer):
+    """Keys and values of one layer. DynamicLayer copies them all to append a token; this one, without gradient, does so once in 32
+    tokens and writes the others in place."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if torch.is_grad_enabled() or not self.is_initialized:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self.values = append(self.keys, key_states), append(self.values, value_states)
+        return self.keys, self.values
+
+
+def append(old, new, room=32):
+    """cat([old, new], 2) of (B, heads, L, D) tensors: behind `old` where its stride shows room, else in new memory."""
+    B, H, L, D = old.shape
+    T = L + new.shape[2]
+    if old.stride(2) != D or old.stride(1) < T * D:
+        whole = new.new_empty(B, H, T + room, D)
+        whole[:, :, :L] = old
+    else:
+        whole = old.as_strided((B, H, T, D), old.stride())
+    whole[:, :, L:T] = new
+    return whole[:, :, :T]
+
+
 def prefill(model, prefixes):
     """Run the prefixes but for their last token: (cache, mask (B, P-1), last token (B, 1), its position (B, 1))."""
     assert not model.training and not model.is_activation_checkpointing, "checkpointing would drop the cache silently"
     ids, mask = pad(prefixes, "left", 0, model.device)                             # (B, P)
     position = (mask.cumsum(1) - 1).clamp(min=0)                                   # (B, P)
     cache = DynamicCache(config=model.config)
+    cache.layers = [Room() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     if ids.shape[1] > 1:
         model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position[:, :-1], past_key_values=cache,
               use_cache=True, logits_to_keep=1)
@@ -171,33 +145,47 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
     the trainer scores the unfiltered distribution. Returns (rows, logps), B*G lists each, prompt-major (p0g0, p0g1, ..):
     ids up to and including eos (a row without eos was cut at max_new) and their log-probs under what was sampled from.
     """
-    cache, mask, token, position = prefill(model, prefixes)                        # one row a prefix, U = B at first
+    cache, mask, token, position = prefill(model, prefixes)                        # token, position (B, W), W = 1 at first
     N, rows, logps = len(prefixes) * G, [[] for _ in range(len(prefixes) * G)], [[] for _ in range(len(prefixes) * G)]
+    seen = mask[:, None].bool()                                                    # (B, W, L) what of the cache each token sees
+    node = torch.arange(len(prefixes), device=model.device)                        # (U,) the places of (B, W) that are taken
     live = torch.arange(N, device=model.device)                                    # (n,) rollouts that go on
-    at = live // G                                                                 # (n,) the row that each stands on
+    at = live // G                                                                 # (n,) the node, 0..U-1, that each stands on
     for _ in range(max_new):
-        mask = torch.cat([mask, torch.ones_like(token)], 1)
-        logits = model(token, attention_mask=mask, position_ids=position, past_key_values=cache,
-                       use_cache=True).logits[:, -1].float()                       # (U, V)
+        B, W = token.shape
+        seen = torch.cat([seen, torch.eye(W, dtype=torch.bool, device=model.device).expand(B, W, W)], 2)
+        logits = model(token, attention_mask=seen[:, None], position_ids=position, past_key_values=cache,
+                       use_cache=True).logits.flatten(0, 1)[node].float()          # (U, V)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
         logp_all = truncate(logits / (temperature or 1.0), top_p, top_k).log_softmax(-1)
-        drawn = logp_all.argmax(-1)[at] if temperature == 0 else \
-            torch.multinomial(logp_all.exp()[at], 1, generator=generator)[:, 0]    # (n,)
+        drawn = logp_all.argmax(-1)[at] if temperature == 0 else draw(logp_all, at, generator)       # (n,)
         for n, t, lp in zip(live.tolist(), drawn.tolist(), logp_all[at, drawn].tolist()):
             rows[n].append(t)
             logps[n].append(lp)
         going = drawn != eos
         if not going.any():
             break
-        # rollouts that are equal so far stand on one row; a row goes when its last rollout has ended
-        row, at = torch.unique(at[going] * logits.shape[-1] + drawn[going], return_inverse=True)
-        live, parent, token = live[going], row // logits.shape[-1], row[:, None] % logits.shape[-1]
-        if not torch.equal(parent, torch.arange(len(mask), device=model.device)):
-            cache.batch_select_indices(parent)
-            mask, position = mask[parent], position[parent]
-        position = position + 1
+        # a tree: rollouts that are equal so far stand on one node, and a prompt's nodes side by side in its row
+        key, at = torch.unique(at[going] * logits.shape[-1] + drawn[going], return_inverse=True)     # (U,), (n,)
+        live, parent = live[going], node[key // logits.shape[-1]]
+        alive, b = torch.unique(parent // W, return_inverse=True)                  # prompts that go on; each node's, rising
+        if len(alive) < B:
+            cache.batch_select_indices(alive)
+        place = torch.arange(len(b), device=model.device) - torch.searchsorted(b, b)
+        shape = len(alive), place.max().item() + 1                                 # the new (B, W)
+        node = b * shape[1] + place
+        token, position, seen = (new.new_zeros(shape[0] * shape[1], *new.shape[1:]).index_copy(0, node, new).unflatten(0, shape)
+                                 for new in (key % logits.shape[-1], position.flatten()[parent] + 1, seen.flatten(0, 1)[parent]))
     return rows, logps
+
+
+def draw(logp, at, generator=None):
+    """One token for each at[n] from the row logp[at[n]], by inversion: `torch.multinomial` draws V numbers for one token, which
+    took a quarter of the sampler's time. In float64, so that no rare token is lost; one of probability 0 is never drawn."""
+    mass = logp.double().exp().cumsum(-1)                                          # (U, V)
+    u = torch.rand(len(at), dtype=torch.float64, device=logp.device, generator=generator)
+    return torch.searchsorted(mass[at], (u * mass[at, -1])[:, None], right=True)[:, 0]
 
 
 def greedy(model, prefixes, max_new, eos, batch=128):
@@ -253,12 +241,13 @@ def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0):
 
 def chunks(prefixes, rows, owner, budget):
     """Split the rows into lists of row numbers of about `budget` tokens, padding included: sorted by length, so that
-    little is padded, the rows of one prefix side by side, so that it is computed once."""
+    little is padded, the rows of one prefix side by side, so that it is computed once. A list with one prefix may hold as
+    many tokens of rows: a prefix as long as the budget would be computed for every row."""
     order = sorted(range(len(rows)), key=lambda n: (len(prefixes[owner[n]]), owner[n], len(rows[n])))
     out, P, T, owners = [[]], 0, 0, set()
     for n in order:
         p, t, o = max(P, len(prefixes[owner[n]])), max(T, len(rows[n])), owners | {owner[n]}
-        if out[-1] and p * len(o) + t * (len(out[-1]) + 1) > budget:
+        if out[-1] and p * len(o) * (len(o) > 1) + t * (len(out[-1]) + 1) > budget:
             out.append([])
             p, t, o = len(prefixes[owner[n]]), len(rows[n]), {owner[n]}
         out[-1].append(n)
@@ -274,7 +263,7 @@ def take(prefixes, rows, owner, chosen):
 
 
 @torch.no_grad()
-def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, budget=16384):
+def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, budget=BUDGET):
     """(N,) summed log-probs of the scored tokens, without gradient, in chunks. Same arguments as `logprobs`; without `owner`
     there is a prefix a row, and equal ones go through the model once."""
     if owner is None:

@@ -9,7 +9,7 @@ other half lose them for good: GRPO gets their pairs (x, y) and nothing else. Te
 again resumes an unfinished run.
 
 Departures from the paper: the models are tiny and start from random weights with an induction head written in
-(`lm.write_induction_head`), in place of pretraining; their warm-up has weight decay and keeps a running mean of the weights;
+(`tiny.write_induction_head`), in place of pretraining; their warm-up has weight decay and keeps a running mean of the weights;
 labelled rows are replayed in the phases; Phase I is 250 steps and Phase II 60, not an epoch over 30k pairs;
 a phase that validates worse than its start, on labelled rows, is undone. See `swirl_fwm.py`,
 `swirl_idm.py`, `grpo.py` for the rest.
@@ -31,6 +31,7 @@ import rundir
 import sft
 import swirl_fwm
 import swirl_idm
+import tiny
 from envs import load_splits, records
 from evals import metrics
 from settings import parse
@@ -48,9 +49,9 @@ def load_models(cfg, labelled, state_only):
             rundir.fail(f"--model {cfg.model}: its tokenizer has no end token; give a causal language model")
         return P, lm.load(cfg.model)[0], tok
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
-    tok = lm.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
+    tok = tiny.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
                             + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
-    return lm.make_tiny(tok, seed=cfg.seed), lm.make_tiny(tok, seed=cfg.seed), tok     # the same weights, as in the paper
+    return tiny.make_model(tok, seed=cfg.seed), tiny.make_model(tok, seed=cfg.seed), tok     # the same weights, as in the paper
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lm
+import tiny
 
 torch.set_num_threads(1)
 
@@ -50,14 +51,14 @@ def model(request):
 
 @pytest.fixture(scope="session")
 def tok():
-    return lm.make_tokenizer(TEXTS, vocab_size=300)
+    return tiny.make_tokenizer(TEXTS, vocab_size=300)
 
 
 def random_tiny(tok, seed, monkeypatch):
-    """`lm.make_tiny` as Llama's own random weights leave it, sharpened: rows of a group then differ."""
+    """`tiny.make_model` as Llama's own random weights leave it, sharpened: rows of a group then differ."""
     with monkeypatch.context() as m:
-        m.setattr(lm, "write_induction_head", lambda model: None)
-        return sharpen(lm.make_tiny(tok, width=32, layers=2, context=512, seed=seed), 8.0)
+        m.setattr(tiny, "write_induction_head", lambda model: None)
+        return sharpen(tiny.make_model(tok, width=32, layers=2, context=512, seed=seed), 8.0)
 
 
 @pytest.fixture
