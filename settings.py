@@ -36,7 +36,7 @@ class Config:
     # warm-up (SFT on the labelled half)
     warmup_steps: int = setting(2800, "steps a model at most")
     warmup_every: int = setting(100, "steps between validations; the best checkpoint is kept")
-    patience: int = setting(5, "validations in a row without a better one that end the warm-up")
+    patience: int = setting(10, "validations in a row without a better one that end the warm-up")
     warmup_batch: int = setting(8, "transitions a step of the FWM: few, since steps count, not rows (README). Paper: 128")
     warmup_batch_idm: int = setting(64, "rows a step of the IDM: short ones, half of them spoiled")
     warmup_lr: float = setting(4e-3, "constant, Muon and AdamW. For a pretrained model: 2e-5 (paper)")
