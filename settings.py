@@ -10,7 +10,7 @@ from envs import WORLDS
 
 # The paper's rates and no tricks of tiny models, unless flags say else; the other departures stay
 PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, "warmup_decay": 0.0, "replay": 0,
-              "warmup_batch": 128, "warmup_batch_idm": 128, "undo": False}
+              "warmup_batch": 128, "warmup_batch_idm": 128, "patience": 5, "undo": False}
 
 
 def setting(default, text, **extra):
@@ -36,7 +36,8 @@ class Config:
     # warm-up (SFT on the labelled half)
     warmup_steps: int = setting(2800, "steps a model at most")
     warmup_every: int = setting(100, "steps between validations; the best checkpoint is kept")
-    patience: int = setting(10, "validations in a row without a better one that end the warm-up")
+    patience: int = setting(15, "validations in a row without a better one that end the warm-up: a tiny P may pause for a thousand "
+                            "steps before it learns to copy (README); a pretrained model: 5")
     warmup_batch: int = setting(8, "transitions a step of the FWM: few, since steps count, not rows (README). Paper: 128")
     warmup_batch_idm: int = setting(64, "rows a step of the IDM: short ones, half of them spoiled")
     warmup_lr: float = setting(4e-3, "constant, Muon and AdamW. For a pretrained model: 2e-5 (paper)")
