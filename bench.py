@@ -204,18 +204,27 @@ def least_seconds(f, repeats):
     return min(times)
 
 
+def forward_flop(width, layers, V, B, P, N, T, scored):
+    """Float operations that an exact forward pass cannot do without: B prefixes of P tokens once, N rows of T after them,
+    attention to what lies before, the head on `scored` tokens. (A layer of `make_model` holds 13 width^2 weights in matrices.)"""
+    attended = B * P * P / 2 + N * T * (P + T / 2)                                 # pairs of positions
+    return 2 * 13 * width**2 * layers * (B * P + N * T) + 4 * width * layers * attended + 2 * width * V * scored
+
+
+def step_flop(B, P, T, G, width, layers, V):
+    """Those of a whole step: sample, reference and update (forward 1, backward 2) see the same tokens; the reward Z more."""
+    N = B * G
+    return 5 * forward_flop(width, layers, V, B, P, N, T, N * T) + forward_flop(width, layers, V, B, P, N, T + Z, N * Z)
+
+
 def policy_pass_share(rate, width=512, layers=6, V=4096, B=4, P=272, T=32, G=8):
-    """Share of `rate` that forward and backward of the policy reach, a model of 20M parameters; counted are the matrix products
-    that the exact gradient needs: prefixes once, the head on scored tokens, attention to what lies before."""
+    """Share of `rate` that forward and backward of the policy reach, a model of 20M parameters."""
     model = make_model(width, layers, V)
     prompts, _ = make_work(B, P, V)
     rows = [r for _ in range(G) for r in make_work(B, T, V)[0]]
     owner = [n // G for n in range(B * G)]
     seconds = least_seconds(lambda: lm.logprobs(model, prompts, rows, owner).sum().backward(), 5)
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n)
-    attended = B * P * P / 2 + B * G * T * (P + T / 2)                             # pairs of positions
-    forward = 2 * matrices * B * (P + G * T) + 4 * width * layers * attended + 2 * width * V * B * G * T
-    return 3 * forward / seconds / rate
+    return 3 * forward_flop(width, layers, V, B, P, B * G, T, B * G * T) / seconds / rate
 
 
 def growth(repeats=2):
@@ -267,11 +276,14 @@ def main(argv=None):
         B, P, T, G, *_ = CASES[case]
         costs = race(case, names, args.repeats)
         ratio = lambda name, key="cpu_s_min": costs[name][key] / costs["ours"][key] if name in costs else None
-        result["cases"].append({"name": case, "trl": None, **costs, "ratio_trl": ratio("trl"), "ratio_plain": ratio("plain")})
+        least = torch.get_num_threads() * step_flop(*CASES[case]) / rate               # CPU s at the machine's rate
+        result["cases"].append({"name": case, "trl": None, **costs, "ratio_trl": ratio("trl"), "ratio_plain": ratio("plain"),
+                                "least_cpu_s": least})
         print(f"\n{case:22s} {'CPU s: min':>10} {'median':>7} {'wall s: min':>12} {'median':>7} {'peak MB':>8} {'tokens/s':>9} {'ours is':>9}")
         for name, c in costs.items():
             print(f"  {name:20s} {c['cpu_s_min']:10.2f} {c['cpu_s_median']:7.2f} {c['wall_s_min']:12.2f} {c['wall_s_median']:7.2f} "
                   f"{c['peak_mb_above_models']:8.0f} {B * G * T / c['wall_s_min']:9.0f} {ratio(name):8.1f}x")
+        print(f"  {'matrix products only':20s} {least:10.2f}" + " " * 48 + f"{least / costs['ours']['cpu_s_min']:8.1f}x")
     result["policy_pass_gemm_share"] = policy_pass_share(rate)
     print(f"\npolicy pass, 20M parameters: {result['policy_pass_gemm_share']:.0%} of that rate\n")
     if not args.cases or args.picture:

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import lm
@@ -41,3 +42,12 @@ def test_a_race_in_small(tmp_path):
         assert 0 < case[name]["cpu_s_min"] <= case[name]["cpu_s_median"]
     assert case["ratio_plain"] == pytest.approx(case["plain"]["cpu_s_min"] / case["ours"]["cpu_s_min"])
     assert (case["trl"] is None) == (case["ratio_trl"] is None)
+
+
+def test_the_operations_that_a_forward_pass_needs_are_those_that_torch_counts():
+    B, P, T, G, width, layers, V = 2, 24, 16, 4, 64, 2, 500
+    model, (prompts, _) = bench.make_model(width, layers, V), bench.make_work(B, P, V)
+    rows, owner = torch.randint(1, V, (B * G, T)).tolist(), [n // G for n in range(B * G)]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        lm.logprobs(model, prompts, rows, owner)
+    assert counter.get_total_flops() == pytest.approx(bench.forward_flop(width, layers, V, B, P, B * G, T, B * G * T), rel=0.05)
