@@ -45,9 +45,9 @@ def test_a_race_in_small(tmp_path):
 
 
 def test_the_operations_that_a_forward_pass_needs_are_those_that_torch_counts():
-    B, P, T, G, width, layers, V = 2, 24, 16, 4, 64, 2, 500
+    B, P, T, G, width, layers, V = 2, 8, 8, 16, 128, 2, 500                        # so short that attention, which torch does not count, is little
     model, (prompts, _) = bench.make_model(width, layers, V), bench.make_work(B, P, V)
     rows, owner = torch.randint(1, V, (B * G, T)).tolist(), [n // G for n in range(B * G)]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         lm.logprobs(model, prompts, rows, owner)
-    assert counter.get_total_flops() == pytest.approx(bench.forward_flop(width, layers, V, B, P, B * G, T, B * G * T), rel=0.05)
+    assert counter.get_total_flops() == pytest.approx(bench.forward_flop(width, layers, V, B, P, B * G, T, B * G * T), rel=0.03)
