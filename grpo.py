@@ -40,7 +40,7 @@ class GRPO:
     clip: float = 0.2           # the ratio's range is 1 - clip .. 1 + clip
     lr: float = 1e-4            # learning rate
     max_norm: float = 1.0       # gradient norm clip
-    budget: int = lm.BUDGET     # tokens a micro-batch: bounds memory, changes no gradient
+    budget: int = 0             # tokens a micro-batch: bounds memory, changes no gradient. 0 = lm.budget
 
 
 def advantages(R, scale="mean"):
@@ -107,7 +107,7 @@ def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_
     needed = (A.abs() > 1e-6) | (cfg.kl == "loss" and cfg.beta > 0)                # the others have no gradient
     keep = needed.nonzero()[:, 0].tolist()
     parts = [[keep[i] for i in part] for part in
-             lm.chunks(prompts, [rows[n] for n in keep], [owner[n] for n in keep], cfg.budget)] if keep else []
+             lm.chunks(prompts, [rows[n] for n in keep], [owner[n] for n in keep], cfg.budget or lm.budget(policy))] if keep else []
     old, losses, norms = [None] * len(parts), [], []
     for _ in range(cfg.updates if keep or replay else 0):
         for i, part in enumerate(parts):
@@ -160,7 +160,7 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, all
 def score_tokens(model, prompts, rows, owner, cfg):
     """(N, T) token log-probs of rows under a frozen model, in chunks."""
     out = torch.zeros(len(rows), max(map(len, rows)))
-    for part in lm.chunks(prompts, rows, owner, cfg.budget):
+    for part in lm.chunks(prompts, rows, owner, cfg.budget or lm.budget(model)):
         logp = lm.logprobs(model, *lm.take(prompts, rows, owner, part), temperature=cfg.temperature)
         out[part, :logp.shape[1]] = logp.cpu()
     return out

@@ -13,7 +13,8 @@ Departures from a plain Hugging Face loop, each exact:
 1. A prefix goes through the model once for all its rows: its keys and values are cached, copied to the rows, and the
    last prefix token is fed again with each row, since it predicts the row's first token. Gradients flow through the copy.
 2. While sampling, the rollouts of a prompt are a tree in one row of the batch: a beginning that they share is computed once, and
-   no key is copied when they part. A prompt whose rollouts have ended leaves. Logits only where a token is scored.
+   no key is copied when they part; the price is that attention looks past the keys of the other branches. A prompt whose
+   rollouts have ended leaves. Logits only where a token is drawn or scored.
 3. Masks come from lengths, never from token ids, so pad == eos is harmless. Positions are always explicit.
 4. Models stay in eval mode (no dropout): the sampler and the trainer see the same distribution.
 """
@@ -22,9 +23,7 @@ import functools
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
-
-BUDGET = 16384 if torch.cuda.is_available() else 1024      # tokens at a time: memory grows with them, a CPU gains nothing
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 # --- load, save, copy, train --------------------------------------------------------------------------------------------
@@ -99,8 +98,8 @@ def pad(rows, side, value, device):
 
 
 class Room(DynamicLayer):
-    """Keys and values of one layer. DynamicLayer copies them all to append a token; this one, without gradient, does so once in 32
-    tokens and writes the others in place."""
+    """Keys and values of one layer. DynamicLayer copies them all to append a token; this one, without gradient, when a quarter
+    more has come, and writes the others in place. It stands in for sliding windows too, since all fits in one (`context`)."""
 
     def update(self, key_states, value_states, *args, **kwargs):
         if torch.is_grad_enabled() or not self.is_initialized:
@@ -109,12 +108,12 @@ class Room(DynamicLayer):
         return self.keys, self.values
 
 
-def append(old, new, room=32):
+def append(old, new):
     """cat([old, new], 2) of (B, heads, L, D) tensors: behind `old` where its stride shows room, else in new memory."""
     B, H, L, D = old.shape
     T = L + new.shape[2]
     if old.stride(2) != D or old.stride(1) < T * D:
-        whole = new.new_empty(B, H, T + room, D)
+        whole = new.new_empty(B, H, T + T // 4 + 32, D)
         whole[:, :, :L] = old
     else:
         whole = old.as_strided((B, H, T, D), old.stride())
@@ -128,7 +127,8 @@ def prefill(model, prefixes):
     ids, mask = pad(prefixes, "left", 0, model.device)                             # (B, P)
     position = (mask.cumsum(1) - 1).clamp(min=0)                                   # (B, P)
     cache = DynamicCache(config=model.config)
-    cache.layers = [Room() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    assert all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers), "only attention can branch"
+    cache.layers = [Room() for _ in cache.layers]
     if ids.shape[1] > 1:
         model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position[:, :-1], past_key_values=cache,
               use_cache=True, logits_to_keep=1)
@@ -154,8 +154,10 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
     for _ in range(max_new):
         B, W = token.shape
         seen = torch.cat([seen, torch.eye(W, dtype=torch.bool, device=model.device).expand(B, W, W)], 2)
-        logits = model(token, attention_mask=seen[:, None], position_ids=position, past_key_values=cache,
-                       use_cache=True).logits.flatten(0, 1)[node].float()          # (U, V)
+        bias = torch.zeros(seen.shape, dtype=model.dtype, device=model.device).masked_fill(~seen, torch.finfo(model.dtype).min)
+        taken = torch.zeros(B * W, dtype=torch.bool, device=model.device).index_fill(0, node, True).view(B, W)
+        logits = model(token, attention_mask=bias[:, None], position_ids=position, past_key_values=cache, use_cache=True,
+                       logits_to_keep=taken).logits.view(len(node), -1).float()    # (U, V)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
         logp_all = truncate(logits / (temperature or 1.0), top_p, top_k).log_softmax(-1)
@@ -183,7 +185,7 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
 def draw(logp, at, generator=None):
     """One token for each at[n] from the row logp[at[n]], by inversion: `torch.multinomial` draws V numbers for one token, which
     took a quarter of the sampler's time. In float64, so that no rare token is lost; one of probability 0 is never drawn."""
-    mass = logp.double().exp().cumsum(-1)                                          # (U, V)
+    mass = logp.double().exp_().cumsum_(-1)                                        # (U, V)
     u = torch.rand(len(at), dtype=torch.float64, device=logp.device, generator=generator)
     return torch.searchsorted(mass[at], (u * mass[at, -1])[:, None], right=True)[:, 0]
 
@@ -239,6 +241,11 @@ def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0):
     return torch.zeros(ids.shape, device=model.device).masked_scatter(scored, logp)
 
 
+def budget(model):
+    """Tokens at a time: memory grows with them, and a CPU gains nothing from more."""
+    return 1024 if model.device.type == "cpu" else 16384
+
+
 def chunks(prefixes, rows, owner, budget):
     """Split the rows into lists of row numbers of about `budget` tokens, padding included: sorted by length, so that
     little is padded, the rows of one prefix side by side, so that it is computed once. A list with one prefix may hold as
@@ -263,15 +270,15 @@ def take(prefixes, rows, owner, chosen):
 
 
 @torch.no_grad()
-def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, budget=BUDGET):
-    """(N,) summed log-probs of the scored tokens, without gradient, in chunks. Same arguments as `logprobs`; without `owner`
-    there is a prefix a row, and equal ones go through the model once."""
+def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, tokens=None):
+    """(N,) summed log-probs of the scored tokens, without gradient, in chunks of `tokens`. Same arguments as `logprobs`; without
+    `owner` there is a prefix a row, and equal ones go through the model once."""
     if owner is None:
         prefixes = [tuple(p) for p in prefixes]
         at = {p: i for i, p in enumerate(dict.fromkeys(prefixes))}
         prefixes, owner = list(at), [at[p] for p in prefixes]
     total = torch.zeros(len(rows), device=model.device)
-    for chosen in chunks(prefixes, rows, owner, budget):
+    for chosen in chunks(prefixes, rows, owner, tokens or budget(model)):
         k = None if n_scored is None else [n_scored[n] for n in chosen]
         total[chosen] = logprobs(model, *take(prefixes, rows, owner, chosen), k, temperature).sum(1)
     return total

@@ -39,7 +39,7 @@ def warm_up(model, name, rows, size, validate, cfg, run, seconds):
     while not ended:
         prompts, targets = zip(*next(batch))
         tokens, owner, loss, step = sum(map(len, targets)), range(len(targets)), 0.0, step + 1
-        for chosen in lm.chunks(prompts, targets, owner, lm.BUDGET):          # of like length: little is padded
+        for chosen in lm.chunks(prompts, targets, owner, lm.budget(model)):     # of like length: little is padded
             piece = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
             piece.backward()
             loss += piece.item()

@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 import lm
-from conftest import EOS, MAKERS, grads, naive, naive_greedy, relative, weights
+from conftest import EOS, MAKERS, grads, naive, naive_greedy, relative, sharpen, weights
 
 RAGGED = [[5], [3, 1, 4, 1, 5, 2, 6], [2, 7], [1, 8, 2, 8], [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8]]
 
@@ -23,8 +23,10 @@ def draw(seed, n=14, V=9):
 
 # --- score --------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])                            # eager adds a mask, sdpa applies it
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_sampler_and_trainer_agree_on_every_token(model, temperature):
+def test_sampler_and_trainer_agree_on_every_token(model, temperature, attention):
+    model.set_attn_implementation(attention)
     gen = torch.Generator().manual_seed(0)
     rows, sampled = lm.sample(model, RAGGED, 6, 10, EOS, temperature, generator=gen)
     owner = [b for b in range(len(RAGGED)) for _ in range(6)]
@@ -73,7 +75,7 @@ def test_score_does_not_depend_on_the_budget(model, budget):
     rows, owner = draw(4)
     k = [1 + n % len(r) for n, r in enumerate(rows)]
     truth = [naive(model, RAGGED[o], r)[-j:].sum().item() for r, o, j in zip(rows, owner, k)]
-    total = lm.score(model, RAGGED, rows, owner, k, budget=budget)
+    total = lm.score(model, RAGGED, rows, owner, k, tokens=budget)
     assert total.tolist() == pytest.approx(truth, abs=1e-4) and not total.requires_grad
 
 
@@ -95,6 +97,13 @@ def test_chunks_hold_every_row_once_and_keep_to_the_budget(budget):
             many = len(used) if len(used) > 1 else 0                                # one prefix is free
             assert many * max(prompts) + len(part) * max(ours) <= budget or len(part) == 1
         assert len(parts) == 1 or budget < 10**6
+
+
+def test_rows_of_one_long_prompt_stay_together():
+    """The prompt would be computed anew in each chunk; only the rows count."""
+    assert lm.chunks([[1] * 100], [[2] * 5] * 8, [0] * 8, 40) == [list(range(8))]
+    assert lm.chunks([[1] * 100], [[2] * 5] * 8, [0] * 8, 20) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert lm.chunks([[1] * 100, [3] * 100], [[2] * 5] * 4, [0, 0, 1, 1], 40) == [[0, 1], [2, 3]]
 
 
 def test_take_keeps_each_row_with_its_own_prompt():
@@ -206,6 +215,8 @@ def test_a_draw_is_the_inverse_of_the_distribution_function(monkeypatch):
         assert torch.bincount(drawn, minlength=5).tolist() == count
     grid = torch.tensor([0.0, 1 - 2e-9, 1 - 5e-10], dtype=torch.float64)
     assert lm.draw(p.log(), torch.tensor([2, 2, 2])).tolist() == [0, 0, 4]
+    grid = torch.tensor([0.125, 0.0], dtype=torch.float64)                         # on the edge of a token of probability 0
+    assert lm.draw(p.log(), torch.tensor([0, 1])).tolist() == [2, 1]
 
 
 def test_a_cache_with_room_holds_what_one_that_copies_holds():
@@ -224,11 +235,23 @@ def test_a_cache_with_room_holds_what_one_that_copies_holds():
                 plain.batch_select_indices(parent)
 
 
-def test_a_cache_with_room_writes_in_place():
-    layer, one = lm.Room(), torch.ones(2, 2, 1, 4)
+@pytest.mark.parametrize("width", [1, 16])
+def test_a_cache_with_room_seldom_copies(width):
+    layer, new = lm.Room(), torch.ones(2, 2, width, 4)
     with torch.no_grad():
-        places = [layer.update(one, one)[0].data_ptr() for _ in range(36)]
-    assert len(set(places[1:33])) == 1 < len(set(places))
+        places = [layer.update(new, new)[0].data_ptr() for _ in range(64)]
+    assert sum(a != b for a, b in zip(places, places[1:])) < 16
+
+
+def test_a_sliding_window_that_holds_the_text_is_no_window():
+    """The tree of a group is longer than the window; each of its branches is not."""
+    torch.manual_seed(0)
+    model = sharpen(MistralForCausalLM(MistralConfig(vocab_size=9, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, sliding_window=16, eos_token_id=EOS)).eval(), 12.0)
+    assert lm.context(model) == 16
+    rows, logps = lm.sample(model, [RAGGED[1][:6], RAGGED[2]], 8, 8, EOS, generator=torch.Generator().manual_seed(0))
+    for n, (row, logp) in enumerate(zip(rows, logps)):
+        assert torch.allclose(torch.tensor(logp), naive(model, (RAGGED[1][:6], RAGGED[2])[n // 8], row), atol=1e-4)
 
 
 def test_rollouts_of_a_group_are_independent(model):
