@@ -13,7 +13,9 @@ What is not equal
    several. Both save time in training.
 2. TRL also computes the entropy, logs metrics, decodes the text, and on a CPU puts every position, not only the scored
    ones, through the head (on CUDA it does not). `pip install trl` is optional; without it its column is empty.
-3. Ours and the plain loop sum over tokens and divide by B*G; TRL's "dr_grpo" also divides by T: another learning rate.
+3. Ours and the plain loop sum over tokens and divide by B*G; TRL's "dr_grpo" also divides by T: a smaller gradient, which the
+   clip at norm 1 notices and AdamW does not.
+4. All run on the CPU, in float32.
 """
 import argparse
 import importlib.util
@@ -117,9 +119,10 @@ def train_trl(policy, Q, prompts, z, T, G, folder, begin, end):
         def on_step_end(self, *_, **__):
             end()
 
-    args = GRPOConfig(output_dir=folder, use_cpu=not torch.cuda.is_available(), bf16=False, gradient_checkpointing=False,
+    args = GRPOConfig(output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False,
                       per_device_train_batch_size=len(prompts) * G, gradient_accumulation_steps=1, num_generations=G, max_steps=10**6,
                       max_completion_length=T, temperature=1.0, top_k=0, top_p=1.0, beta=BETA, scale_rewards="none", loss_type="dr_grpo",
+                      use_bias_correction_kl=False,
                       learning_rate=LR, lr_scheduler_type="constant", optim="adamw_torch_fused", report_to="none", save_strategy="no",
                       logging_strategy="no", disable_tqdm=True, shuffle_dataset=False, generation_kwargs={"min_new_tokens": T})
     data = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in p) for p in prompts]})
@@ -140,8 +143,8 @@ def worker(name, case, folder):
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)                                                                  # what libraries print goes elsewhere
     B, P, T, G, _, _, V = CASES[case]
-    load = lambda: LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    policy, Q, (prompts, z), start = load(), load().requires_grad_(False), make_work(B, P, V), {}
+    load = lambda: lm.freeze(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))   # a copy: in memory, not in a mapped file
+    policy, Q, (prompts, z), start = load().requires_grad_(), load(), make_work(B, P, V), {}
 
     def begin():
         if not sys.stdin.readline():
@@ -157,7 +160,7 @@ def worker(name, case, folder):
 
     if name == "trl":                                                              # it reads its reference from the folder
         return train_trl(policy, Q, prompts, z, T, G, folder, begin, end)
-    step = {"ours": ours, "plain": plain}[name](policy, load().requires_grad_(False), Q, prompts, z, T, G)
+    step = {"ours": ours, "plain": plain}[name](policy, load(), Q, prompts, z, T, G)
     while True:
         begin()
         step()
@@ -169,7 +172,7 @@ def race(case, names, repeats):
     with tempfile.TemporaryDirectory() as folder:
         make_model(*CASES[case][4:]).save_pretrained(folder)
         run = {name: subprocess.Popen([sys.executable, __file__, "--worker", name, case, folder], stdin=subprocess.PIPE,
-                                      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for name in names}
+                                      stdout=subprocess.PIPE, stderr=open(Path(folder) / name, "w"), text=True) for name in names}
         costs = {name: [] for name in names}
         for turn in range(repeats + 1):
             for name in names:
@@ -177,7 +180,7 @@ def race(case, names, repeats):
                 run[name].stdin.flush()
                 answer = run[name].stdout.readline()
                 if not answer:
-                    sys.exit(f"error: {name} stopped in {case}; see: python bench.py --worker {name} {case} FOLDER")
+                    sys.exit(f"error: {name} stopped in {case}: " + (Path(folder) / name).read_text()[-2000:])
                 if turn:
                     costs[name].append(json.loads(answer))
         for process in run.values():
@@ -189,10 +192,40 @@ def race(case, names, repeats):
 
 # --- what the machine gives, and how cost grows ---------------------------------------------------------------------------------
 
-def gemm_rate(n=1024, repeats=10):
-    """float32 operations a second of an n x n matrix product, the best of some."""
-    a, b = torch.randn(n, n), torch.randn(n, n)
-    return 2 * n**3 / least_seconds(lambda: a @ b, repeats)
+def gemm(n=1024, repeats=10):
+    """float32 operations of an n x n matrix product a second of wall time, and a second of CPU time: the best of some."""
+    a, b, costs = torch.randn(n, n), torch.randn(n, n), []
+    for _ in range(repeats):
+        begin = time.perf_counter(), time.process_time()
+        a @ b
+        costs.append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    return tuple(2 * n**3 / min(cost) for cost in zip(*costs))
+
+
+def forward_flop(B, P, T, N, width, layers, V, scored):
+    """Float operations of a forward pass with nothing computed twice: B prefixes of P tokens, N rows of T, attention to what lies
+    before, the head on `scored` tokens. (A layer of `make_model` holds 13 width^2 weights in matrices.)"""
+    attended = B * P * P / 2 + N * T * (P + T / 2)                                 # pairs of positions
+    return 2 * 13 * width**2 * layers * (B * P + N * T) + 4 * width * layers * attended + 2 * width * V * scored
+
+
+def step_flop(B, P, T, G, width, layers, V):
+    """Those of a whole step: sample, reference and update (forward 1, backward 2) see the same tokens; the reward Z more."""
+    N = B * G
+    return 5 * forward_flop(B, P, T, N, width, layers, V, N * T) + forward_flop(B, P, T + Z, N, width, layers, V, N * Z)
+
+
+def policy_pass_share(B, P, T, G, width, layers, V, repeats=5):
+    """Share of the machine's rate, measured in turn with it, that forward and backward of `grpo.update` reach."""
+    model, (prompts, _) = make_model(width, layers, V), make_work(B, P, V)
+    rows, owner = [r for _ in range(G) for r in make_work(B, T, V)[0]], list(range(B)) * G
+
+    def both():
+        for part in lm.chunks(prompts, rows, owner, lm.budget(model)):
+            lm.logprobs(model, *lm.take(prompts, rows, owner, part)).sum().backward()
+
+    seconds, rates = zip(*((least_seconds(both, 1), gemm(repeats=3)[0]) for _ in range(repeats)))
+    return 3 * forward_flop(B, P, T, B * G, width, layers, V, B * G * T) / min(seconds) / max(rates)
 
 
 def least_seconds(f, repeats):
@@ -202,29 +235,6 @@ def least_seconds(f, repeats):
         f()
         times.append(time.perf_counter() - begin)
     return min(times)
-
-
-def forward_flop(width, layers, V, B, P, N, T, scored):
-    """Float operations that an exact forward pass cannot do without: B prefixes of P tokens once, N rows of T after them,
-    attention to what lies before, the head on `scored` tokens. (A layer of `make_model` holds 13 width^2 weights in matrices.)"""
-    attended = B * P * P / 2 + N * T * (P + T / 2)                                 # pairs of positions
-    return 2 * 13 * width**2 * layers * (B * P + N * T) + 4 * width * layers * attended + 2 * width * V * scored
-
-
-def step_flop(B, P, T, G, width, layers, V):
-    """Those of a whole step: sample, reference and update (forward 1, backward 2) see the same tokens; the reward Z more."""
-    N = B * G
-    return 5 * forward_flop(width, layers, V, B, P, N, T, N * T) + forward_flop(width, layers, V, B, P, N, T + Z, N * Z)
-
-
-def policy_pass_share(rate, width=512, layers=6, V=4096, B=4, P=272, T=32, G=8):
-    """Share of `rate` that forward and backward of the policy reach, a model of 20M parameters."""
-    model = make_model(width, layers, V)
-    prompts, _ = make_work(B, P, V)
-    rows = [r for _ in range(G) for r in make_work(B, T, V)[0]]
-    owner = [n // G for n in range(B * G)]
-    seconds = least_seconds(lambda: lm.logprobs(model, prompts, rows, owner).sum().backward(), 5)
-    return 3 * forward_flop(width, layers, V, B, P, B * G, T, B * G * T) / seconds / rate
 
 
 def growth(repeats=2):
@@ -268,24 +278,25 @@ def main(argv=None):
     if args.worker:
         return worker(*args.worker)
     names = ["ours", "plain"] + ["trl"] * (importlib.util.find_spec("trl") is not None)
-    rate = gemm_rate()
-    print(f"{torch.get_num_threads()} threads; float32 matrix products at {rate / 1e9:.0f} GFLOP/s"
+    rate, cpu_rate = gemm()
+    print(f"{torch.get_num_threads()} threads; float32 matrix products at {rate / 1e9:.0f} GFLOP/s, {cpu_rate / 1e9:.0f} a CPU second"
           + ("" if "trl" in names else "; trl is not installed"))
     result = {"gemm_gflops": rate / 1e9, "cases": []}
     for case in args.cases or CASES:
         B, P, T, G, *_ = CASES[case]
         costs = race(case, names, args.repeats)
         ratio = lambda name, key="cpu_s_min": costs[name][key] / costs["ours"][key] if name in costs else None
-        least = torch.get_num_threads() * step_flop(*CASES[case]) / rate               # CPU s at the machine's rate
+        least, share = step_flop(*CASES[case]) / cpu_rate, policy_pass_share(*CASES[case])
         result["cases"].append({"name": case, "trl": None, **costs, "ratio_trl": ratio("trl"), "ratio_plain": ratio("plain"),
-                                "least_cpu_s": least})
+                                "least_cpu_s": least, "policy_pass_gemm_share": share})
         print(f"\n{case:22s} {'CPU s: min':>10} {'median':>7} {'wall s: min':>12} {'median':>7} {'peak MB':>8} {'tokens/s':>9} {'ours is':>9}")
         for name, c in costs.items():
             print(f"  {name:20s} {c['cpu_s_min']:10.2f} {c['cpu_s_median']:7.2f} {c['wall_s_min']:12.2f} {c['wall_s_median']:7.2f} "
                   f"{c['peak_mb_above_models']:8.0f} {B * G * T / c['wall_s_min']:9.0f} {ratio(name):8.1f}x")
-        print(f"  {'matrix products only':20s} {least:10.2f}" + " " * 48 + f"{least / costs['ours']['cpu_s_min']:8.1f}x")
-    result["policy_pass_gemm_share"] = policy_pass_share(rate)
-    print(f"\npolicy pass, 20M parameters: {result['policy_pass_gemm_share']:.0%} of that rate\n")
+        print(f"  {'matrix products only':20s} {least:10.2f}{'':48} {least / costs['ours']['cpu_s_min']:8.1f}x"
+              f"\n  our policy pass: {share:.0%} of the machine's rate")
+    result["policy_pass_gemm_share"] = policy_pass_share(4, 272, 32, 8, 512, 6, 4096)
+    print(f"\npolicy pass, 20M parameters: {result['policy_pass_gemm_share']:.0%} of the rate\n")
     if not args.cases or args.picture:
         result["growth"] = growth()
         print(f"{'P':>6} {'T':>4} {'G':>4} {'ours s':>8} {'plain s':>8} {'P+GT':>6} {'G(P+T)':>7}")

@@ -50,4 +50,11 @@ def test_the_operations_that_a_forward_pass_needs_are_those_that_torch_counts():
     rows, owner = torch.randint(1, V, (B * G, T)).tolist(), [n // G for n in range(B * G)]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         lm.logprobs(model, prompts, rows, owner)
-    assert counter.get_total_flops() == pytest.approx(bench.forward_flop(width, layers, V, B, P, B * G, T, B * G * T), rel=0.03)
+    assert counter.get_total_flops() == pytest.approx(bench.forward_flop(B, P, T, B * G, width, layers, V, B * G * T), rel=0.03)
+
+
+def test_attended_pairs_are_those_of_a_causal_mask():
+    B, P, T, N = 3, 40, 30, 12
+    pairs = B * sum(p for p in range(P)) + N * sum(P + t for t in range(T))        # a token itself, or half of it: no matter
+    flop = lambda width: bench.forward_flop(B, P, T, N, width, 1, 7, 0) - 2 * 13 * width**2 * (B * P + N * T)
+    assert flop(64) == pytest.approx(4 * 64 * pairs, rel=0.03)
