@@ -56,14 +56,18 @@ def load_models(cfg, labelled, state_only):
 
 # --- evaluation ---------------------------------------------------------------------------------------------------------
 
-def evaluate(P, Q, tok, data, cfg, limits):
-    """({"fwm": .., "idm": ..} as in results.json, samples): greedy y_hat and z_hat on held-out (x, z, y)."""
+def evaluate_P(P, tok, data, longest):
+    """(scores as `fwm` in results.json, y_hat): greedy futures of held-out (x, z, y)."""
     xs, zs, ys = map(list, zip(*data))
-    y_hat = swirl_fwm.predict(P, tok, xs, zs, limits[0])
-    z_hat = swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view)
-    scores = {"fwm": metrics.fwm_scores(xs, y_hat, ys, swirl_fwm.logp(P, tok, xs, zs, ys).tolist()),
-              "idm": metrics.idm_scores(z_hat, zs, swirl_idm.logp(Q, tok, xs, zs, ys, cfg.view).tolist())}
-    return scores, [dict(x=x, z=z, y=y, y_hat=a, z_hat=b) for x, z, y, a, b in zip(xs, zs, ys, y_hat, z_hat)]
+    y_hat = swirl_fwm.predict(P, tok, xs, zs, longest)
+    return metrics.fwm_scores(xs, y_hat, ys, swirl_fwm.logp(P, tok, xs, zs, ys).tolist()), y_hat
+
+
+def evaluate_Q(Q, tok, data, longest, view):
+    """(scores as `idm` in results.json, z_hat), likewise."""
+    xs, zs, ys = map(list, zip(*data))
+    z_hat = swirl_idm.predict(Q, tok, xs, ys, longest, view)
+    return metrics.idm_scores(z_hat, zs, swirl_idm.logp(Q, tok, xs, zs, ys, view).tolist()), z_hat
 
 
 def best_of_8(P, Q, tok, data, cfg, limits):
@@ -97,10 +101,18 @@ def train(cfg):
           f"state-only, {len(test)} test transitions; {sum(p.numel() for p in P.parameters())/1e6:.2f}M parameters a model; "
           f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes else ""))
 
-    def stage_ends(name, since, what):
+    held_out = {}                                                      # side: (its scores, its predictions), until it moves
+
+    def stage_ends(name, since, what, moved):
         run.spend(what, since)
         since = time.time()
-        scores, samples = evaluate(P, Q, tok, test, cfg, limits)
+        if "fwm" in moved or not held_out:
+            held_out["fwm"] = evaluate_P(P, tok, test, limits[0])
+        if "idm" in moved or "idm" not in held_out:
+            held_out["idm"] = evaluate_Q(Q, tok, test, limits[1], cfg.view)
+        scores = {side: score for side, (score, _) in held_out.items()}
+        samples = [dict(x=x, z=z, y=y, y_hat=y_hat, z_hat=z_hat) for (x, z, y), y_hat, z_hat in
+                   zip(test, held_out["fwm"][1], held_out["idm"][1])]
         few = samples[:20]
         R = swirl_idm.logp(Q, tok, *([s[k] for s in few] for k in ("x", "z", "y_hat")), cfg.view)    # log Q(z | x, y_hat)
         for s, r in zip(few, R.tolist()):
@@ -109,7 +121,7 @@ def train(cfg):
         run.log("metrics.jsonl", phase="eval", stage=name, iteration=iteration, step=0, seconds=run.elapsed(), **scores)
         print(f"{name}: {rundir.show(scores)}  [{run.elapsed()/60:.1f} min]\n{rundir.show_sample(samples[0])}", flush=True)
         run.spend("eval", since)
-        run.progress["eval_seconds"] = time.time() - since
+        run.progress["eval_seconds"] = max(run.progress["eval_seconds"], time.time() - since)      # of both sides
         run.finish_stage(name, scores, P, Q, tok)
 
     # Warm-up: SFT of both directions on the labelled half
@@ -122,7 +134,7 @@ def train(cfg):
         since = time.time()
         sft.warm_up(Q, "IDM", rows_Q, cfg.warmup_batch_idm, validate_Q, cfg, run, .22 * budget)
         sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch, validate_P, cfg, run, .46 * budget)
-        stage_ends("sft", since, "warmup")
+        stage_ends("sft", since, "warmup", "fwm idm")
     if "best_of_8" not in run.progress["baselines"]:
         since = time.time()
         few = test[:max(20, int(len(test) * min(1, 0.02 * budget / run.progress["eval_seconds"])))]   # sampling 8 is dear
@@ -143,7 +155,7 @@ def train(cfg):
             phase(run, cfg, f"iteration{i}/phase1", P, Q, validate_P, pairs, rows_P, settings, cfg.phase1_steps,
                   time_share(run, budget, left), lambda ref, opt, pairs, gen, replay: swirl_fwm.phase1_step(
                       P, Q, ref, opt, tok, pairs, settings, **reward, max_z=limits[1], generator=gen, replay=replay))
-            stage_ends(f"iteration{i}/phase1", since, "phase1")
+            stage_ends(f"iteration{i}/phase1", since, "phase1", "fwm")
         # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
         if not run.done(f"iteration{i}/phase2"):
             since = time.time()
@@ -151,7 +163,7 @@ def train(cfg):
             phase(run, cfg, f"iteration{i}/phase2", Q, P, validate_Q, state_only, rows_Q, settings, cfg.phase2_steps,
                   time_share(run, budget, left - 1), lambda ref, opt, pairs, gen, replay: swirl_idm.phase2_step(
                       Q, P, ref, opt, tok, pairs, settings, **reward, generator=gen, replay=replay))
-            stage_ends(f"iteration{i}/phase2", since, "phase2")
+            stage_ends(f"iteration{i}/phase2", since, "phase2", "idm")
     return finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device)
 
 
@@ -174,10 +186,10 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
 
 
 def time_share(run, budget, phases_left):
-    """Seconds that the next phase may take: what is left after what comes at its end and at the run's, reckoned in evaluations
-    (1.3 a phase: two validations; half a one for the bounds), Phase I taking four times Phase II's share (its rollouts
-    are whole states)."""
-    left = max(2.0, budget - run.elapsed() - run.progress["eval_seconds"] * (1.3 * phases_left + 0.5))
+    """Seconds that the next phase may take: what is left after what comes at its end and at the run's, reckoned in evaluations of
+    both sides (.8 a phase: of one side, and two validations; .5 for the bounds), Phase I taking four times Phase II's share
+    (its rollouts are whole states)."""
+    left = max(2.0, budget - run.elapsed() - run.progress["eval_seconds"] * (0.8 * phases_left + 0.5))
     return left * (4 if phases_left % 2 == 0 else 1) / (5 * ((phases_left + 1) // 2) - (4 if phases_left % 2 else 0))
 
 
