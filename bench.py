@@ -277,6 +277,8 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     if args.worker:
         return worker(*args.worker)
+    if args.picture and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--picture needs matplotlib: pip install -r requirements-extra.txt")
     names = ["ours", "plain"] + ["trl"] * (importlib.util.find_spec("trl") is not None)
     rate, cpu_rate = gemm()
     print(f"{torch.get_num_threads()} threads; float32 matrix products at {rate / 1e9:.0f} GFLOP/s, {cpu_rate / 1e9:.0f} a CPU second"
