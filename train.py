@@ -11,7 +11,7 @@ again resumes an unfinished run.
 Departures from the paper: the models are tiny and start from random weights with an induction head written in
 (`tiny.write_induction_head`), in place of pretraining; their warm-up has weight decay and keeps a running mean of the weights;
 labelled rows are replayed in the phases; Phase I is 250 steps and Phase II 60, not an epoch over 30k pairs;
-a phase that validates worse than its start, on labelled rows, is undone. See `swirl_fwm.py`,
+a phase that validates clearly worse than its start, on labelled rows, is undone. See `swirl_fwm.py`,
 `swirl_idm.py`, `grpo.py` for the rest.
 """
 import platform
@@ -200,7 +200,7 @@ def phase_settings(cfg, beta, lr, max_new):
 
 def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps, seconds, take_step):
     """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold; labelled `rows` are replayed in each.
-    A phase that lowers the validation score is undone (`--no-undo`: the paper)."""
+    A phase that lowers the validation score by more than `cfg.undo` is undone (`--undo 1`: never, as in the paper)."""
     begin, rng = time.time(), random.Random(f"{cfg.seed} {name}")
     batch = sft.batches(pairs, cfg.batch, rng)
     gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31))
@@ -239,7 +239,7 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
         run.log("samples.jsonl", stage=name, **example)
     assert all(torch.equal(a, b) for a, b in zip(before, frozen.parameters())), "the frozen model moved"
     was, now = validate(ref), validate(policy)
-    undone = cfg.undo and now < was
+    undone = now < was - cfg.undo
     if undone:
         policy.load_state_dict(ref.state_dict())
     run.log("metrics.jsonl", phase="eval", stage=name, iteration=int(iteration), step=step, seconds=run.elapsed(),
