@@ -287,7 +287,7 @@ def main(argv=None):
     for case in args.cases or CASES:
         B, P, T, G, *_ = CASES[case]
         costs = race(case, names, args.repeats)
-        ratio = lambda name, key="cpu_s_min": costs[name][key] / costs["ours"][key] if name in costs else None
+        ratio = lambda name: costs[name]["cpu_s_min"] / costs["ours"]["cpu_s_min"] if name in costs else None
         least, share = step_flop(*CASES[case]) / cpu_rate, policy_pass_share(*CASES[case])
         result["cases"].append({"name": case, "trl": None, **costs, "ratio_trl": ratio("trl"), "ratio_plain": ratio("plain"),
                                 "least_cpu_s": least, "policy_pass_gemm_share": share})

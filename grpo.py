@@ -106,8 +106,8 @@ def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_
     first step})."""
     needed = (A.abs() > 1e-6) | (cfg.kl == "loss" and cfg.beta > 0)                # the others have no gradient
     keep = needed.nonzero()[:, 0].tolist()
-    parts = [[keep[i] for i in part] for part in
-             lm.chunks(prompts, [rows[n] for n in keep], [owner[n] for n in keep], cfg.budget or lm.budget(policy))] if keep else []
+    parts = [[keep[i] for i in part] for part in lm.chunks(
+        prompts, [rows[n] for n in keep], [owner[n] for n in keep], cfg.budget or lm.budget(policy))] if keep else []
     old, losses, norms = [None] * len(parts), [], []
     for _ in range(cfg.updates if keep or replay else 0):
         for i, part in enumerate(parts):

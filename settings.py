@@ -91,7 +91,8 @@ def parse(argv=None):
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
               "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
-              "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "seed": 0 <= cfg.seed < 2**32, "warmup_decay": 0 <= cfg.warmup_decay < float("inf")}
+              "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "seed": 0 <= cfg.seed < 2**32,
+              "warmup_decay": 0 <= cfg.warmup_decay < float("inf")}
     for name in ("warmup_lr", "lr_fwm", "lr_idm"):
         checks[name] = 0 < getattr(cfg, name) < float("inf")
     for name in ("eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_batch_idm", "warmup_every",

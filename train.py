@@ -50,7 +50,7 @@ def load_models(cfg, labelled, state_only):
         return P, lm.load(cfg.model)[0], tok
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
     tok = tiny.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
-                            + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
+                              + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
     return tiny.make_model(tok, seed=cfg.seed), tiny.make_model(tok, seed=cfg.seed), tok     # the same weights, as in the paper
 
 
@@ -103,12 +103,12 @@ def train(cfg):
 
     held_out = {}                                                      # side: (its scores, its predictions), until it moves
 
-    def stage_ends(name, since, what, moved):
+    def stage_ends(name, since, what):
         run.spend(what, since)
         since = time.time()
-        if "fwm" in moved or not held_out:
+        if what != "phase2" or "fwm" not in held_out:
             held_out["fwm"] = evaluate_P(P, tok, test, limits[0])
-        if "idm" in moved or "idm" not in held_out:
+        if what != "phase1" or "idm" not in held_out:
             held_out["idm"] = evaluate_Q(Q, tok, test, limits[1], cfg.view)
         scores = {side: score for side, (score, _) in held_out.items()}
         samples = [dict(x=x, z=z, y=y, y_hat=y_hat, z_hat=z_hat) for (x, z, y), y_hat, z_hat in
@@ -134,7 +134,7 @@ def train(cfg):
         since = time.time()
         sft.warm_up(Q, "IDM", rows_Q, cfg.warmup_batch_idm, validate_Q, cfg, run, .22 * budget)
         sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch, validate_P, cfg, run, .46 * budget)
-        stage_ends("sft", since, "warmup", "fwm idm")
+        stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:
         since = time.time()
         few = test[:max(20, int(len(test) * min(1, 0.02 * budget / run.progress["eval_seconds"])))]   # sampling 8 is dear
@@ -155,7 +155,7 @@ def train(cfg):
             phase(run, cfg, f"iteration{i}/phase1", P, Q, validate_P, pairs, rows_P, settings, cfg.phase1_steps,
                   time_share(run, budget, left), lambda ref, opt, pairs, gen, replay: swirl_fwm.phase1_step(
                       P, Q, ref, opt, tok, pairs, settings, **reward, max_z=limits[1], generator=gen, replay=replay))
-            stage_ends(f"iteration{i}/phase1", since, "phase1", "fwm")
+            stage_ends(f"iteration{i}/phase1", since, "phase1")
         # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
         if not run.done(f"iteration{i}/phase2"):
             since = time.time()
@@ -163,7 +163,7 @@ def train(cfg):
             phase(run, cfg, f"iteration{i}/phase2", Q, P, validate_Q, state_only, rows_Q, settings, cfg.phase2_steps,
                   time_share(run, budget, left - 1), lambda ref, opt, pairs, gen, replay: swirl_idm.phase2_step(
                       Q, P, ref, opt, tok, pairs, settings, **reward, generator=gen, replay=replay))
-            stage_ends(f"iteration{i}/phase2", since, "phase2", "idm")
+            stage_ends(f"iteration{i}/phase2", since, "phase2")
     return finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device)
 
 

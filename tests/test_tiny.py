@@ -26,6 +26,7 @@ def test_a_tiny_model_is_a_function_of_its_seed(tok):
     make = lambda seed: weights(tiny.make_model(tok, width=32, layers=2, seed=seed))
     assert torch.equal(make(3), make(3)) and not torch.equal(make(3), make(4))
 
+
 def test_an_untrained_tiny_model_repeats_a_random_string(monkeypatch):
     """[20 tokens][10 others][the 20 again]: the likeliest token is the right one in most places, and nowhere without the head."""
     ids = torch.randint(2, 700, (16, 30), generator=torch.Generator().manual_seed(0))

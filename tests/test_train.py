@@ -24,6 +24,7 @@ FWM, IDM = {"n", "exact", "exact_changed", "bleu", "rouge_l", "logp"}, {"n", "ex
 def test_a_pretrained_model_is_spared_the_tricks_of_tiny_ones():
     cfg, ours = train.parse(["--model", "some/model"]), train.parse(["--model", "some/model", "--warmup-decay", "0.1"])
     assert (cfg.warmup_decay, cfg.replay, cfg.muon, cfg.undo, cfg.minutes) == (0.0, 0, False, 1.0, None) and ours.warmup_decay == 0.1
+    assert cfg.patience < train.parse([]).patience
     assert train.parse([]).warmup_decay == 1 and train.parse([]).replay == 8
     with pytest.raises(SystemExit):
         train.parse(["--replay", "-1"])
