@@ -1,4 +1,4 @@
-"""The one door to a language model: load it, sample from it, score with it. (`tiny.py` makes one.)
+"""The one door to a language model: sample from it, score with it. (`tiny.py` makes one, `pretrained.py` loads one.)
 
 Claim: P(y|x,z) and Q(z|x,y) are both  log p(row | prefix) = sum_t log p(row_t | prefix, row_<t),  and everything in this
 project is one of two calls: `sample` draws rows and returns their token log-probs, `logprobs` scores given rows.
@@ -17,31 +17,29 @@ Departures from a plain Hugging Face loop, each exact:
    rollouts have ended leaves. Logits only where a token is drawn or scored.
 3. Masks come from lengths, never from token ids, so pad == eos is harmless. Positions are always explicit.
 4. Models stay in eval mode (no dropout): the sampler and the trainer see the same distribution.
+5. With `HALF` the products are bfloat16 (autocast); weights, their gradients, the optimizer and log-probs stay float32.
 """
 import copy
 import functools
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
-# --- load, save, copy, train --------------------------------------------------------------------------------------------
-
-def load(name):
-    """(model, tokenizer) of a local folder or a Hub id; safetensors only, no remote code. OSError if it is not there."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token          # harmless: masks never look at ids
-    return model.eval(), tokenizer
+HALF = False                                                                       # `--dtype bfloat16`
 
 
-def save(model, tokenizer, folder):
-    """A Hugging Face folder that `from_pretrained` loads."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def in_half(f):
+    """f(model, ..), under autocast if `HALF`: each weight is cast once a call."""
+    @functools.wraps(f)
+    def call(model, *args, **kwargs):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=HALF):
+            return f(model, *args, **kwargs)
+    return call
 
+
+# --- copy, train --------------------------------------------------------------------------------------------
 
 def freeze(model):
     """A copy that does not learn: the reference, pi_ref, as the policy stands now."""
@@ -138,6 +136,7 @@ def prefill(model, prefixes):
 # --- sample -------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
+@in_half
 def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0, allowed=None, generator=None):
     """Draw G rows after each prefix; temperature 0 takes the likeliest token.
 
@@ -154,7 +153,7 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
     for _ in range(max_new):
         B, W = token.shape
         seen = torch.cat([seen, torch.eye(W, dtype=torch.bool, device=model.device).expand(B, W, W)], 2)
-        bias = torch.zeros(seen.shape, dtype=model.dtype, device=model.device).masked_fill(~seen, torch.finfo(model.dtype).min)
+        bias = torch.zeros(seen.shape, dtype=model.dtype, device=model.device).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
         taken = torch.zeros(B * W, dtype=torch.bool, device=model.device).index_fill(0, node, True).view(B, W)
         logits = model(token, attention_mask=bias[:, None], position_ids=position, past_key_values=cache, use_cache=True,
                        logits_to_keep=taken).logits.view(len(node), -1).float()    # (U, V)
@@ -219,6 +218,7 @@ def truncate(logits, top_p, top_k):
 
 # --- score --------------------------------------------------------------------------------------------------------------
 
+@in_half
 def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0):
     """(N, T) log p(row_t | prefix, row_<t) of the last n_scored[n] tokens of each row (all by default), else 0.
 

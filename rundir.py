@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 
-import lm
+import pretrained
 import swirl_idm
 
 OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm",
@@ -105,8 +105,8 @@ class Run:
         """Save both models beside the last ones, then name them in progress.json: a cut loses one stage at most."""
         folder = "checkpoint-b" if self.progress["folder"] == "checkpoint-a" else "checkpoint-a"
         shutil.rmtree(self.dir / folder, ignore_errors=True)
-        lm.save(P, tok, self.dir / folder / "fwm")
-        lm.save(Q, tok, self.dir / folder / "idm")
+        pretrained.save(P, tok, self.dir / folder / "fwm")
+        pretrained.save(Q, tok, self.dir / folder / "idm")
         self.progress["stages"].append({"name": name, **scores})
         self.progress["folder"] = folder
         self.progress["saved"] = sorted(p.name for p in (self.dir / folder / "fwm").iterdir())

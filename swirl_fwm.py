@@ -24,28 +24,29 @@ Departures from the paper:
 import grpo
 import lm
 import swirl_idm
+from pretrained import frame
 
 
 # --- P as a language model ----------------------------------------------------------------------------------------------
 
 def before(tok, x):
     """The ids of x. It comes first, so that everything that is asked about one x shares this prefix."""
-    return list(lm.encode(tok, "\n" + x))
+    return [*frame(tok).head, *lm.encode(tok, "\n" + x)]
 
 
 def prompt(tok, x, z):
     """The ids before y."""
-    return [*before(tok, x), *lm.encode(tok, "\naction: " + z), *lm.encode(tok, "\nnext:")]
+    return [*before(tok, x), *lm.encode(tok, "\naction: " + z), *lm.encode(tok, "\nnext:"), *frame(tok).tail]
 
 
 def target(tok, y):
     """The ids of y with its end: without the end, log P would score "y as a beginning"."""
-    return [*lm.encode(tok, "\n" + y), tok.eos_token_id]
+    return [*lm.encode(tok, frame(tok).line + y), tok.eos_token_id]
 
 
 def read(tok, ids):
     """The state that sampled ids spell."""
-    return lm.decode(tok, ids).removeprefix("\n")
+    return lm.decode(tok, ids).removeprefix(frame(tok).line)
 
 
 def logp(P, tok, xs, zs, ys):

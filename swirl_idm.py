@@ -27,6 +27,7 @@ import difflib
 import grpo
 import lm
 import swirl_fwm
+from pretrained import frame
 
 
 # --- Q as a language model ----------------------------------------------------------------------------------------------
@@ -80,20 +81,20 @@ def prompt(tok, x, y, view="diff"):
     """The ids before z. view "full" (the paper's): both states. "diff" (our default): only the lines that change, which
     a small Q learns from far fewer labels, and which is shorter."""
     if view == "diff":
-        ids = [t for line in line_diff(x, y) for t in lm.encode(tok, "\n" + line)]
+        ids = [*frame(tok).head, *(t for line in line_diff(x, y) for t in lm.encode(tok, "\n" + line))]
     else:
-        ids = [*lm.encode(tok, "\n" + x), *lm.encode(tok, "\nnext:"), *lm.encode(tok, "\n" + y)]
-    return [*ids, *lm.encode(tok, "\naction:")]
+        ids = [*swirl_fwm.before(tok, x), *lm.encode(tok, "\nnext:"), *lm.encode(tok, "\n" + y)]
+    return [*ids, *lm.encode(tok, "\naction:"), *frame(tok).tail]
 
 
 def target(tok, z):
     """The ids of z with its end."""
-    return [*lm.encode(tok, " " + z), tok.eos_token_id]
+    return [*lm.encode(tok, frame(tok).space + z), tok.eos_token_id]
 
 
 def read(tok, ids):
     """The action that sampled ids spell."""
-    return lm.decode(tok, ids).removeprefix(" ")
+    return lm.decode(tok, ids).removeprefix(frame(tok).space)
 
 
 def logp(Q, tok, xs, zs, ys, view="diff"):
@@ -104,7 +105,7 @@ def logp(Q, tok, xs, zs, ys, view="diff"):
 def score(Q, tok, xs, ys, rows, view="diff"):
     """As `logp`, of the ids that spell z. A prompt that comes several times goes through Q once; in view "full" x alone does."""
     prompts = [prompt(tok, x, y, view) for x, y in zip(xs, ys)]
-    shared = [p if view == "diff" else p[:len(lm.encode(tok, "\n" + x))] for p, x in zip(prompts, xs)]
+    shared = [p if view == "diff" else p[:len(swirl_fwm.before(tok, x))] for p, x in zip(prompts, xs)]
     rows_after = [[*p[len(s):], *row] for p, s, row in zip(prompts, shared, rows)]
     return lm.score(Q, shared, rows_after, n_scored=[len(row) for row in rows])
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import grpo
 import lm
 import mi_bounds
+import pretrained
 import rundir
 import sft
 import swirl_fwm
@@ -42,12 +43,13 @@ def load_models(cfg, labelled, state_only):
     """(P, Q, tok). Tiny models get a tokenizer fitted on the run's own training text."""
     if cfg.model != "tiny":
         try:
-            P, tok = lm.load(cfg.model)
+            P, tok = pretrained.load(cfg.model)
         except (OSError, ValueError, ImportError) as e:
-            rundir.fail(f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, a Hub id or a folder with safetensors")
+            rundir.fail(f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, smollm2, a Hub id, a folder with safetensors "
+                        "or a .gguf file")
         if tok.eos_token_id is None:
             rundir.fail(f"--model {cfg.model}: its tokenizer has no end token; give a causal language model")
-        return P, lm.load(cfg.model)[0], tok
+        return P, lm.freeze(P).requires_grad_(), tok
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
     tok = tiny.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
                               + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
@@ -86,14 +88,16 @@ def train(cfg):
         return rundir.report(rundir.Run(cfg, started).load("results.json"))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     torch.manual_seed(cfg.seed)
+    lm.HALF = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and cfg.model != "tiny" and device == "cuda" and torch.cuda.is_bf16_supported()
     labelled, validation, state_only, test = load_splits(cfg)
     P, Q, tok = load_models(cfg, labelled, state_only)
+    labelled, validation, state_only, test = shorten(tok, (labelled, validation, state_only, test), cfg.max_state)
     limits = check_data(P, tok, labelled, validation, state_only, test, cfg)
     test = test[:max(20, 30000 * len(test) // sum(len(lm.encode(tok, "\n" + y)) for _, _, y in test))]
     run = rundir.Run(cfg, started)                                    # nothing is written before the input has been checked
     if run.progress["folder"]:
         last = run.dir / run.progress["folder"]
-        (P, tok), (Q, _) = (lm.load(last / side if (last / side).exists() else run.dir / side) for side in ("fwm", "idm"))
+        (P, tok), (Q, _) = (pretrained.load(last / side if (last / side).exists() else run.dir / side) for side in ("fwm", "idm"))
         print(f"resuming after {run.progress['stages'][-1]['name']}")
     P, Q = P.to(device), Q.to(device)
     budget = cfg.minutes * 54 if cfg.minutes else float("inf")         # the rest: installing, what cannot be planned
@@ -167,6 +171,18 @@ def train(cfg):
     return finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device)
 
 
+def shorten(tok, splits, longest):
+    """The splits with `pretrained.shorten` applied to every state; says how many it cut."""
+    if not longest:
+        return splits
+    states = {s for rows in splits for row in rows for s in (row[0], row[-1])}
+    short = {s: pretrained.shorten(tok, s, longest) for s in states}
+    cut = sum(short[s] != s for s in states)
+    if cut:
+        print(f"{cut} of {len(states)} states have more than {longest} tokens: the middle of each is left out (--max-state)")
+    return tuple([(short[row[0]], *row[1:-1], short[row[-1]]) for row in rows] for rows in splits)
+
+
 def check_data(P, tok, labelled, validation, state_only, test, cfg):
     """(longest y, longest z) to sample, in tokens: the longest in training and a margin. Fails if a split is empty or a
     prompt and its completion do not fit the model."""
@@ -175,13 +191,17 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
         if not any(row[0] != row[-1] for row in rows):
             rundir.fail(f"{name}: no {what} transition with y != x; give more episodes")
     longest_z = lambda rows: max(len(lm.encode(tok, " " + z)) for _, z, _ in rows) + 8
+    frame = len(pretrained.frame(tok).head) + len(pretrained.frame(tok).tail) + 16
     n = {s: len(lm.encode(tok, "\n" + s)) for rows in (labelled, validation, state_only, test) for row in rows
          for s in (row[0], row[-1])}
     y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
     longest = max(n, key=n.get)
-    if n[longest] + max(y, n[longest]) + 2 * longest_z(labelled + validation + test) + 16 > lm.context(P):
+    if n[longest] + max(y, n[longest]) + 2 * longest_z(labelled + validation + test) + frame > lm.context(P):
         rundir.fail(f"{name}: a state of {n[longest]} tokens ({longest[:40]!r}...) is longer than the model takes "
-             f"({lm.context(P)} tokens for x, z and y together); shorten the states or choose another --model")
+             f"({lm.context(P)} tokens for x, z and y together); give --max-state, shorten the states or choose another --model")
+    lost = sum(swirl_fwm.read(tok, swirl_fwm.target(tok, s)) != s for s in n)
+    if lost:
+        print(f"warning: {name}: the tokenizer does not give {lost} of {len(n)} states back as they are; P cannot predict these exactly")
     return y, longest_z(labelled)
 
 
@@ -227,7 +247,7 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
         if log is None:                                                            # Q read no action: nothing to learn
             run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), reward=None)
             continue
-        if not checked and not log["gap"] < 1e-3 and settings.top_p == 1 and settings.top_k == 0:
+        if not checked and not log["gap"] < (0.5 if lm.HALF else 1e-3) and settings.top_p == 1 and settings.top_k == 0:
             raise RuntimeError(f"sampler and trainer disagree by {log['gap']} nats a token")
         checked = checked or log["gap"] > 0                                        # 0: no rollout had an advantage
         kl = kl if log["kl"] is None else log["kl"]

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 import lm
+import pretrained
 from conftest import EOS, MAKERS, grads, naive, naive_greedy, relative, sharpen, weights
 
 RAGGED = [[5], [3, 1, 4, 1, 5, 2, 6], [2, 7], [1, 8, 2, 8], [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8]]
@@ -416,10 +417,10 @@ def test_a_frozen_copy_stays_behind(model):
 
 def test_saved_folder_gives_the_same_log_probs(tmp_path, tok, P):
     ids = list(lm.encode(tok, "\nlamp is on"))
-    lm.save(P, tok, tmp_path)
+    pretrained.save(P, tok, tmp_path)
     truth = naive(P, ids, [5, 9, tok.eos_token_id])
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    model, tok2 = lm.load(str(tmp_path))
+    model, tok2 = pretrained.load(str(tmp_path))
     for other in (again, model):
         assert torch.allclose(naive(other, ids, [5, 9, tok.eos_token_id]), truth, atol=1e-6)
     assert list(lm.encode(tok2, "\nlamp is on")) == ids and tok2.eos_token_id == tok.eos_token_id

@@ -2,6 +2,7 @@
 import torch
 
 import lm
+import pretrained
 import tiny
 from conftest import naive, weights
 
@@ -9,9 +10,9 @@ from conftest import naive, weights
 def test_a_saved_tiny_model_keeps_its_induction_head(tok, tmp_path):
     """The head lives in the biases of q and k: a folder that lost them would give other numbers."""
     model = tiny.make_model(tok, seed=5)
-    lm.save(model, tok, tmp_path)
+    pretrained.save(model, tok, tmp_path)
     prefix, row = list(range(5, 25)) + list(range(40, 45)), list(range(5, 15))
-    a, b = (naive(m, prefix, row) for m in (model, lm.load(str(tmp_path))[0]))
+    a, b = (naive(m, prefix, row) for m in (model, pretrained.load(str(tmp_path))[0]))
     assert torch.allclose(a, b, atol=1e-5) and model.model.layers[0].self_attn.k_proj.bias.abs().max() > 1
 
 

