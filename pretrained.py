@@ -26,7 +26,7 @@ class Frame(NamedTuple):
     head: tuple          # ids before what is asked
     tail: tuple          # ids between it and the reply
     end: int             # id that ends the reply; None if the tokenizer has none
-    line: str            # what y begins with: its template ends with a line break, otherwise ours stands here
+    line: str            # what the first segment of a prompt and y begin with: a line break, if no template sets them apart
     space: str           # what z begins with, likewise
 
 
@@ -43,8 +43,8 @@ def load(name, dtype=torch.float32):
         if importlib.util.find_spec("gguf") is None:
             raise ImportError("a GGUF file needs a package: pip install gguf")
         name, file = os.path.dirname(name) or ".", {"gguf_file": os.path.basename(name)}
-    tok = AutoTokenizer.from_pretrained(name, **file)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **(file or {"use_safetensors": True}))
+    tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **file)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **(file or {"use_safetensors": True}))
     if file:
         del model.config.quantization_config                                       # the weights are plain now
     end = frame(tok).end

