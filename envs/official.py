@@ -85,7 +85,7 @@ def _list(file, place, text, at):
             error = caught
         # A row may have been cut by the buffer's end: then it lacks a quote, or the fault is at that end. And a number may go on.
         if error is None and end == len(text) or getattr(error, "msg", "").startswith("Unterminated") \
-                or isinstance(error, json.JSONDecodeError) and error.pos >= len(text) - 16:
+                or isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip()) - 16:
             more = file.read(max(CHUNK, len(text) - at))  # at least as much as there is, so all readings together are linear
             if more:
                 line += text.count("\n", counted, at)
