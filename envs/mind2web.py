@@ -16,8 +16,9 @@ The cut. Pages have 10^4 to 10^6 characters. `cut` keeps one stretch of at most 
      Half of the budget lies before its tag, half from there on; at the page's start or end, the stretch moves inwards.
   2. At both ends the stretch then shrinks to whole tags, unless that would lose the target's tag.
   3. A page that does not have the target is cut from its start: often a y of another address. (By chance its numbers may
-     name another element. What the page changes outside of the stretch is lost; the command counts y = x of that kind.)
-  4. Each end that was cut holds <!-- N characters left out -->, beyond the budget. The command prints the sums.
+     name another element.)
+  4. Each end that was cut holds <!-- N characters left out -->, beyond the budget. The command prints the sums, and how
+     often all that changed was left out: y is x then, but for an N that nobody could foretell.
 
 What a model at test time can know: x, and z with its target, which is what the stretch is cut around. Where the page
 will change it cannot know. --around change cuts both pages around the first character in which they differ: shorter
@@ -102,13 +103,12 @@ def pair(h, h_next, nodes, budget=BUDGET, around="target", keep_ids=False, count
     if around == "change":
         at = len(os.path.commonprefix([html for html, _ in pages]))
         pages = [(html, at) for html, _ in pages]
-    for html, at in pages:
-        begin, end = stretch(html, at, budget)
-        counts["pages cut, x and y apart"] += end - begin < len(html)
-        counts["characters left out of them"] += len(html) - (end - begin)
-    x, y = (cut(html, at, budget) for html, at in pages)
-    counts["transitions whose change was cut away, so y = x"] += x == y and pages[0][0] != pages[1][0]
-    return x, y
+    kept = [html[slice(*stretch(html, at, budget))] for html, at in pages]
+    for (html, _), part in zip(pages, kept):
+        counts["pages cut, x and y apart"] += len(part) < len(html)
+        counts["characters left out of them"] += len(html) - len(part)
+    counts["transitions whose change was cut away (y = x but for the marks)"] += kept[0] == kept[1] and pages[0][0] != pages[1][0]
+    return tuple(cut(html, at, budget) for html, at in pages)
 
 
 def task(row, split, name, place, seen=(), **options):

@@ -37,8 +37,11 @@ def rows(path, broken):
     place = [path, 0]  # the line reached, for the errors of the file itself
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-            first = _SPACE.match(start := file.read(CHUNK)).end()
-            yield from _list(file, place, start, first) if start[first:first + 1] == "[" else _lines(file, place, start, broken)
+            text = file.read(CHUNK)
+            while text.isspace() and (more := file.read(CHUNK)):
+                text += more
+            first = _SPACE.match(text).end()
+            yield from _list(file, place, text, first) if text[first:first + 1] == "[" else _lines(file, place, text, broken)
     except FileNotFoundError:
         raise BadData(f"{path}: there is no such file; check the path") from None
     except UnicodeDecodeError:
@@ -73,19 +76,20 @@ def _lines(file, place, text, broken):
 def _list(file, place, text, at):
     """text[at] is the list's [."""
     decode, n, last = json.JSONDecoder().raw_decode, 1, ""
-    line, counted, at = 1, 0, at + 1  # line: of text[counted]
+    line, counted, at = 1, 0, at + 1  # line: that of text[counted]
     while True:
         at = _SPACE.match(text, at).end()
         if text[at:at + 1] == "]" and n == 1:
             break
         try:
             row, end = decode(text, at)
-            error, end = None, _SPACE.match(text, end).end()
+            end = _SPACE.match(text, end).end()
+            error = None if text[end:end + 1] in (",", "]") else json.JSONDecodeError("no comma or ] after it", text, end)
         except (ValueError, RecursionError) as caught:
             error = caught
-        # A row may have been cut by the buffer's end: then it lacks a quote, or the fault is at that end. And a number may go on.
-        if error is None and end == len(text) or getattr(error, "msg", "").startswith("Unterminated") \
-                or isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip()) - 16:
+        # The buffer's end may have cut the row: then it lacks a quote, or the fault is at that end
+        if isinstance(error, json.JSONDecodeError) and (error.msg.startswith("Unterminated")
+                                                        or error.pos >= len(text.rstrip()) - 16):
             more = file.read(max(CHUNK, len(text) - at))  # at least as much as there is, so all readings together are linear
             if more:
                 line += text.count("\n", counted, at)
@@ -93,9 +97,6 @@ def _list(file, place, text, at):
                 continue
         line, counted = line + text.count("\n", counted, at), at
         place[1], where = line, f"{place[0]}:{line}, row {n}"
-        if error is None and text[end:end + 1] not in ("," , "]"):
-            error = ValueError()
-            error.msg = "no comma or ] after it"
         if error is not None:
             raise BadData(f"{where}: not valid JSON ({getattr(error, 'msg', 'too long or too deep')}); "
                           "the file is damaged or was cut: download it again")
