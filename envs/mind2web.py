@@ -107,7 +107,8 @@ def pair(h, h_next, nodes, budget=BUDGET, around="target", keep_ids=False, count
     for (html, _), part in zip(pages, kept):
         counts["pages cut, x and y apart"] += len(part) < len(html)
         counts["characters left out of them"] += len(html) - len(part)
-    counts["transitions whose change was cut away (y = x but for the marks)"] += kept[0] == kept[1] and pages[0][0] != pages[1][0]
+    lost = kept[0] == kept[1] and pages[0][0] != pages[1][0]
+    counts["transitions whose change was cut away (y = x but for the marks)"] += lost
     return tuple(cut(html, at, budget) for html, at in pages)
 
 
@@ -127,7 +128,8 @@ def task(row, split, name, place, seen=(), **options):
         if not pages[t].strip() or not pages[t + 1].strip():  # before the cut: an empty page has nothing to mark
             raise BadData(f"{where}: its page or the next one is empty")
         x, y = pair(pages[t], pages[t + 1], nodes, **options)
-        found.append(records.check({"episode": f"{split}-{name}-{annotation}", "t": t, "x": x, "z": reprs[t], "y": y}, where))
+        record = {"episode": f"{split}-{name}-{annotation}", "t": t, "x": x, "z": reprs[t], "y": y}
+        found.append(records.check(record, where))
     return found
 
 
@@ -152,11 +154,11 @@ def make(args, broken, counts):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m envs.mind2web", description="Convert Mind2Web files to a transitions file.")
+    parser = argparse.ArgumentParser(prog="python -m envs.mind2web", description="Mind2Web files to a transitions file.")
     official.add_files(parser)
     parser.add_argument("--budget", type=int, default=BUDGET, help=f"characters of a page that are kept, at most [{BUDGET}]")
     parser.add_argument("--around", choices=["target", "change"], default="target",
-                        help="what is kept: around the action's element, or around the first difference (says where) [target]")
+                        help="what is kept: around the action's element, or the first difference (tells where) [target]")
     parser.add_argument("--keep-ids", action="store_true", help="keep the attribute backend_node_id")
     return official.main(parser, make, argv)
 

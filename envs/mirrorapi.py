@@ -4,7 +4,8 @@
     python train.py --data mirrorapi.jsonl.gz --model MODEL
 
 Claim: every row {"system", "instruction", "output"} of the files becomes one transition, word for word but for blanks
-at the ends of x and z, or is counted as left out. An instruction is "API doc:", the documentation, a blank line, "Request:" and the request:
+at the ends of x and z, or is counted as left out. An instruction is "API doc:", the documentation, a blank line,
+"Request:" and the request:
 
     x = system, a blank line, "API doc:" and the documentation    z = the request    y = output
 
@@ -81,7 +82,7 @@ def make(args, broken, counts):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m envs.mirrorapi", description="Convert MirrorAPI files to a transitions file.")
+    parser = argparse.ArgumentParser(prog="python -m envs.mirrorapi", description="MirrorAPI files to a transitions file.")
     official.add_files(parser)
     parser.add_argument("--no-errors", action="store_true", help="leave out the replies whose field error is not empty")
     return official.main(parser, make, argv)

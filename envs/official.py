@@ -45,7 +45,8 @@ def rows(path, broken):
     except FileNotFoundError:
         raise BadData(f"{path}: there is no such file; check the path") from None
     except UnicodeDecodeError:
-        raise BadData(f"{path}: not UTF-8 text after line {place[1]}; download it again, or name it .gz if it is gzip") from None
+        raise BadData(f"{path}: not UTF-8 text after line {place[1]}; download it again, or name it .gz if it "
+                      "is gzip") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadData(f"{path}: not a whole gzip file ({error}); download it again, or drop .gz from its name") from None
     except OSError as error:
@@ -125,7 +126,8 @@ def need(row, key, kind, place):
 def add_files(parser):
     """--train, --dev and --test, each with any number of files."""
     for split in SPLITS:
-        parser.add_argument(f"--{split}", nargs="+", default=[], metavar="FILE", help=f"official files for the {split} split")
+        parser.add_argument(f"--{split}", nargs="+", default=[], metavar="FILE",
+                            help=f"official files for the {split} split")
 
 
 def files(args):
@@ -135,8 +137,8 @@ def files(args):
         for path in getattr(args, split):
             name = os.path.basename(path).removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
             if (split, name) in seen:
-                raise BadData(f"{path}: the name {name} was taken by {seen[split, name]}, and episodes are named after their "
-                              "file; rename one of them, or write two files")
+                raise BadData(f"{path}: the name {name} was taken by {seen[split, name]}, and episodes are named after "
+                              "their file; rename one of them, or write two files")
             seen[split, name] = path
             found.append((split, name, path))
     if not found:
@@ -184,7 +186,8 @@ def main(parser, make, argv=None):
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     print(f"{args.out}: {sizes['rows']} transitions of {len(episodes)} episodes "
           f"({', '.join(f'{split} {by_split[split]}' for split in SPLITS)}); y differs from x in "
-          f"{100 * sizes['changed'] / sizes['rows']:.1f}%; at most {sizes['x']}, {sizes['z']}, {sizes['y']} characters of x, z, y")
+          f"{100 * sizes['changed'] / sizes['rows']:.1f}%; at most {sizes['x']}, {sizes['z']}, {sizes['y']} "
+          "characters of x, z, y")
     for sentence, number in counts.items():
         print(f"{sentence}: {number}")
     print(f"sha256 {digest}")

@@ -94,7 +94,8 @@ def episode(env, task, variation, split, rng, slips=0.15, steps=22, unchanged=0.
 def record(env, tasks, episodes, seed, broken, counts, bar=None, **options):
     """Yields the Transitions of `episodes` episodes, tasks in turn, splits as SHARES.
 
-    options: as for `episode`; bar: a tqdm, or None. A variation without a path or rows is reported in `broken` and not replaced.
+    options: as for `episode`; bar: a tqdm, or None. A variation without a gold path is told in `broken`,
+    and no other takes its place.
     """
     rng, variations = random.Random(f"{seed} variations"), {}
     for task in tasks:
@@ -117,7 +118,8 @@ def record(env, tasks, episodes, seed, broken, counts, bar=None, **options):
         variation = variations[task, split].pop()
         done += 1
         try:
-            yield from episode(env, task, variation, split, random.Random(f"{seed} {task} {variation}"), counts=counts, **options)
+            drawn = random.Random(f"{seed} {task} {variation}")
+            yield from episode(env, task, variation, split, drawn, counts=counts, **options)
         except BadData as error:
             broken.append(str(error))
         if bar is not None:
@@ -149,8 +151,8 @@ def make(args, broken, counts):
         tasks = args.tasks or known
         electric = [task for task in tasks if "power-component" in task or "conductivity" in task]
         if electric and {"easy", "noElectricalAction"} & set(args.simplifications):
-            raise BadData(f"--simplifications: easy and noElectricalAction take away what {electric[0]} needs; leave them out, "
-                          "or name other --tasks")
+            raise BadData(f"--simplifications: easy and noElectricalAction take away what {electric[0]} needs; leave them "
+                          "out, or name other --tasks")
 
         with tqdm.tqdm(total=args.episodes, unit=" episodes") as bar:
             yield from record(env, tasks, args.episodes, args.seed, broken, counts, bar, slips=args.slips, steps=args.steps,
@@ -163,15 +165,15 @@ def make(args, broken, counts):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m envs.scienceworld", description="Record ScienceWorld episodes to a file.")
+    parser = argparse.ArgumentParser(prog="python -m envs.scienceworld", description="Record ScienceWorld episodes.")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="task names, in turn (default: all 30)")
     parser.add_argument("--episodes", type=int, default=450, help="episodes in all [450]")
     parser.add_argument("--steps", type=int, default=22, help="commands of an episode, at most [22]")
-    parser.add_argument("--slips", type=float, default=0.15, help="chance of a random valid command before each gold one [0.15]")
+    parser.add_argument("--slips", type=float, default=0.15, help="chance of a random valid command before a gold one [0.15]")
     parser.add_argument("--unchanged", type=float, default=0.2, help="chance that a transition with y = x is kept [0.2]")
     parser.add_argument("--seed", type=int, default=0, help="of variations, windows, slips and what is kept [0]")
     parser.add_argument("--simplifications", nargs="+", default=[], choices=EASY, metavar="NAME", help=", ".join(EASY))
-    parser.add_argument("--observations", action="store_true", help="x and y are the simulator's answers, without look and inventory")
+    parser.add_argument("--observations", action="store_true", help="x and y are the simulator's answers alone")
 
     def checked(args, broken, counts):
         for name, fine in (("episodes", args.episodes >= 1), ("steps", args.steps >= 1), ("slips", 0 <= args.slips <= 1),
