@@ -18,16 +18,11 @@ import transformers
 
 import pretrained
 import swirl_idm
+from envs.records import fail
 
 OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm",
         "checkpoint-a", "checkpoint-b"}
 OURS |= {name + ".new" for name in OURS}
-
-
-def fail(message):
-    """The user's input is at fault: one line, exit code 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
 
 
 class Run:

@@ -25,11 +25,18 @@ import gzip
 import json
 import os
 import random
+import sys
 import zlib
 
 
 class BadData(ValueError):
     """The user's data is at fault; str() is one line that says where, what, and what to do."""
+
+
+def fail(message):
+    """The user's input is at fault: one line, exit code 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +109,11 @@ def _parse(raw, source):
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "a number too long or brackets too deep")
         raise BadData(f"{source}: not valid JSON ({reason}); write one JSON object on each line") from None
+    return check(record, source)
+
+
+def check(record, source):
+    """Transition from what one line says (a dict, or whatever JSON gave), or BadData, which begins with `source`."""
     if not isinstance(record, dict):
         raise BadData(f"{source}: {_show(record)} is not a JSON object; write {{\"episode\": .., \"t\": .., "
                       "\"x\": .., \"z\": .., \"y\": ..} on each line")
@@ -134,22 +146,20 @@ def _parse(raw, source):
 def write(path, transitions):
     """Writes the transitions to `path`, in the order given, gzipped if it ends in .gz; z = None leaves z out.
 
+    transitions: any iterable of Transition; it is written as it comes, so that it may be larger than memory.
     Atomic: the old file stays whole until the new one, written beside it, takes its place.
     """
     path = os.fspath(path)
-    lines = []
-    for tr in transitions:
-        record = {"episode": tr.episode, "t": tr.t, "x": tr.x, "z": tr.z, "y": tr.y}
-        if tr.z is None:
-            del record["z"]
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    data = "".join(lines).encode("utf-8")
-    if path.endswith(".gz"):
-        data = gzip.compress(data, mtime=0)  # no time stamp: the same transitions make the same bytes
     unfinished = f"{path}.{os.getpid()}.unfinished"
     try:
         with open(unfinished, "wb") as file:
-            file.write(data)
+            # No name, no time stamp: the same transitions make the same bytes
+            with gzip.GzipFile("", "wb", 9, file, mtime=0) if path.endswith(".gz") else file as out:
+                for tr in transitions:
+                    record = {"episode": tr.episode, "t": tr.t, "x": tr.x, "z": tr.z, "y": tr.y}
+                    if tr.z is None:
+                        del record["z"]
+                    out.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))
         os.replace(unfinished, path)
     except OSError as error:
         raise BadData(f"{path}: cannot write it ({error.strerror}); name a file in a folder that exists and "
