@@ -98,6 +98,26 @@ def cases(prepare):
     return out
 
 
+def a_phase(prepare):
+    """[of each of two steps: the pairs, a number drawn, the gradient of the replayed rows], and the weights: `train.phase` undoes it."""
+    policy, frozen, seen, scores = prepare(tiny_llama(9, 1)), prepare(tiny_llama(9, 2)), [], iter([0.9, 0.1])
+
+    def take_step(ref, optimizers, pairs, gen, replay):
+        replay().backward()
+        recorder = Recorder(policy)
+        lm.optimizer_step(policy, [recorder], 0.1, clip=1e9)
+        seen.append((pairs, torch.rand(1, generator=gen).item(), recorder.seen[0]))
+        lm.logprobs(policy, [[1]], [[2]], [0]).sum().backward()
+        lm.optimizer_step(policy, optimizers, 0.1)
+        return {"reward": 0.0, "kl": None, "gap": 0.0, "tokens": 1}, []
+
+    run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0, progress={"stages": [{"fwm": {"exact": 0.0}}]})
+    cfg = train.parse(["--batch", "5", "--replay", "5", "--no-muon"])
+    train.phase(run, cfg, "iteration1/phase1", policy, frozen, lambda model: next(scores), [(n, n) for n in range(20)], ROWS,
+                train.phase_settings(cfg, 0.0, 0.1, 4), 2, 60, take_step)
+    return seen, weights(policy)
+
+
 def three_steps(prepare, folder):
     """The weights after three steps of AdamW on ROWS, and what is saved and copied of them."""
     model = prepare(tiny_llama(9, 1))
@@ -119,7 +139,7 @@ def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     lm.sample = drawn_by_prompt
-    out = {how: (cases(prepare), three_steps(prepare, f"{folder}/{how}")) for how, prepare in
+    out = {how: (cases(prepare), three_steps(prepare, f"{folder}/{how}"), a_phase(prepare)) for how, prepare in
            (("copies", lambda model: model), ("shards", parallel.shard))}
     rows = list(range(7))
     out["numbers"] = [parallel.divide(lambda a, b: [x * y for x, y in zip(a, b)], rows, rows), parallel.agree(rank),
@@ -143,7 +163,8 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as m:
         m.setattr(lm, "sample", drawn_by_prompt)
-        return cases(lambda model: model), three_steps(lambda model: model, folder / "alone"), folder
+        same = lambda model: model
+        return cases(same), three_steps(same, folder / "alone"), a_phase(same), folder
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
@@ -185,8 +206,18 @@ def test_weights_after_three_steps_are_those_of_one_process_and_are_saved_alike(
         share = ours["held"] / alone[1]["held"]
         assert share == 1 if how == "copies" else share < 0.55
     names = lambda folder: sorted(p.name for p in folder.iterdir())
-    assert names(folder / how) == names(alone[2] / "alone")
-    assert (folder / how / "config.json").read_text() == (alone[2] / "alone" / "config.json").read_text()
+    assert names(folder / how) == names(alone[3] / "alone")
+    assert (folder / how / "config.json").read_text() == (alone[3] / "alone" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("how", ["copies", "shards"])
+def test_a_phase_cuts_one_batch_draws_apart_replays_together_and_is_undone(ranks, alone, how):
+    one, (zero, end), (first, other) = alone[2], *(rank[how][2] for rank in ranks[0])
+    for (pairs, u, grad), (pairs_0, u_0, grad_0), (pairs_1, u_1, grad_1) in zip(one[0], zero, first):
+        assert pairs_0 == pairs[::2] and pairs_1 == pairs[1::2] and len(pairs) == 5
+        assert u_0 == u != u_1                                 # rollouts of their own
+        assert grad.norm() > 1e-3 and relative(grad_0, grad) < 1e-5 and torch.equal(grad_0, grad_1)
+    assert torch.equal(end, weights(tiny_llama(9, 1))) and torch.equal(other, end) and torch.equal(one[1], end)
 
 
 def test_rows_are_gathered_in_their_order_and_rank_0_decides(ranks):
@@ -207,31 +238,37 @@ def test_shard_alone_is_refused(tmp_path, capsys):
     assert e.value.code == 2 and err.startswith("error: --shard") and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "run"
+    assert train.main([*SMALL, "--minutes", "300", "--out", str(out)]) == 0
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["copies", "shards"])
-def test_torchrun_takes_a_run_to_its_end_and_resumes_a_cut_one(tmp_path, shard):
+def test_torchrun_takes_a_run_to_its_end_and_resumes_a_cut_one(one, tmp_path, shard):
     """The same files as one process leaves; a run that was killed before Phase II ends as the one that was not."""
-    def start(out, *argv, n=2):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
-        return subprocess.Popen([sys.executable, *launch, train.__file__, *SMALL, "--minutes", "300", *argv, "--out", str(out)],
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    def start(out):
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train.__file__,
+                                 *SMALL, "--minutes", "300", *shard, "--out", str(out)], stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
 
-    one, two, cut = (tmp_path / name for name in ("one", "two", "cut"))
-    for run in (start(one, n=1), start(two, *shard)):
-        said = run.communicate()[0]
-        assert run.returncode == 0 and said.count("held-out transitions") == 1, said
+    two, cut = tmp_path / "two", tmp_path / "cut"
+    run = start(two)
+    said = run.communicate()[0]
+    assert run.returncode == 0 and said.count("held-out transitions") == 1, said
     names = lambda out: sorted(str(p.relative_to(out)) for p in out.rglob("*"))
     assert names(one) == names(two)
-    lines = lambda out: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [set(line) for line in lines(one)] == [set(line) for line in lines(two)]           # each line once
-    run = start(cut, *shard)
+    lines = lambda out: [(line["phase"], line["step"]) for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
+    assert lines(one) == lines(two)                            # each line once
+    run = start(cut)
     while run.poll() is None and not ((cut / "progress.json").exists() and "phase1" in (cut / "progress.json").read_text()):
         time.sleep(.05)
     run.terminate()
     run.communicate()
     assert run.returncode and not (cut / "results.json").exists()
-    run = start(cut, *shard)
+    run = start(cut)
     assert "resuming after iteration1/phase1" in run.communicate()[0] and run.returncode == 0
     a, b = (json.loads((out / "results.json").read_text()) for out in (two, cut))
     assert a["stages"] == b["stages"] and a["hardware"].startswith("2 processes")
