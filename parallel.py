@@ -1,24 +1,22 @@
 """Several processes: `torchrun --nproc-per-node N train.py ...`, each with its own GPU (nccl) or share of the CPU (gloo).
 
-Claim: N processes take the step that one process would take on the same rollouts. The rows of a step are cut among the ranks, every
-rank divides by the number that all of them have together, and gradients are SUMMED over the ranks before the norm is clipped.
+Claim: N processes take the step that one would take on the same rollouts. The rows of a step are cut among the ranks, every rank
+divides by the number that all of them have together, and gradients are SUMMED over the ranks before the norm is clipped.
 
-Two ways, for models that fit on each GPU as they compute:
 1. Data parallel (the default): each rank holds everything; the gradients are summed by one all-reduce after the last micro-batch.
    That is the arithmetic of DistributedDataParallel without its hooks, which wait in every backward pass: ranks have unlike
    numbers of micro-batches, and none where no group has an advantage.
-2. `--shard`, FSDP2 (`fully_shard`): float32 masters and both moments of AdamW live in shards. A model that waits for layers from other
-   ranks cannot sample, since ranks draw rows of unlike lengths, so the weights are gathered once a step, not once a forward pass, and
-   every rank computes with all of them; the gradients are summed into shards, and clipped and applied there. A parameter in
-   float32 then costs 8 + 12/N bytes (weight and gradient whole; master and moments sharded) in place of 16.
-
-Notes:
-3. Every rank draws its own rollouts (generator: seed + rank) of its own share of the same batch. So N processes are another random
-   run than one, of the same law; the labelled rows of a step are the same.
-4. What depends on a clock is decided by rank 0 (`agree`); validation and evaluation rows are cut among the ranks and gathered, so that all
-   see one score. Rank 0 alone writes and prints; the bounds at the end it computes alone. Metrics of a step are those of all ranks,
-   samples those of rank 0.
-5. Several machines must share the run's folder. A rank that fails ends all of them: torchrun sees to it, with a report of its own.
+2. `--shard`, FSDP2 (`fully_shard`): the optimizer's weights (masters) and moments live in shards. Ranks draw rows of unlike
+   lengths, so none can wait for another's layers within a forward pass, and a prefix that is cached for its rows needs its layers
+   until the backward pass is over. So the weights are gathered once a step and every rank computes with all of them; gradients
+   are summed into shards, clipped and applied there. In float32 with AdamW a trained parameter costs 8 + 12/N bytes (weight and
+   gradient whole; master and moments in shards) in place of 16, a frozen one 4 + 4/N in place of 4: from N = 3 it is less.
+3. Every rank draws its own rollouts (generator: seed + rank) for its share of one batch. So N processes are another random run
+   than one, of the same law. Muon, in bfloat16 inside, agrees with one process to its own rounding.
+4. What depends on a clock is decided by rank 0 (`agree`); validation and evaluation rows are cut among the ranks and gathered,
+   so that all see one score. Rank 0 alone writes and prints, and computes the bounds at the end. Metrics of a step are those of
+   all ranks, samples those of rank 0.
+5. Several machines must share the run's folder. A rank that fails ends all: torchrun sees to it, and adds a report of its own.
 """
 import contextlib
 import copy
@@ -106,8 +104,8 @@ def merge(log, B):
 
 @contextlib.contextmanager
 def reduced(model):
-    """Within, the gradients of `model` are the sum over all ranks, and its parameters those that the optimizers hold (shards, if
-    it is sharded). Every rank must enter, also one that has no gradient."""
+    """Within, the gradients of `model` are the sum over all ranks, and its parameters those that the optimizers hold: shards, if
+    it is sharded. Every rank must enter, also one that has no gradient."""
     if is_sharded(model):
         # A backward pass that adds nothing, in step on all ranks: FSDP2 sums what has been gathered into shards, layer by layer
         model.set_requires_gradient_sync(True)
@@ -128,15 +126,12 @@ def reduced(model):
 
 
 def shard(model):
-    """Shard `model` in place with FSDP2, by layer. Outside `reduced` and `masters` it holds whole weights, in its own dtype, and
-    computes like any model."""
+    """Shard `model` in place with FSDP2, by layer. Outside `reduced` and `masters` it holds whole weights, as any model."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mesh, dtype = init_device_mesh(model.device.type, (world(),)), model.dtype
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    for module in [*layers, model.float()]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(model.device.type, (world(),))
+    for module in [*next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), model]:
+        fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.0)                                     # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)                             # gloo knows no other way
     model.set_reshard_after_forward(False)
@@ -157,7 +152,7 @@ def pieces(model):
 
 @contextlib.contextmanager
 def masters(model):
-    """Within, the parameters of a sharded model are the float32 shards (DTensors); afterwards the whole weights, gathered anew."""
+    """Within, the parameters of a sharded model are its shards (DTensors); afterwards the whole weights, gathered anew."""
     for module in pieces(model):
         module.reshard()
     yield
@@ -165,8 +160,8 @@ def masters(model):
         module.unshard()
 
 
-def plain(model, exact=False):
-    """A copy that is not sharded, of the weights that compute or, `exact`, of the float32 masters: then all ranks must take part."""
+def plain(model):
+    """A copy that is not sharded."""
     if not is_sharded(model):
         return copy.deepcopy(model)
     with model.device:
@@ -174,9 +169,8 @@ def plain(model, exact=False):
     out.generation_config = copy.deepcopy(model.generation_config)
     for to, b in zip(out.buffers(), model.buffers()):
         to.data = b.clone()
-    with masters(model) if exact else contextlib.nullcontext():
-        for to, p in zip(out.parameters(), model.parameters()):
-            to.data = (p.full_tensor() if exact else p).detach().clone()
+    for to, p in zip(out.parameters(), model.parameters()):
+        to.data = p.detach().clone()
     return out
 
 
@@ -188,7 +182,7 @@ def load(model, weights):
     from torch.distributed.tensor import distribute_tensor
     with masters(model):
         for name, p in model.named_parameters():
-            p.copy_(distribute_tensor(weights[name].to(p.dtype), p.device_mesh, p.placements, src_data_rank=None))
+            p.copy_(distribute_tensor(weights[name], p.device_mesh, p.placements, src_data_rank=None))
 
 
 def norm(value):

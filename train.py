@@ -314,8 +314,9 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
     progress, seconds = run.progress, run.progress["seconds"]
     results = {
         "version": 1, "env": cfg.data or cfg.env, "model": cfg.model, "seed": cfg.seed,
-        "hardware": (f"{parallel.world()} processes, " if parallel.world() > 1 else "") + (torch.cuda.get_device_name() if device == "cuda" else
-        f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"),
+        "hardware": (f"{parallel.world()} processes, " if parallel.world() > 1 else "") + (
+            torch.cuda.get_device_name() if device == "cuda" else
+            f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"),
         "seconds": {"total": run.elapsed()} | {k: seconds.get(k, 0.0) for k in ("warmup", "phase1", "phase2", "eval")},
         "splits": {"labelled": len(labelled), "state_only": len(state_only), "test": len(test)},
         "baselines": progress["baselines"],
