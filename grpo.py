@@ -17,12 +17,14 @@ Departures from the paper and its released scripts:
 6. `replay`, if given, is a loss whose gradient joins each optimizer step: labelled rows, so that the policy does not forget
    what it was taught (measured: README). The logged `loss` leaves it out, `grad_norm` and its clip do not. None: the paper.
 7. Rollouts are sampled and scored at one temperature (1): at any other the objective is the tempered policy's, exactly.
+8. Under torchrun the prompts of a step are cut among the processes (`parallel.py`); B is then the number of all.
 """
 from dataclasses import dataclass
 
 import torch
 
 import lm
+import parallel
 
 
 @dataclass
@@ -109,7 +111,7 @@ def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_
     parts = [[keep[i] for i in part] for part in lm.chunks(
         prompts, [rows[n] for n in keep], [owner[n] for n in keep], cfg.budget or lm.budget(policy))] if keep else []
     old, losses, norms = [None] * len(parts), [], []
-    for _ in range(cfg.updates if keep or replay else 0):
+    for _ in range(cfg.updates if parallel.total(len(keep)) or replay else 0):    # all ranks step, or none
         for i, part in enumerate(parts):
             logp = lm.logprobs(policy, *lm.take(prompts, rows, owner, part), temperature=cfg.temperature)  # (n, T)
             live = torch.arange(logp.shape[1]) < torch.tensor([[len(rows[n])] for n in part])              # (n, T)
@@ -130,6 +132,10 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, all
     beta is 0 (then no KL is logged); replay() -> a loss, see departure 6. Returns (log, rollouts, their rewards (B*G,)). In the log, `kl` is the KL of a whole
     row to ref, in nats, and `gap` the largest difference of a token's log-prob between sampler and trainer."""
     B, G = len(prompts), cfg.group_size
+    total = parallel.total(B * G)
+    if not prompts:                                                                # other ranks have some: step with them
+        loss, norm, _ = update(policy, optimizers, [], [], [], torch.zeros(0), torch.zeros(0), total, cfg, None, replay)
+        return parallel.merge({"loss": loss, "grad_norm": norm, "tokens": 0}, 0), [], torch.zeros(0)
     sampled, logp_sampled = lm.sample(policy, prompts, G, cfg.max_new, eos, cfg.temperature, cfg.top_p, cfg.top_k,
                                       allowed, generator)
     rows, owner, where, count = unique(sampled, G)                                 # N distinct rows
@@ -150,10 +156,10 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, all
     A = advantages(shaped[where].view(B, G), cfg.scale)                            # (B, G)
     log["zero_std_groups"] = (A == 0).all(1).float().mean().item()
     A = torch.zeros(len(rows)).index_add(0, where, A.flatten())                    # (N,) duplicates add up
-    log["loss"], log["grad_norm"], logp_old = update(policy, optimizers, prompts, rows, owner, A, count, B * G, cfg,
+    log["loss"], log["grad_norm"], logp_old = update(policy, optimizers, prompts, rows, owner, A, count, total, cfg,
                                                       logp_ref, replay)
     log["gap"] = max((float((lp[:len(rows[n])] - logp_pi[n]).abs().max()) for n, lp in logp_old.items()), default=0.0)
-    return log, sampled, R[where]
+    return parallel.merge(log, B), sampled, R[where]
 
 
 @torch.no_grad()

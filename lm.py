@@ -19,13 +19,13 @@ Departures from a plain Hugging Face loop, each exact:
 4. Models stay in eval mode (no dropout): the sampler and the trainer see the same distribution.
 5. With `HALF` the products are bfloat16 (autocast); weights, their gradients, the optimizer and log-probs stay float32.
 """
-import copy
 import functools
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+import parallel
 
 HALF = False                                                                       # `--dtype bfloat16`
 
@@ -43,7 +43,7 @@ def in_half(f):
 
 def freeze(model):
     """A copy that does not learn: the reference, pi_ref, as the policy stands now."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    return parallel.plain(model).eval().requires_grad_(False)
 
 
 def context(model):
@@ -66,8 +66,10 @@ def decode(tokenizer, ids):
 def make_optimizers(model, lr, muon=True, decay=0.0):
     """AdamW; with `muon`, the weight matrices of the layers get Muon (orthogonalised momentum), which trains small models in
     a third of the steps, and AdamW keeps the embeddings and norms. Both take the same learning rate and weight decay."""
-    matrix = [p for n, p in model.named_parameters() if p.requires_grad and muon and p.ndim == 2 and "layers." in n]
-    others = [p for p in model.parameters() if p.requires_grad and not any(p is m for m in matrix)]
+    with parallel.masters(model):
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrix = [p for n, p in named if muon and p.ndim == 2 and "layers." in n]
+    others = [p for _, p in named if not any(p is m for m in matrix)]
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)]
     if matrix:
         optimizers.append(torch.optim.Muon(matrix, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
@@ -75,14 +77,15 @@ def make_optimizers(model, lr, muon=True, decay=0.0):
 
 
 def optimizer_step(model, optimizers, lr, clip=1.0):
-    """Clip the gradient's norm, step at learning rate `lr`, clear. Returns the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    """Sum the gradient over all ranks, clip its norm, step at learning rate `lr`, clear. Returns the norm before clipping."""
+    with parallel.reduced(model):
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return parallel.norm(norm)
 
 
 # --- the shared prefix --------------------------------------------------------------------------------------------------

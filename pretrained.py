@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lm
+import parallel
 
 
 class Frame(NamedTuple):
@@ -57,6 +58,7 @@ def load(name, dtype=torch.float32):
 
 def save(model, tok, folder):
     """A Hugging Face folder that `from_pretrained` loads."""
+    model = parallel.plain(model) if parallel.is_sharded(model) else model
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
 

@@ -2,6 +2,7 @@
 
 DIR/config.json, metrics.jsonl, samples.jsonl, results.json, fwm/, idm/. A stage that ends is saved whole (both models,
 then progress.json, which names them), so that a cut loses one stage at most and nothing half-written is ever read.
+Of several processes rank 0 alone writes.
 """
 import dataclasses
 import json
@@ -16,13 +17,21 @@ from pathlib import Path
 import torch
 import transformers
 
+import parallel
 import pretrained
 import swirl_idm
-from envs.records import fail
+from envs import records
 
 OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm",
         "checkpoint-a", "checkpoint-b"}
 OURS |= {name + ".new" for name in OURS}
+
+
+def fail(message):
+    """`records.fail`, which the processes that torchrun started say once."""
+    if parallel.rank() == 0:
+        records.fail(message)
+    raise SystemExit(2)
 
 
 class Run:
@@ -32,15 +41,17 @@ class Run:
         self.dir = Path(cfg.out)
         config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "fresh")}
         try:
-            self.prepare(cfg, config)
+            if parallel.rank() == 0:
+                self.prepare(cfg, config)
         except OSError as e:
             fail(f"--out {cfg.out}: {e.strerror or e}; give a folder that can be written")
+        parallel.agree(None)                                   # the others read when the folder is ready
         self.progress = self.load("progress.json") or {"stages": [], "seconds": {}, "baselines": {}, "folder": None,
                                                        "elapsed": 0.0, "eval_seconds": 0.0, "bytes": {}}
         self.begin = started - self.progress["elapsed"]
         for name in ("metrics.jsonl", "samples.jsonl"):        # forget the lines of a stage that was cut
             path, size = self.dir / name, self.progress["bytes"].get(name, 0)
-            if path.exists() and path.stat().st_size > size:
+            if parallel.rank() == 0 and path.exists() and path.stat().st_size > size:
                 os.truncate(path, size)
 
     def prepare(self, cfg, config):
@@ -79,11 +90,15 @@ class Run:
 
     def write(self, name, value):
         """Whole or not at all."""
+        if parallel.rank():
+            return
         new = self.dir / (name + ".new")
         new.write_text(json.dumps(value, indent=1))
         os.replace(new, self.dir / name)
 
     def log(self, name, **line):
+        if parallel.rank():
+            return
         with open(self.dir / name, "a") as f:
             f.write(json.dumps(line) + "\n")
 
@@ -99,12 +114,13 @@ class Run:
     def finish_stage(self, name, scores, P, Q, tok):
         """Save both models beside the last ones, then name them in progress.json: a cut loses one stage at most."""
         folder = "checkpoint-b" if self.progress["folder"] == "checkpoint-a" else "checkpoint-a"
-        shutil.rmtree(self.dir / folder, ignore_errors=True)
-        pretrained.save(P, tok, self.dir / folder / "fwm")
-        pretrained.save(Q, tok, self.dir / folder / "idm")
+        if parallel.rank() == 0:
+            shutil.rmtree(self.dir / folder, ignore_errors=True)
+            pretrained.save(P, tok, self.dir / folder / "fwm")
+            pretrained.save(Q, tok, self.dir / folder / "idm")
+            self.progress["saved"] = sorted(p.name for p in (self.dir / folder / "fwm").iterdir())
         self.progress["stages"].append({"name": name, **scores})
         self.progress["folder"] = folder
-        self.progress["saved"] = sorted(p.name for p in (self.dir / folder / "fwm").iterdir())
         self.save_progress()
 
     def save_progress(self):

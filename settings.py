@@ -28,6 +28,7 @@ class Config:
     device: str = setting("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of matrix products: auto is bfloat16 for a pretrained model on CUDA; weights stay float32",
                          choices=["auto", "float32", "bfloat16"])
+    shard: bool = setting(False, "under torchrun: FSDP2, masters and moments in shards (parallel.py)")
     minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, else none)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data

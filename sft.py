@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 import lm
+import parallel
 
 
 def batches(rows, size, rng):
@@ -35,10 +36,12 @@ def warm_up(model, name, rows, size, validate, cfg, run, seconds):
     begin, batch = time.time(), batches(rows, size, random.Random(cfg.seed))
     optimizers = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon, cfg.warmup_decay)
     mean, best, best_at, weights, ended, step = lm.freeze(model), -1e9, 0, None, "", 0
-    bar = tqdm(total=cfg.warmup_steps, desc=f"warm-up {name}", leave=False, disable=None)
+    bar = tqdm(total=cfg.warmup_steps, desc=f"warm-up {name}", leave=False, disable=parallel.rank() > 0 or None)
     while not ended:
-        prompts, targets = zip(*next(batch))
-        tokens, owner, loss, step = sum(map(len, targets)), range(len(targets)), 0.0, step + 1
+        part, loss, step = next(batch), 0.0, step + 1
+        tokens = sum(len(target) for _, target in part)                            # of all ranks
+        prompts, targets = zip(*parallel.share(part))
+        owner = range(len(targets))
         for chosen in lm.chunks(prompts, targets, owner, lm.budget(model)):     # of like length: little is padded
             piece = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
             piece.backward()
@@ -48,9 +51,10 @@ def warm_up(model, name, rows, size, validate, cfg, run, seconds):
             for m, p in zip(mean.parameters(), model.parameters()):
                 m.lerp_(p, 9 / (step + 9))                             # the last ninth of the steps so far, roughly
         bar.update()
-        if step == cfg.warmup_steps or time.time() - begin > seconds:
+        if parallel.agree(step == cfg.warmup_steps or time.time() - begin > seconds):
             ended = "cut off by " + ("warmup_steps" if step == cfg.warmup_steps else "the budget")
         score = validate(mean) if step % cfg.warmup_every == 0 or ended else None
+        loss = parallel.total(loss)
         run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=step, seconds=run.elapsed(), loss=loss,
                 grad_norm=norm, validation=score)
         if score is None:
@@ -61,7 +65,7 @@ def warm_up(model, name, rows, size, validate, cfg, run, seconds):
             ended = "converged"
         bar.set_postfix(loss=f"{loss:.3f}", validation=f"{score:.3f}")
     bar.close()
-    model.load_state_dict(weights)
+    parallel.load(model, weights)
     run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=step, seconds=run.elapsed(), best_step=best_at,
             best_validation=best, ended=ended)
     print(f"  warm-up {name}: best validation {best:.3f} at step {best_at} of {step} ({ended})")

@@ -23,6 +23,7 @@ Departures from the paper:
 """
 import grpo
 import lm
+import parallel
 import swirl_idm
 from pretrained import frame
 
@@ -81,7 +82,7 @@ def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
                         generator=generator)
     zs = [swirl_idm.read(tok, row) for row in rows]                                # z ~ Q(. | x, y), one a pair
     readable = [i for i, row in enumerate(rows) if row[-1] == tok.eos_token_id and zs[i] != swirl_idm.IMPOSSIBLE]
-    if not readable:
+    if not parallel.total(len(readable)):                                          # on no rank
         return None, []
     xs, ys, zs, z_rows = ([values[i] for i in readable] for values in (xs, ys, zs, rows))
 

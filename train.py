@@ -3,6 +3,7 @@
     python train.py                                 the tools world, a tiny model from scratch, ten minutes of a laptop
     python train.py --env physics --seed 1
     python train.py --data transitions.jsonl.gz     your own (x, z, y); half of the training episodes lose their z
+    torchrun --nproc-per-node 4 train.py --shard    four GPUs, or four processes on the CPU (`parallel.py`)
 
 Splits are by episode. Half of the training episodes keep their actions (warm-up, and `--replay` rows in the phases), the
 other half lose them for good: GRPO gets their pairs (x, y) and nothing else. Test episodes are apart. The same command
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import grpo
 import lm
 import mi_bounds
+import parallel
 import pretrained
 import rundir
 import sft
@@ -61,23 +63,26 @@ def load_models(cfg, labelled, state_only):
 def evaluate_P(P, tok, data, longest):
     """(scores as `fwm` in results.json, y_hat): greedy futures of held-out (x, z, y)."""
     xs, zs, ys = map(list, zip(*data))
-    y_hat = swirl_fwm.predict(P, tok, xs, zs, longest)
-    return metrics.fwm_scores(xs, y_hat, ys, swirl_fwm.logp(P, tok, xs, zs, ys).tolist()), y_hat
+    y_hat = parallel.divide(lambda xs, zs: swirl_fwm.predict(P, tok, xs, zs, longest), xs, zs)
+    logp = parallel.divide(lambda *rows: swirl_fwm.logp(P, tok, *rows).tolist(), xs, zs, ys)
+    return metrics.fwm_scores(xs, y_hat, ys, logp), y_hat
 
 
 def evaluate_Q(Q, tok, data, longest, view):
     """(scores as `idm` in results.json, z_hat), likewise."""
     xs, zs, ys = map(list, zip(*data))
-    z_hat = swirl_idm.predict(Q, tok, xs, ys, longest, view)
-    return metrics.idm_scores(z_hat, zs, swirl_idm.logp(Q, tok, xs, zs, ys, view).tolist()), z_hat
+    z_hat = parallel.divide(lambda xs, ys: swirl_idm.predict(Q, tok, xs, ys, longest, view), xs, ys)
+    logp = parallel.divide(lambda *rows: swirl_idm.logp(Q, tok, *rows, view).tolist(), xs, zs, ys)
+    return metrics.idm_scores(z_hat, zs, logp), z_hat
 
 
 def best_of_8(P, Q, tok, data, cfg, limits):
     """Test-time verification with the warm-up's models, in both directions."""
     xs, zs, ys = map(list, zip(*data))
-    gen = torch.Generator(P.device).manual_seed(cfg.seed)
-    return {"fwm": metrics.fwm_scores(xs, swirl_fwm.best_of_n(P, Q, tok, xs, zs, limits[0], cfg.view, 8, gen), ys),
-            "idm": metrics.idm_scores(swirl_idm.best_of_n(Q, P, tok, xs, ys, limits[1], cfg.view, 8, gen), zs)}
+    gen = torch.Generator(P.device).manual_seed(cfg.seed + parallel.rank())
+    y_hat = parallel.divide(lambda xs, zs: swirl_fwm.best_of_n(P, Q, tok, xs, zs, limits[0], cfg.view, 8, gen), xs, zs)
+    z_hat = parallel.divide(lambda xs, ys: swirl_idm.best_of_n(Q, P, tok, xs, ys, limits[1], cfg.view, 8, gen), xs, ys)
+    return {"fwm": metrics.fwm_scores(xs, y_hat, ys), "idm": metrics.idm_scores(z_hat, zs)}
 
 
 # --- the job ------------------------------------------------------------------------------------------------------------
@@ -87,6 +92,7 @@ def train(cfg):
     if not cfg.fresh and (Path(cfg.out) / "results.json").is_file():
         return rundir.report(rundir.Run(cfg, started).load("results.json"))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    check_processes(cfg, device)
     torch.manual_seed(cfg.seed)
     lm.HALF = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and cfg.model != "tiny" and device == "cuda" and torch.cuda.is_bf16_supported()
     labelled, validation, state_only, test = load_splits(cfg)
@@ -100,6 +106,8 @@ def train(cfg):
         (P, tok), (Q, _) = (pretrained.load(last / side if (last / side).exists() else run.dir / side) for side in ("fwm", "idm"))
         print(f"resuming after {run.progress['stages'][-1]['name']}")
     P, Q = P.to(device), Q.to(device)
+    if cfg.shard:
+        P, Q = parallel.shard(P), parallel.shard(Q)
     budget = cfg.minutes * 54 if cfg.minutes else float("inf")         # the rest: installing, what cannot be planned
     print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
           f"state-only, {len(test)} test transitions; {sum(p.numel() for p in P.parameters())/1e6:.2f}M parameters a model; "
@@ -132,8 +140,9 @@ def train(cfg):
     rows_Q = swirl_idm.warmup_rows(tok, labelled, cfg.view, cfg.spoiled, random.Random(cfg.seed))
     rows_P = [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in labelled]
     xs, zs, ys = map(list, zip(*validation))
-    validate_P = lambda P: metrics.exact(swirl_fwm.predict(P, tok, xs, zs, limits[0]), ys)
-    validate_Q = lambda Q: metrics.exact(swirl_idm.predict(Q, tok, xs, ys, limits[1], cfg.view), zs)
+    validate_P = lambda P: metrics.exact(parallel.divide(lambda *rows: swirl_fwm.predict(P, tok, *rows, limits[0]), xs, zs), ys)
+    validate_Q = lambda Q: metrics.exact(parallel.divide(
+        lambda *rows: swirl_idm.predict(Q, tok, *rows, limits[1], cfg.view), xs, ys), zs)
     if not run.done("sft"):
         since = time.time()
         sft.warm_up(Q, "IDM", rows_Q, cfg.warmup_batch_idm, validate_Q, cfg, run, .22 * budget)
@@ -141,7 +150,8 @@ def train(cfg):
         stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:
         since = time.time()
-        few = test[:max(20, int(len(test) * min(1, 0.02 * budget / run.progress["eval_seconds"])))]   # sampling 8 is dear
+        part = parallel.agree(min(1, 0.02 * budget / run.progress["eval_seconds"]))              # sampling 8 is dear
+        few = test[:max(20, int(len(test) * part))]
         run.progress["baselines"] = {"copy_x": metrics.copy_x([x for x, _, _ in test], [y for _, _, y in test]),
                                      "best_of_8": best_of_8(P, Q, tok, few, cfg, limits)}
         run.spend("eval", since)
@@ -168,6 +178,8 @@ def train(cfg):
                   time_share(run, budget, left - 1), lambda ref, opt, pairs, gen, replay: swirl_idm.phase2_step(
                       Q, P, ref, opt, tok, pairs, settings, **reward, generator=gen, replay=replay))
             stage_ends(f"iteration{i}/phase2", since, "phase2")
+    if parallel.rank():
+        return 0
     return finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device)
 
 
@@ -183,13 +195,26 @@ def shorten(tok, splits, longest):
     return tuple([(short[row[0]], *row[1:-1], short[row[-1]]) for row in rows] for rows in splits)
 
 
+def check_processes(cfg, device):
+    """Fails if torchrun started more processes than there are GPUs or rows of a batch."""
+    world = parallel.world()
+    if device == "cuda" and parallel.too_many():
+        rundir.fail(f"more processes than GPUs ({torch.cuda.device_count()}) on a machine; give torchrun fewer, or --device cpu")
+    if cfg.shard and world == 1:
+        rundir.fail("--shard needs several processes: torchrun --nproc-per-node N train.py --shard ...")
+    for name in ("batch", "warmup_batch", "warmup_batch_idm"):
+        if getattr(cfg, name) < world:
+            rundir.fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} cannot be divided among {world} processes; "
+                        f"give at least {world}, or start fewer")
+
+
 def check_data(P, tok, labelled, validation, state_only, test, cfg):
     """(longest y, longest z) to sample, in tokens: the longest in training and a margin. Fails if a split is empty or a
     prompt and its completion do not fit the model."""
-    name = cfg.data or cfg.env
+    name, few = cfg.data or cfg.env, "no" if parallel.world() == 1 else f"fewer than {parallel.world()} (one a process)"
     for what, rows in (("labelled", labelled), ("validation", validation), ("state-only", state_only), ("test", test)):
-        if not any(row[0] != row[-1] for row in rows):
-            rundir.fail(f"{name}: no {what} transition with y != x; give more episodes")
+        if sum(row[0] != row[-1] for row in rows) < parallel.world():
+            rundir.fail(f"{name}: {few} {what} transition with y != x; give more episodes")
     longest_z = lambda rows: max(len(lm.encode(tok, " " + z)) for _, z, _ in rows) + 8
     frame = len(pretrained.frame(tok).head) + len(pretrained.frame(tok).tail) + 16
     n = {s: len(lm.encode(tok, "\n" + s)) for rows in (labelled, validation, state_only, test) for row in rows
@@ -223,24 +248,27 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
     A phase that lowers the validation score by more than `cfg.undo` is undone (`--undo 1`: never, as in the paper)."""
     begin, rng = time.time(), random.Random(f"{cfg.seed} {name}")
     batch = sft.batches(pairs, cfg.batch, rng)
-    gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31))
+    gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31) + parallel.rank())
     ref, optimizers = lm.freeze(policy), lm.make_optimizers(policy, settings.lr, muon=False)   # the reference: pi at the start
     before = [p.detach().clone() for p in frozen.parameters()]
     iteration, kind = name.removeprefix("iteration").split("/")
-    bar = tqdm(range(1, steps + 1), desc=name, leave=False, disable=None)
+    bar = tqdm(range(1, steps + 1), desc=name, leave=False, disable=parallel.rank() > 0 or None)
     checked, kl, peak, side = False, 0.0, settings.lr, "fwm" if kind == "phase1" else "idm"
     heldout = f"{run.progress['stages'][-1][side]['exact']:.3f}"                   # at the last evaluation
 
     def replay():                                                                  # mean of -log pi(row | prompt)
-        prompts, targets = zip(*rng.choices(rows, k=cfg.replay))
-        return -lm.logprobs(policy, prompts, targets, range(cfg.replay)).sum() / cfg.replay
+        chosen = parallel.share(rng.choices(rows, k=cfg.replay))
+        if not chosen:                                                             # fewer rows than processes
+            return torch.zeros((), requires_grad=True)
+        prompts, targets = zip(*chosen)
+        return -lm.logprobs(policy, prompts, targets, range(len(chosen))).sum() / cfg.replay
 
     for step in bar:
-        if step > 1 and time.time() - begin > seconds * (step - 1) / step:         # the next one would not fit
+        if parallel.agree(step > 1 and time.time() - begin > seconds * (step - 1) / step):     # the next one would not fit
             step -= 1
             break
-        part, since = next(batch), time.time()
-        late = 0 if step == 1 else max((step - 1) / steps, min(1.0, (since - begin) / seconds))
+        part, since = parallel.share(next(batch)), time.time()
+        late = parallel.agree(0 if step == 1 else max((step - 1) / steps, min(1.0, (since - begin) / seconds)))
         settings.lr = peak * min(1, step / 10) * (1 - late)
         need_ref = settings.beta or step % 10 == 1                                 # without beta the KL is only logged
         log, examples = take_step(ref if need_ref else None, optimizers, part, gen, replay if cfg.replay else None)
@@ -261,7 +289,7 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
     was, now = validate(ref), validate(policy)
     undone = now < was - cfg.undo
     if undone:
-        policy.load_state_dict(ref.state_dict())
+        parallel.load(policy, ref.state_dict())
     run.log("metrics.jsonl", phase="eval", stage=name, iteration=int(iteration), step=step, seconds=run.elapsed(),
             validation_start=was, validation_end=now, undone=undone)
     print(f"  {name}: {step} steps" + (f" (planned {steps}, the budget held {step})" if step < steps else "")
@@ -286,8 +314,9 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
     progress, seconds = run.progress, run.progress["seconds"]
     results = {
         "version": 1, "env": cfg.data or cfg.env, "model": cfg.model, "seed": cfg.seed,
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else
-        f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "hardware": (f"{parallel.world()} processes, " if parallel.world() > 1 else "") + (
+            torch.cuda.get_device_name() if device == "cuda" else
+            f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"),
         "seconds": {"total": run.elapsed()} | {k: seconds.get(k, 0.0) for k in ("warmup", "phase1", "phase2", "eval")},
         "splits": {"labelled": len(labelled), "state_only": len(state_only), "test": len(test)},
         "baselines": progress["baselines"],
@@ -303,6 +332,7 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
 
 
 def main(argv=None):
+    parallel.start()
     cfg = parse(argv)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -311,8 +341,9 @@ def main(argv=None):
     except records.BadData as e:
         rundir.fail(e)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; finished stages are saved in {cfg.out}: the same command (without --fresh) "
-              "resumes after the last one", file=sys.stderr)
+        if parallel.rank() == 0:
+            print(f"\ninterrupted; finished stages are saved in {cfg.out}: the same command (without --fresh) "
+                  "resumes after the last one", file=sys.stderr)
         return 130
 
 

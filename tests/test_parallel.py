@@ -1,0 +1,275 @@
+"""Two processes (gloo, CPU) take the step of one: held against one process and against the naive losses, with copies and with shards."""
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import grpo
+import lm
+import parallel
+import pretrained
+import sft
+import swirl_fwm
+import swirl_idm
+import tiny
+import train
+from conftest import EOS, TEXTS, grads, naive, relative, tiny_gpt2, tiny_llama, weights
+from test_grpo import PROMPTS, naive_loss, reward, settings
+from test_train import SMALL
+
+ROWS = [([1, 2], [3, 4, 0]), ([2], [5, 6, 7, 8, 0]), ([3, 1, 4], [1, 0]), ([5], [0]), ([2, 7, 1, 8], [2, 8, 0])]   # 14 tokens
+PAIRS = [("lamp is on\ndoor is shut", "lamp is off\ndoor is shut"), ("lamp is on\ndoor is shut", "lamp is on\ndoor is open")]
+CASES = ["grpo", "k3", "no rows", "no advantage", "nothing", "warm-up", "phase 1"]
+sample = lm.sample
+
+
+def full(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+class Recorder:
+    """An optimizer that keeps the gradient, of all shards, and changes nothing."""
+
+    def __init__(self, model):
+        with parallel.masters(model):
+            self.params, self.param_groups, self.seen = list(model.parameters()), [{"lr": 0.0}], []
+
+    def step(self):
+        self.seen.append(torch.cat([full(p.grad).flatten() for p in self.params]))
+
+    def zero_grad(self, set_to_none=True):
+        for p in self.params:
+            p.grad = None
+
+
+def drawn_by_prompt(model, prefixes, G, *rest):
+    """`lm.sample` with a generator for each prompt: which process draws for it then makes no difference."""
+    out = [sample(model, [p], G, *rest[:6], torch.Generator().manual_seed(sum(p))) for p in prefixes]
+    return [row for rows, _ in out for row in rows], [lp for _, logps in out for lp in logps]
+
+
+def cases(prepare):
+    """{case: (log, [gradients that the optimizer sees])}, of this process's share. prepare(model) -> the model to train."""
+    out, cfg = {}, settings(beta=0.3, max_norm=0.5, budget=20)                     # unlike numbers of micro-batches; clipped
+    flat = lambda owner, rows: torch.full((len(rows),), -2.0)
+    first = lambda owner, rows: torch.where(torch.tensor(owner) == 0, reward(owner, rows), -2.0)   # of the others no group has spread
+
+    def replay():
+        part = parallel.share(ROWS[:3])
+        return -lm.logprobs(policy, *zip(*part), range(len(part))).sum() / 3
+
+    for name, make, prompts, R, change, join in (
+            ("grpo", tiny_llama, PROMPTS, reward, {}, None), ("k3", tiny_gpt2, PROMPTS, reward, {"kl": "loss"}, replay),
+            ("no rows", tiny_llama, PROMPTS[:1], reward, {}, None), ("nothing", tiny_llama, PROMPTS, flat, {"beta": 0.0}, None),
+            ("no advantage", tiny_llama, PROMPTS, first, {"beta": 0.0}, None)):
+        policy, ref = prepare(make(9, 1)), make(9, 2)
+        recorder = Recorder(policy)
+        numbered = lambda owner, rows: R([parallel.share(range(len(prompts)))[o] for o in owner], rows)
+        log, _, _ = grpo.step(policy, ref, [recorder], parallel.share(prompts), numbered, settings(**vars(cfg) | change), EOS,
+                              replay=join)
+        out[name] = log, recorder.seen
+
+    model = prepare(tiny_llama(9, 1))                                              # one step of the warm-up, on all five rows
+    recorder, logged = Recorder(model), []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(lm, "make_optimizers", lambda *_: [recorder])
+        m.setattr(lm, "budget", lambda model: 8)
+        run = types.SimpleNamespace(log=lambda *_, **line: logged.append(line), elapsed=lambda: 0.0)
+        sft.warm_up(model, "P", ROWS, 5, lambda mean: 0.0, train.parse(["--warmup-steps", "1"]), run, 60)
+    out["warm-up"] = {k: logged[0][k] for k in ("loss", "grad_norm")}, recorder.seen
+
+    tok = tiny.make_tokenizer(TEXTS + ["\naction: " + swirl_idm.IMPOSSIBLE] * 9, vocab_size=300)
+    P, Q = prepare(tiny.make_model(tok, 32, 2, seed=1)), tiny.make_model(tok, 32, 2, seed=2)
+    read = {tuple(swirl_idm.prompt(tok, x, y)): swirl_idm.target(tok, z)            # the second pair's action cannot be read
+            for (x, y), z in zip(PAIRS, ("turn off", swirl_idm.IMPOSSIBLE))}
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(lm, "sample", lambda model, prefixes, G, *rest, generator=None: ([read[tuple(p)] for p in prefixes], None)
+                  if G == 1 else drawn_by_prompt(model, prefixes, G, *rest))
+        recorder = Recorder(P)
+        log, _ = swirl_fwm.phase1_step(P, Q, None, [recorder], tok, parallel.share(PAIRS), settings(max_new=6), floor=0.0)
+        out["phase 1"] = log, recorder.seen
+        unread = [PAIRS[1]] * 2
+        out["unread"] = swirl_fwm.phase1_step(P, Q, None, [recorder], tok, parallel.share(unread), settings(max_new=6))[0]
+    return out
+
+
+def a_phase(prepare):
+    """[of each of two steps: the pairs, a number drawn, the gradient of the replayed rows], and the weights: `train.phase` undoes it."""
+    policy, frozen, seen, scores = prepare(tiny_llama(9, 1)), prepare(tiny_llama(9, 2)), [], iter([0.9, 0.1])
+
+    def take_step(ref, optimizers, pairs, gen, replay):
+        replay().backward()
+        recorder = Recorder(policy)
+        lm.optimizer_step(policy, [recorder], 0.1, clip=1e9)
+        seen.append((pairs, torch.rand(1, generator=gen).item(), recorder.seen[0]))
+        lm.logprobs(policy, [[1]], [[2]], [0]).sum().backward()
+        lm.optimizer_step(policy, optimizers, 0.1)
+        return {"reward": 0.0, "kl": None, "gap": 0.0, "tokens": 1}, []
+
+    run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0, progress={"stages": [{"fwm": {"exact": 0.0}}]})
+    cfg = train.parse(["--batch", "5", "--replay", "5", "--no-muon"])
+    train.phase(run, cfg, "iteration1/phase1", policy, frozen, lambda model: next(scores), [(n, n) for n in range(20)], ROWS,
+                train.phase_settings(cfg, 0.0, 0.1, 4), 2, 60, take_step)
+    return seen, weights(policy)
+
+
+def three_steps(prepare, folder):
+    """The weights after three steps of AdamW on ROWS, and what is saved and copied of them."""
+    model = prepare(tiny_llama(9, 1))
+    optimizers = lm.make_optimizers(model, 1e-3, muon=False, decay=0.1)
+    held = sum(v.to_local().numel() if hasattr(v, "to_local") else v.numel() for v in optimizers[0].param_groups[0]["params"])
+    for _ in range(3):
+        prompts, targets = zip(*parallel.share(ROWS))
+        (-lm.logprobs(model, prompts, targets, range(len(targets))).sum() / 14).backward()
+        lm.optimizer_step(model, optimizers, 1e-3, clip=0.5)
+    tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
+    if parallel.rank() == 0:
+        pretrained.save(model, tok, folder)
+    out = {"held": held, "whole": weights(model), "frozen": weights(lm.freeze(model))}
+    parallel.load(model, tiny_llama(9, 3).state_dict())
+    out["loaded"] = weights(model)
+    with parallel.masters(model):
+        out["masters"] = torch.cat([full(p).flatten() for p in model.parameters()])
+    return out
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    lm.sample = drawn_by_prompt
+    out = {how: (cases(prepare), three_steps(prepare, f"{folder}/{how}"), a_phase(prepare)) for how, prepare in
+           (("copies", lambda model: model), ("shards", parallel.shard))}
+    rows = list(range(7))
+    out["numbers"] = [parallel.divide(lambda a, b: [x * y for x, y in zip(a, b)], rows, rows), parallel.agree(rank),
+                      parallel.total(rank + 1), parallel.divide(lambda a: [x for x in a if a], [5])]
+    torch.save(out, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)], folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(lm, "sample", drawn_by_prompt)
+        same = lambda model: model
+        return cases(same), three_steps(same, folder / "alone"), a_phase(same), folder
+
+
+@pytest.mark.parametrize("how", ["copies", "shards"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_see_the_gradient_and_the_log_of_one(ranks, alone, case, how):
+    log, seen = alone[0][case]
+    for rank in ranks[0]:
+        theirs, grad = rank[how][0][case]
+        assert len(grad) == len(seen) == (case != "nothing")
+        for a, b in zip(grad, seen):
+            assert b.norm() > 1e-3 and relative(a, b) < 1e-5
+        for k in log:
+            assert theirs[k] == log[k] or theirs[k] == pytest.approx(log[k], rel=1e-5, abs=1e-5), k
+        assert rank[how][0]["unread"] is None                  # no rank reads an action: no step, no hanging
+
+
+def test_one_process_sees_the_gradient_of_the_naive_losses(alone):
+    """So that the test above is held against something that `grpo`, `sft` and `lm` did not compute."""
+    policy, ref, cfg = tiny_llama(9, 1), tiny_llama(9, 2), settings(beta=0.3)
+    rows, _ = drawn_by_prompt(policy, PROMPTS, 4, cfg.max_new, EOS, 1.0, 1.0, 0, None)
+    naive_loss(policy, ref, PROMPTS, rows, cfg)[0].backward()
+    assert alone[0]["grpo"][0]["grad_norm"] == pytest.approx(grads(policy).norm().item(), rel=1e-4)
+    assert relative(alone[0]["grpo"][1][0], grads(policy) * 0.5 / grads(policy).norm()) < 1e-4
+    model = tiny_llama(9, 1)
+    (-sum(naive(model, prompt, row).sum() for prompt, row in ROWS) / 14).backward()
+    assert relative(alone[0]["warm-up"][1][0], grads(model) / grads(model).norm()) < 1e-4
+
+
+@pytest.mark.parametrize("how", ["copies", "shards"])
+def test_weights_after_three_steps_are_those_of_one_process_and_are_saved_alike(ranks, alone, how):
+    found, folder = ranks
+    start, other, saved = weights(tiny_llama(9, 1)), weights(tiny_llama(9, 3)), pretrained.load(folder / how)[0]
+    for rank in found:
+        ours = rank[how][1]
+        assert relative(ours["whole"] - start, alone[1]["whole"] - start) < 1e-3
+        assert torch.equal(ours["whole"], found[0][how][1]["whole"])                # ranks do not drift apart
+        assert torch.equal(ours["frozen"], ours["whole"]) and torch.equal(weights(saved), ours["whole"])
+        assert torch.equal(ours["loaded"], other) and torch.equal(ours["masters"], other)
+        share = ours["held"] / alone[1]["held"]
+        assert share == 1 if how == "copies" else share < 0.55
+    names = lambda folder: sorted(p.name for p in folder.iterdir())
+    assert names(folder / how) == names(alone[3] / "alone")
+    assert (folder / how / "config.json").read_text() == (alone[3] / "alone" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("how", ["copies", "shards"])
+def test_a_phase_cuts_one_batch_draws_apart_replays_together_and_is_undone(ranks, alone, how):
+    one, (zero, end), (first, other) = alone[2], *(rank[how][2] for rank in ranks[0])
+    for (pairs, u, grad), (pairs_0, u_0, grad_0), (pairs_1, u_1, grad_1) in zip(one[0], zero, first):
+        assert pairs_0 == pairs[::2] and pairs_1 == pairs[1::2] and len(pairs) == 5
+        assert u_0 == u != u_1                                 # rollouts of their own
+        assert grad.norm() > 1e-3 and relative(grad_0, grad) < 1e-5 and torch.equal(grad_0, grad_1)
+    assert torch.equal(end, weights(tiny_llama(9, 1))) and torch.equal(other, end) and torch.equal(one[1], end)
+
+
+def test_rows_are_gathered_in_their_order_and_rank_0_decides(ranks):
+    for rank in ranks[0]:
+        assert rank["numbers"] == [[n * n for n in range(7)], 0, 3, [5]]
+
+
+def test_one_process_is_asked_nothing():
+    assert parallel.world() == 1 and parallel.agree(3) == parallel.total(3) == 3
+    assert parallel.divide(sorted, [3, 1]) == [1, 3] and parallel.share([1, 2]) == [1, 2]
+
+
+def test_shard_alone_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        train.main(["--shard", "--out", str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("error: --shard") and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "run"
+    assert train.main([*SMALL, "--minutes", "300", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["copies", "shards"])
+def test_torchrun_takes_a_run_to_its_end_and_resumes_a_cut_one(one, tmp_path, shard):
+    """The same files as one process leaves; a run that was killed before Phase II ends as the one that was not."""
+    def start(out):
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train.__file__,
+                                 *SMALL, "--minutes", "300", *shard, "--out", str(out)], stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+
+    two, cut = tmp_path / "two", tmp_path / "cut"
+    run = start(two)
+    said = run.communicate()[0]
+    assert run.returncode == 0 and said.count("held-out transitions") == 1, said
+    names = lambda out: sorted(str(p.relative_to(out)) for p in out.rglob("*"))
+    assert names(one) == names(two)
+    lines = lambda out: [(line["phase"], line["step"]) for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
+    assert lines(one) == lines(two)                            # each line once
+    run = start(cut)
+    while run.poll() is None and not ((cut / "progress.json").exists() and "phase1" in (cut / "progress.json").read_text()):
+        time.sleep(.05)
+    run.terminate()
+    run.communicate()
+    assert run.returncode and not (cut / "results.json").exists()
+    run = start(cut)
+    assert "resuming after iteration1/phase1" in run.communicate()[0] and run.returncode == 0
+    a, b = (json.loads((out / "results.json").read_text()) for out in (two, cut))
+    assert a["stages"] == b["stages"] and a["hardware"].startswith("2 processes")
