@@ -133,14 +133,17 @@ def _text(row, key):
 def predict_run(folder):
     """[Pair] of a finished run of train.py: x, y and the greedy y_hat of each test transition, as its last stage scored them.
 
-    BadData if the folder holds no such run, or its transitions file is gone.
+    BadData if the folder holds no such run, or its transitions file is gone or has changed.
     """
     folder = Path(folder)
     try:
         cfg = types.SimpleNamespace(**json.loads((folder / "config.json").read_text())["settings"])
+        finished = (folder / "results.json").is_file()
+        n = json.loads((folder / "results.json").read_text())["splits"]["test"] if finished else None
     except (OSError, ValueError, KeyError, TypeError):
-        raise records.BadData(f"{folder}: no config.json of a run is there; give a folder that train.py wrote") from None
-    if not (folder / "results.json").is_file():
+        raise records.BadData(f"{folder}: no run's config.json is there, or it is damaged; give a folder that train.py "
+                              "wrote") from None
+    if not finished:
         raise records.BadData(f"{folder}: this run is not finished; the same train.py command again finishes it")
     import torch  # here and not above: note 4
     import transformers
@@ -163,6 +166,9 @@ def predict_run(folder):
     length = lambda state: len(lm.encode(tok, "\n" + state))
     longest = max(length(s) for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
     test = test[:max(20, 30000 * len(test) // sum(length(y) for _, _, y in test))]
+    if len(test) != n:
+        raise records.BadData(f"{folder}: it was trained with {n} test transitions, and now there are {len(test)}; give it "
+                              "back its data, or train it again")
     xs, zs, ys = zip(*test)
     P = P.to("cuda" if torch.cuda.is_available() else "cpu")
     return [Pair(y_hat, y, x) for x, y, y_hat in zip(xs, ys, swirl_fwm.predict(P, tok, xs, zs, longest))]
