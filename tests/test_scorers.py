@@ -112,6 +112,14 @@ def test_the_average_is_of_splits_and_the_whole_is_of_pairs(tmp_path, capsys):
     assert list(result["scores"]) == ["id_low", "ood", "all"] and result["scores"]["all"]["model"]["exact"] == .25
 
 
+def test_a_split_without_one_good_row_is_no_zero_in_the_average(tmp_path, capsys):
+    good, bad = (dict(prediction=p, reference="abcd", split=s) for p, s in (("abcd", "ood"), (None, "id_low")))
+    result = run(stabletoolbench, tmp_path, "--pairs", write(tmp_path / "pairs.jsonl", [good, bad]))
+    assert result["scores"]["average"]["model"] == {"bleu": 100, "rouge_l": 100, "exact": 1}
+    assert result["scores"]["id_low"]["model"] is None and result["scores"]["id_low"]["n_missing"] == 1
+    assert "id_low" in result["splits_absent"] and "id_low" in capsys.readouterr().err
+
+
 def test_without_an_x_in_every_pair_nothing_is_said_of_copying(tmp_path, capsys):
     file = write(tmp_path / "pairs.jsonl", [dict(prediction="a", reference="a", x="b", split="s"),
                                             dict(prediction="a", reference="b")])
@@ -148,6 +156,7 @@ def test_predictions_and_references_are_zipped_line_by_line(tmp_path, capsys):
     assert files[1] in missing[2].why and [p.reference for p in pairs][2] == '{"error": "late"}'
     err = refused(stabletoolbench, capsys, "--predictions", "ood=" + files[0], "--references", files[1])
     assert "ood" in err and "id_high" in err
+    assert "odd" in refused(stabletoolbench, capsys, "--predictions", "odd=" + files[0], "--references", files[1])
 
 
 BROKEN = ['{"prediction": ', '[1]', '{"prediction": "a"}', '{"reference": "a"}', '{"prediction": 1, "reference": "a"}',
