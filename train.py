@@ -99,7 +99,7 @@ def train(cfg):
     P, Q, tok = load_models(cfg, labelled, state_only)
     labelled, validation, state_only, test = shorten(tok, (labelled, validation, state_only, test), cfg.max_state)
     limits = check_data(P, tok, labelled, validation, state_only, test, cfg)
-    test = test[:max(20, 30000 * len(test) // sum(len(lm.encode(tok, "\n" + y)) for _, _, y in test))]
+    test = affordable(tok, test)
     run = rundir.Run(cfg, started)                                    # nothing is written before the input has been checked
     if run.progress["folder"]:
         last = run.dir / run.progress["folder"]
@@ -206,6 +206,11 @@ def check_processes(cfg, device):
         if getattr(cfg, name) < world:
             rundir.fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} cannot be divided among {world} processes; "
                         f"give at least {world}, or start fewer")
+
+
+def affordable(tok, test):
+    """The first of the test transitions: as many as hold 30,000 tokens of y, to be decoded at every evaluation; at least 20."""
+    return test[:max(20, 30000 * len(test) // sum(len(lm.encode(tok, "\n" + y)) for _, _, y in test))]
 
 
 def check_data(P, tok, labelled, validation, state_only, test, cfg):

@@ -14,6 +14,7 @@ import sft
 import train
 from conftest import tiny_llama
 from envs import records, tools
+from evals import stabletoolbench
 
 SMALL = ["--episodes", "8", "--warmup-steps", "6", "--warmup-every", "3", "--iterations", "1",
          "--phase1-steps", "3", "--phase2-steps", "2", "--group-size", "4", "--batch", "6", "--eval-size", "6",
@@ -71,6 +72,21 @@ def test_saved_folders_load_with_from_pretrained(done):
     for side in ("fwm", "idm"):
         tok = AutoTokenizer.from_pretrained(done / side)
         assert AutoModelForCausalLM.from_pretrained(done / side).config.vocab_size == len(tok)
+
+
+def test_a_scorer_reads_a_run_and_finds_its_last_scores(done, tmp_path, capsys):
+    out, last = tmp_path / "scores.json", json.loads((done / "results.json").read_text())
+    assert stabletoolbench.main(["--run", str(done), "--json", str(out)]) == 0
+    row = json.loads(out.read_text())["scores"]["all"]
+    for scores, swirl in ((row["model"], last["stages"][-1]["fwm"]), (row["copy_x"], last["baselines"]["copy_x"])):
+        assert (scores["exact"], scores["rouge_l"]) == (swirl["exact"], pytest.approx(swirl["rouge_l"], abs=1e-9))
+        assert scores["bleu"] == pytest.approx(swirl["bleu"], abs=.01) and row["n"] == swirl["n"]
+    assert row["changed"]["exact"] == last["stages"][-1]["fwm"]["exact_changed"]
+    shutil.copytree(done, tmp_path / "other")
+    (tmp_path / "other" / "results.json").write_text(json.dumps(last | {"splits": {"test": 7}}))
+    with pytest.raises(SystemExit):
+        stabletoolbench.main(["--run", str(tmp_path / "other")])
+    assert "7 test transitions" in capsys.readouterr().err
 
 
 def test_the_same_command_on_a_finished_run_prints_the_result_and_does_nothing_else(done, capsys):
