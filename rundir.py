@@ -59,7 +59,7 @@ class Run:
         if cfg.fresh and found:
             saved = (self.load("progress.json") or {}).get("saved", [])
             foreign = sorted(found - OURS) + [f"{side}/{p.name}" for side in ("fwm", "idm") if side in found
-                                              for p in sorted((self.dir / side).iterdir()) if p.name not in saved]
+                                              for p in sorted((self.dir / side).rglob("*")) if p.name not in saved]
             if foreign:
                 fail(f"--fresh: {cfg.out} holds {foreign[0]}, which no run wrote; move it away first")
             shutil.rmtree(self.dir)
@@ -109,7 +109,7 @@ class Run:
         lm.save(Q, tok, self.dir / folder / "idm")
         self.progress["stages"].append({"name": name, **scores})
         self.progress["folder"] = folder
-        self.progress["saved"] = sorted(p.name for p in (self.dir / folder / "fwm").iterdir())
+        self.progress["saved"] = sorted(p.name for p in (self.dir / folder / "fwm").rglob("*"))
         self.save_progress()
 
     def save_progress(self):

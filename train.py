@@ -24,6 +24,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import adapters
 import grpo
 import lm
 import mi_bounds
@@ -43,15 +44,18 @@ def load_models(cfg, labelled, state_only):
     if cfg.model != "tiny":
         try:
             P, tok = lm.load(cfg.model)
+            P, Q = adapters.pair(P, cfg.lora) if cfg.lora else (P, lm.load(cfg.model)[0])
         except (OSError, ValueError, ImportError) as e:
             rundir.fail(f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, a Hub id or a folder with safetensors")
         if tok.eos_token_id is None:
             rundir.fail(f"--model {cfg.model}: its tokenizer has no end token; give a causal language model")
-        return P, lm.load(cfg.model)[0], tok
+        return P, Q, tok
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
     tok = tiny.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
                               + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
-    return tiny.make_model(tok, seed=cfg.seed), tiny.make_model(tok, seed=cfg.seed), tok     # the same weights, as in the paper
+    P = tiny.make_model(tok, seed=cfg.seed)
+    P, Q = adapters.pair(P, cfg.lora) if cfg.lora else (P, tiny.make_model(tok, seed=cfg.seed))    # one start, as in the paper
+    return P, Q, tok
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------------
@@ -93,12 +97,16 @@ def train(cfg):
     run = rundir.Run(cfg, started)                                    # nothing is written before the input has been checked
     if run.progress["folder"]:
         last = run.dir / run.progress["folder"]
-        (P, tok), (Q, _) = (lm.load(last / side if (last / side).exists() else run.dir / side) for side in ("fwm", "idm"))
+        folders = [last / side if (last / side).exists() else run.dir / side for side in ("fwm", "idm")]
+        if cfg.lora:
+            P.load(folders[0]), Q.load(folders[1])                    # on the base that load_models has loaded anew
+        else:
+            (P, tok), (Q, _) = map(lm.load, folders)
         print(f"resuming after {run.progress['stages'][-1]['name']}")
     P, Q = P.to(device), Q.to(device)
     budget = cfg.minutes * 54 if cfg.minutes else float("inf")         # the rest: installing, what cannot be planned
     print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
-          f"state-only, {len(test)} test transitions; {sum(p.numel() for p in P.parameters())/1e6:.2f}M parameters a model; "
+          f"state-only, {len(test)} test transitions; {P.num_parameters()/1e6:.2f}M parameters a model; "
           f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes else ""))
 
     held_out = {}                                                      # side: (its scores, its predictions), until it moves
@@ -276,7 +284,7 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
                    "eq5_reward": swirl_fwm.logp(P, tok, xs, z_hat, ys).mean().item()},   # E log P(y|x,z), in nats
         "collapse": mi_bounds.collapse(z_hat, true),
         "presets": {"bleu": "mirrorapi (characters, method3, mean)", "rouge_l": "rouge_score, no stemmer"},
-        "sizes": {"parameters": sum(p.numel() for p in P.parameters()),
+        "sizes": {"parameters": P.num_parameters(),
                   "peak_rss_mb": rundir.peak_rss_mb()}}
     run.finish(results)
     return rundir.report(results)
