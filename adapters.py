@@ -31,7 +31,7 @@ SCALE = 2.0                                                                     
 
 
 def pair(base, r):
-    """(P, Q): two adapters of rank r on `base`, which is changed in place and frozen. Exit with one line if peft is missing."""
+    """(P, Q): two adapters of rank r on `base`, which is changed in place and frozen. One line and exit 2 if peft is missing."""
     try:
         import peft
     except ImportError:
@@ -39,8 +39,9 @@ def pair(base, r):
     config = peft.LoraConfig(r=r, lora_alpha=SCALE * r, lora_dropout=0.0, target_modules="all-linear",
                              base_model_name_or_path=base.name_or_path or None)
     base = peft.inject_adapter_in_model(config, base).eval().requires_grad_(False)
-    P = Adapter(base, config, {n: p.detach().to(torch.float32, copy=True) for n, p in base.named_parameters() if ".lora_" in n})
-    return P.requires_grad_(True), copy.deepcopy(P)
+    weights = {n: p.detach().to(torch.float32, copy=True) for n, p in base.named_parameters() if ".lora_" in n}
+    P = Adapter(base, config, weights).requires_grad_(True)
+    return P, copy.deepcopy(P)
 
 
 class Adapter:
@@ -76,7 +77,7 @@ class Adapter:
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """In place, so that an optimizer keeps its parameters. ValueError if it is not the state of an adapter like this one."""
+        """In place, so that an optimizer keeps its parameters. ValueError if it is not of an adapter like this one."""
         if {n: p.shape for n, p in self.weights.items()} != {n: w.shape for n, w in state.items()}:
             raise ValueError("these are not the A and B of an adapter of this base and rank")
         for n, p in self.weights.items():
@@ -86,10 +87,6 @@ class Adapter:
         for p in self.weights.values():
             p.requires_grad_(on)
         return self
-
-    def zero_grad(self, set_to_none=True):
-        for p in self.weights.values():
-            p.grad = None
 
     def eval(self):
         return self                                                                # the base never leaves it
@@ -116,6 +113,7 @@ class Adapter:
         return out
 
     def save_pretrained(self, folder):
+        """Departure 5."""
         self.base.save_pretrained(folder, state_dict=self.merged())
         self.peft_config.save_pretrained(Path(folder) / "adapter")
         save_file({"base_model.model." + n.replace(".default", ""): p.detach().contiguous() for n, p in self.weights.items()},
@@ -123,27 +121,31 @@ class Adapter:
 
     def load(self, folder):
         """Take up the A and B that `save_pretrained` left in folder/adapter."""
-        self.load_state_dict({n.removeprefix("base_model.model.").replace(".weight", ".default.weight"): w for n, w in load_file(
-            Path(folder) / "adapter" / "adapter_model.safetensors").items()})
+        saved = load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+        self.load_state_dict({n.removeprefix("base_model.model.").replace(".weight", ".default.weight"): w
+                              for n, w in saved.items()})
 
 
 # --- what fits on a card ------------------------------------------------------------------------------------------------
 
 # Bytes that autograd keeps for a token in a layer of a Llama or Qwen, per unit of hidden and of intermediate size (counted by
 # saved_tensors_hooks): float32 or bfloat16 weights, full or LoRA, whose float32 A makes a float32 copy of its input
-KEPT = {(4, False): (44, 16), (4, True): (37, 16), (2, False): (26, 8), (2, True): (44, 10)}
+KEPT = {(4, False): (42, 16), (4, True): (34, 16), (2, False): (25, 8), (2, True): (42, 10)}
 
 
 def memory(config, r=0, dtype=torch.float32):
-    """Bytes at the peak of a phase, without loading weights: (parts, token). parts {"weights", "gradients", "optimizer" (AdamW's
-    m and v, and masters, in float32), "opposite", "reference", "check" (the opposite as the phase found it)}, for rank r or,
-    if 0, for full fine-tuning. token: activations per token of a micro-batch, (layers (hidden, intermediate) . KEPT) and 3
-    float32 of the vocabulary a scored token, which is all of them here. Attention is assumed not to keep its scores (sdpa)."""
+    """(parts, token): bytes at the peak of a phase, without loading weights. parts {"weights", "gradients", "optimizer" (AdamW's
+    m and v and, beside bfloat16 weights, masters, all float32), "opposite", "reference", "check" (the opposite as the phase
+    found it)}, for rank r or, if 0, for full fine-tuning. token: activations per token of a micro-batch, of which every one is
+    scored: KEPT in each layer; the logits, three times in float32 and, if weights are not, once more. The peak is
+    sum(parts) + max(tokens * token, gradients): a weight's gradient waits, apart, until the shared prefix has added its own.
+    Attention is assumed to keep no scores (sdpa, but for its math fallback)."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     n, b = model.num_parameters(), dtype.itemsize
     h, i = KEPT[b, r > 0]
-    token = config.num_hidden_layers * (h * config.hidden_size + i * config.intermediate_size) + (8 + b) * config.vocab_size
+    token = config.num_hidden_layers * (h * config.hidden_size + i * config.intermediate_size) \
+        + (12 if b == 4 else 14) * config.vocab_size
     if not r:
         optimizer = n * (8 if b == 4 else 12)
         return dict(weights=n * b, gradients=n * b, optimizer=optimizer, opposite=n * b, reference=n * b, check=n * b), token
@@ -159,7 +161,7 @@ def main(argv=None):
     r = parser.parse_args(argv).lora
     if r < 1:
         rundir.fail(f"--lora cannot be {r} here; give a rank, such as 32")
-    print(f"GiB at the peak of a phase, and the largest micro-batch in tokens beside it (90 % of the card; none: does not fit)\n"
+    print("GiB at the peak of a phase, and the most tokens that a micro-batch may have beside it (90 % of the card is used)\n"
           f"{'':24}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'others':>8}{'sum':>8}{'MiB/token':>11}"
           + "".join(f"{card:>9} GB" for card in CARDS))
     for name, (hidden, layers, heads, kv, intermediate) in QWEN.items():
@@ -169,11 +171,12 @@ def main(argv=None):
                                  (f"LoRA {r}, float32", r, torch.float32), (f"LoRA {r}, bfloat16", r, torch.bfloat16)):
             parts, token = memory(config, rank, dtype)
             total = sum(parts.values())
-            fits = [int((.9 * card * 2**30 - total) // token) for card in CARDS]
+            room = [.9 * card * 2**30 - total for card in CARDS]
             others = parts["opposite"] + parts["reference"] + parts["check"]
             print(f"{name + ' ' + way:24}" + "".join(f"{value / 2**30:{w}.2f}" for value, w in (
                 (parts["weights"], 9), (parts["gradients"], 11), (parts["optimizer"], 11), (others, 8), (total, 8)))
-                + f"{token / 2**20:11.2f}" + "".join(f"{n if n > 0 else 'none':>12}" for n in fits))
+                + f"{token / 2**20:11.2f}"
+                + "".join(f"{int(n // token) if n > parts['gradients'] else 'none':>12}" for n in room))
 
 
 if __name__ == "__main__":
