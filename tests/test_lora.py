@@ -1,0 +1,307 @@
+"""Claims of `adapters.py`: an adapter is the full model W + 2 B A in values and gradients; two of them share W, nothing else."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import lm
+import train
+from conftest import EOS, MAKERS, naive, relative, tiny_llama
+from envs import records
+
+peft = pytest.importorskip("peft")
+import adapters  # noqa: E402
+
+RAGGED = [[5], [3, 1, 4, 1, 5, 2, 6], [2, 7], [1, 8, 2, 8]]
+ROWS, OWNER = [[6, 2, EOS], [8, 3, 5, 7, EOS], [1, EOS], [4, 4, EOS], [2]], [0, 1, 1, 3, 2]
+
+
+@pytest.fixture(params=list(MAKERS))
+def make(request):
+    return MAKERS[request.param]
+
+
+def shake(adapter, seed):
+    """B starts at 0, where half of all mistakes are invisible."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.copy_(.1 * torch.randn(p.shape, generator=g))
+    return adapter
+
+
+def shaken(base, r=3):
+    P, Q = adapters.pair(base, r)
+    return shake(P, 1), shake(Q, 2)
+
+
+def by_hand(make, adapter):
+    """(a plain model's call with W + 2 B A in place of W, the leaves A and B by name): autograd does the rest."""
+    plain = make()
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in adapter.named_parameters()}
+    W = dict(plain.named_parameters())
+    for n in leaves:
+        if ".lora_A." in n:
+            layer = n.partition(".lora_A.")[0]
+            BA = leaves[n.replace("lora_A", "lora_B")] @ leaves[n]
+            W[layer + ".weight"] = W[layer + ".weight"] + 2 * (BA.T if "GPT2" in type(plain).__name__ else BA)
+    return lambda *args, **kwargs: torch.func.functional_call(plain, W, args, kwargs), leaves
+
+
+def grads(adapter):
+    return torch.cat([p.grad.flatten() for p in adapter.parameters()])
+
+
+def bits(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# --- values and gradients -----------------------------------------------------------------------------------------------
+
+def test_values_and_gradients_are_those_of_the_merged_model(make):
+    P, Q = shaken(make())
+    for model in (Q, P):                                                           # P's last, with Q's in between
+        call, leaves = by_hand(make, model)
+        logp = lm.logprobs(model, RAGGED, ROWS, OWNER)
+        logp.sum().backward()
+        truth = [naive(call, RAGGED[o], row) for o, row in zip(OWNER, ROWS)]
+        sum(t.sum() for t in truth).backward()
+        assert all(torch.allclose(logp[n, :len(t)], t, atol=1e-5, rtol=1e-5) for n, t in enumerate(truth))
+        assert relative(grads(model), torch.cat([p.grad.flatten() for p in leaves.values()])) < 1e-5
+
+
+def test_at_the_start_both_are_the_base_and_every_matrix_of_the_layers_is_adapted(make):
+    plain = make()
+    P, Q = adapters.pair(make(), 3)
+    assert torch.equal(lm.logprobs(P, RAGGED, ROWS, OWNER), lm.logprobs(plain, RAGGED, ROWS, OWNER))
+    assert same(bits(P), bits(Q)) and all(p.requires_grad for p in (*P.parameters(), *Q.parameters()))
+    matrices = {n.removesuffix(".weight") for n, p in plain.named_parameters() if p.ndim == 2 and ("layers." in n or ".h." in n)}
+    assert {n.partition(".lora_")[0] for n, _ in P.named_parameters()} == matrices
+
+
+def test_a_graph_of_one_adapter_runs_back_into_it_alone_though_others_ran_in_between(make):
+    P, Q = shaken(make())
+    base, ref = P.base, lm.freeze(P)
+    lm.logprobs(P, RAGGED, ROWS, OWNER).sum().backward()
+    alone = grads(P)
+    for p in P.parameters():
+        p.grad = None
+    loss = lm.logprobs(P, RAGGED, ROWS, OWNER).sum()
+    lm.logprobs(Q, RAGGED, ROWS, OWNER).sum()
+    lm.sample(Q, RAGGED, 2, 4, EOS)
+    lm.score(ref, RAGGED, ROWS, OWNER)
+    loss.backward()
+    assert torch.equal(grads(P), alone) and alone.norm() > 1e-2
+    assert all(p.grad is None for model in (Q, ref, base) for p in model.parameters())
+    assert not any(p.requires_grad for p in base.parameters())
+
+
+def test_sampler_and_trainer_agree_with_two_adapters_in_turn(make):
+    P, Q = shaken(make())
+    for model in (P, Q, P):
+        rows, sampled = lm.sample(model, RAGGED, 4, 6, EOS, generator=torch.Generator().manual_seed(0))
+        scored = lm.logprobs(model, RAGGED, rows, [b for b in range(len(RAGGED)) for _ in range(4)])
+        assert all(torch.allclose(torch.tensor(s), scored[n, :len(s)], atol=1e-4) for n, s in enumerate(sampled))
+
+
+# --- copies, optimizers, a phase ----------------------------------------------------------------------------------------
+
+def test_a_reference_is_an_exact_copy_that_does_not_move():
+    P, Q = shaken(tiny_llama())
+    ref, before = lm.freeze(P), bits(P)
+    assert ref.base is P.base and same(bits(ref), before) and not any(p.requires_grad for p in ref.parameters())
+    assert not {p.data_ptr() for p in ref.parameters()} & {p.data_ptr() for m in (P, Q, P.base) for p in m.parameters()}
+    base, opposite, optimizers = bits(P.base), bits(Q), lm.make_optimizers(P, .1)
+    assert len(optimizers) == 1                                                    # Muon is for whole matrices
+    lm.logprobs(P, RAGGED, ROWS, OWNER).sum().backward()
+    lm.optimizer_step(P, optimizers, .1)
+    assert same(bits(ref), before) and same(bits(P.base), base) and same(bits(Q), opposite)
+    assert all(not torch.equal(p, before[n]) for n, p in P.named_parameters())
+    own = P.parameters()
+    P.load_state_dict(ref.state_dict())                                            # a phase undone
+    assert same(bits(P), before) and all(a is b for a, b in zip(own, P.parameters()))
+    with pytest.raises(ValueError):
+        P.load_state_dict(adapters.pair(tiny_llama(), 2)[0].state_dict())
+
+
+def test_what_would_change_the_numbers_is_refused():
+    P, _ = shaken(tiny_llama())
+    P.base.gradient_checkpointing_enable()
+    with pytest.raises(AssertionError):
+        lm.logprobs(P, RAGGED, ROWS, OWNER)
+    with pytest.raises(AttributeError):
+        P.train()
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+def test_a_saved_folder_is_a_plain_model_and_holds_the_adapter_for_peft(make, tmp_path):
+    P, Q = shaken(make())
+    base, truth = bits(P.base), lm.logprobs(P, RAGGED, ROWS, OWNER)
+    P.save_pretrained(tmp_path / "fwm")
+    make().save_pretrained(tmp_path / "plain")
+    assert same(bits(P.base), base)                                                # the merge leaves no trace
+    sizes = [{n: w.shape for n, w in load_file(tmp_path / name / "model.safetensors").items()} for name in ("fwm", "plain")]
+    assert sizes[0] == sizes[1] and sorted(p.name for p in (tmp_path / "fwm").iterdir()) == [
+        "adapter", "config.json", "generation_config.json", "model.safetensors"]
+    for model in (AutoModelForCausalLM.from_pretrained(tmp_path / "fwm", dtype=torch.float32),
+                  peft.PeftModel.from_pretrained(make(), tmp_path / "fwm" / "adapter").eval().base_model.model):
+        assert torch.allclose(lm.logprobs(model, RAGGED, ROWS, OWNER), truth, atol=1e-5, rtol=1e-5)
+    Q.load(tmp_path / "fwm")
+    assert same(bits(Q), bits(P))
+
+
+def test_a_bfloat16_base_keeps_float32_adapters(tmp_path):
+    P, _ = shaken(tiny_llama().to(torch.bfloat16))
+    assert P.dtype == torch.bfloat16 and {p.dtype for p in P.parameters()} == {torch.float32}
+    lm.logprobs(P, RAGGED, ROWS, OWNER).sum().backward()
+    assert grads(P).norm() > 0
+    P.save_pretrained(tmp_path)
+    assert {w.dtype for w in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+
+
+SHORT = ["--lora", "2", "--warmup-steps", "4", "--warmup-every", "2", "--phase1-steps", "2", "--phase2-steps", "2", "--group-size",
+         "3", "--batch", "3", "--eval-size", "4", "--validation-size", "4", "--minutes", "3", "--warmup-batch-idm", "8"]
+
+
+@pytest.fixture
+def short(tmp_path):
+    rows = [records.Transition(f"e{i}", t, f"lamp {'on' if t else 'off'}\ndoor {i % 3}", "press " + "ab"[i % 2],
+                               f"lamp {'off' if t else 'on'}\ndoor {i % 3}") for i in range(24) for t in range(2)]
+    records.write(tmp_path / "t.jsonl", rows)
+    return [*SHORT, "--data", str(tmp_path / "t.jsonl")]
+
+
+def test_a_cut_run_goes_on_with_its_adapters(short, tmp_path, monkeypatch, capsys):
+    step = train.swirl_idm.phase2_step
+
+    def copied(*args, **kwargs):
+        if not (tmp_path / "cut").exists():
+            shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+        return step(*args, **kwargs)
+    monkeypatch.setattr(train.swirl_idm, "phase2_step", copied)
+    assert train.main([*short, "--out", str(tmp_path / "whole")]) == 0
+    assert train.main([*short, "--out", str(tmp_path / "cut")]) == 0
+    assert "resuming after iteration1/phase1" in capsys.readouterr().out
+    a, b = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
+    assert a["stages"] == b["stages"]
+    for file in ("fwm/model.safetensors", "fwm/adapter/adapter_model.safetensors", "idm/adapter/adapter_model.safetensors"):
+        one, two = (load_file(tmp_path / name / file) for name in ("whole", "cut"))
+        assert same(one, two)
+    assert any(w.abs().max() > 0 for n, w in two.items() if "lora_B" in n)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "fwm")
+    assert base.num_parameters() < a["sizes"]["parameters"]                        # W, and A and B
+
+
+def test_bad_ranks_and_a_missing_package_are_refused_in_one_line(short, tmp_path, monkeypatch, capsys):
+    def refused(argv):
+        with pytest.raises(SystemExit) as e:
+            train.main([*argv, "--out", str(tmp_path / "out")])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and not (tmp_path / "out").exists()
+        return err
+    assert "--lora" in refused([*short, "--lora", "-1"])
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "pip install peft" in refused(short)
+
+
+def test_a_pretrained_model_learns_faster_with_adapters():
+    full, lora = train.parse(["--model", "some/model"]), train.parse(["--model", "some/model", "--lora", "8"])
+    assert (lora.warmup_lr, lora.lr_fwm, lora.lr_idm) == pytest.approx((10 * full.warmup_lr, 10 * full.lr_fwm, 10 * full.lr_idm))
+    assert train.parse(["--lora", "8"]).lr_fwm == train.parse([]).lr_fwm and not lora.muon
+
+
+# --- memory -------------------------------------------------------------------------------------------------------------
+
+def config(V=400, h=128, L=3, i=512, tied=True):
+    return Qwen2Config(vocab_size=V, hidden_size=h, num_hidden_layers=L, num_attention_heads=max(2, h // 64),
+                       num_key_value_heads=2, intermediate_size=i, tie_word_embeddings=tied)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_arithmetic_counts_the_parameters_that_there_are(tied):
+    hidden, layers, heads, kv, intermediate = adapters.QWEN["0.5B"]
+    real = Qwen2Config(vocab_size=151936, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                       num_key_value_heads=kv, intermediate_size=intermediate, tie_word_embeddings=True)
+    assert adapters.memory(real)[0]["gradients"] == 4 * 494_032_768                # as published
+    model = AutoModelForCausalLM.from_config(config(tied=tied))
+    n = sum(p.numel() for p in model.parameters())
+    P, _ = adapters.pair(model, 5)
+    k = sum(p.numel() for p in P.parameters())
+    full, lora = (adapters.memory(config(tied=tied), r, torch.bfloat16)[0] for r in (0, 5))
+    assert full == dict(weights=2 * n, gradients=2 * n, optimizer=12 * n, opposite=2 * n, reference=2 * n, check=2 * n)
+    assert lora == dict(weights=2 * n + 8 * k, gradients=4 * k, optimizer=8 * k, opposite=4 * k, reference=4 * k, check=4 * k)
+
+
+@pytest.mark.parametrize("r", [0, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_allowance_for_activations_is_what_autograd_keeps(r, dtype):
+    def kept(**shape):
+        model = AutoModelForCausalLM.from_config(config(**shape), dtype=dtype).eval()
+        model = adapters.pair(model, r)[0] if r else model
+        weights = {p.untyped_storage().data_ptr() for m in (model, getattr(model, "base", model)) for p in m.parameters()}
+        seen = {}
+        keep = lambda t: seen.update({t.untyped_storage().data_ptr(): t}) or t     # alive, so that no address comes twice
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            lm.logprobs(model, [[1, 2]] * 4, [[2] * 64] * 4, range(4))
+        return sum(t.untyped_storage().nbytes() for place, t in seen.items() if place not in weights) / 256
+
+    def says(**shape):
+        return adapters.memory(config(**shape), r, dtype)[1]
+    start = dict(h=256)
+    for more in (dict(L=6), dict(i=1024), dict(h=512)):
+        assert kept(**start | more) - kept(**start) == pytest.approx(says(**start | more) - says(**start), rel=.1), more
+
+
+PEAK = """
+import sys, torch, adapters, lm
+from test_lora import config
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+def rss(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+def phase(shape, r, dtype, T):
+    make = lambda: AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
+    P, Q = adapters.pair(make(), r) if r else (make(), make())
+    ref, check = lm.freeze(P), [p.detach().clone() for p in Q.parameters()]
+    optimizers = lm.make_optimizers(P, 1e-4, muon=False)
+    for _ in range(2):
+        for _ in range(2):
+            (-lm.logprobs(P, [[1, 2]] * 4, [[3] * (T // 4)] * 4, range(4)).sum()).backward()
+        lm.optimizer_step(P, optimizers, 1e-4)
+
+phase(config(), 4, torch.float32, 16)
+shape = config(*map(int, sys.argv[1].split(",")))
+for way in sys.argv[2:]:                                                           # the larger peak last
+    r, dtype, T = (kind(a) for kind, a in zip((int, lambda a: getattr(torch, a), int), way.split(",")))
+    before = rss("VmRSS")
+    phase(shape, r, dtype, T)
+    parts, token = adapters.memory(shape, r, dtype)
+    print((rss("VmHWM") - before) / (sum(parts.values()) + max(parts["gradients"], T * token)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of the memory that a process held")
+@pytest.mark.parametrize("shape, ways", [
+    ("8000,512,5,2048", ["16,float32,128", "0,float32,64"]),                       # 21M parameters
+    pytest.param("32000,768,12,3072", ["16,bfloat16,64", "16,float32,256", "0,float32,64"], marks=pytest.mark.slow)],   # 126M
+    ids=["21M", "126M"])
+def test_the_arithmetic_is_the_peak_of_a_process(shape, ways):
+    """A fresh one, whose allocator gives back what is freed."""
+    here = Path(__file__).parent
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1",
+                        "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
+    done = subprocess.run([sys.executable, "-c", PEAK, shape, *ways], env=env, capture_output=True, text=True, check=True)
+    assert [float(ratio) for ratio in done.stdout.split()] == pytest.approx([1] * len(ways), abs=.15)
