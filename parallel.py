@@ -147,7 +147,7 @@ def is_sharded(model):
 
 
 def pieces(model):
-    return [m for m in model.modules() if is_sharded(m)]
+    return [m for m in model.modules() if is_sharded(m)] if is_sharded(model) else []
 
 
 @contextlib.contextmanager
