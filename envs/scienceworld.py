@@ -169,7 +169,7 @@ def main(argv=None):
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="task names, in turn (default: all 30)")
     parser.add_argument("--episodes", type=int, default=450, help="episodes in all [450]")
     parser.add_argument("--steps", type=int, default=22, help="commands of an episode, at most [22]")
-    parser.add_argument("--slips", type=float, default=0.15, help="chance of a random valid command before a gold one [0.15]")
+    parser.add_argument("--slips", type=float, default=0.15, help="chance of a random command before a gold one [0.15]")
     parser.add_argument("--unchanged", type=float, default=0.2, help="chance that a transition with y = x is kept [0.2]")
     parser.add_argument("--seed", type=int, default=0, help="of variations, windows, slips and what is kept [0]")
     parser.add_argument("--simplifications", nargs="+", default=[], choices=EASY, metavar="NAME", help=", ".join(EASY))

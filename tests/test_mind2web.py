@@ -66,6 +66,8 @@ def test_a_cut_keeps_the_target_whole_tags_and_the_count(seed):
 def test_a_cut_where_there_is_no_tag_to_stop_at():
     assert mind2web.cut("a" * 100, 50, 10) == "<!-- 45 characters left out -->" + "a" * 10 + "<!-- 45 characters left out -->"
     assert mind2web.cut("<a " + "b" * 100 + ">", 0, 7) == "<a bbbb<!-- 97 characters left out -->"
+    for html in ("a" * 100 + "<b>", "<b>" + "a" * 100):  # the one tag is out of the stretch
+        assert mind2web.cut(html, 50, 10) == f"<!-- 45 characters left out -->{'a' * 10}<!-- 48 characters left out -->"
     assert mind2web.cut("", 0, 7) == "" and mind2web.cut("ab", 2, 1) == "<!-- 1 characters left out -->b"
 
 

@@ -44,6 +44,7 @@ def test_round_trip(tmp_path, name):
     assert os.listdir(tmp_path) == [name]  # nothing unfinished is left behind
     data = path.read_bytes()
     assert (data[:2] == b"\x1f\x8b") == name.endswith(".gz")
+    assert not name.endswith(".gz") or data[4:8] == bytes(4)  # no time stamp
     assert b"null" not in (gzip.decompress(data) if name.endswith(".gz") else data)  # no z: no key
     records.write(path, transitions)
     assert path.read_bytes() == data

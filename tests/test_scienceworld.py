@@ -127,6 +127,11 @@ def test_slips_are_as_many_as_asked_for_and_understood():
     assert not [tr for tr in record(slips=0)[0] if tr.z == "wait"]
 
 
+def test_the_seed_fixes_the_slips_in_whatever_order_they_are_listed():
+    some = [[tr.z for tr in record(Fake(valid=[f"go {n}" for n in range(100, 130)]), slips=0.5, steps=99)[0]] for _ in range(5)]
+    assert all(zs == some[0] for zs in some) and any(z.startswith("go 1") and len(z) == 6 for z in some[0])
+
+
 def test_unchanged():
     def waits(unchanged):
         n = collections.Counter()
