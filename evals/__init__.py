@@ -1,1 +1,1 @@
-"""One file a benchmark's scorer, and the metrics that they share (`metrics.py`)."""
+"""One file a benchmark's scorer, and what they share: `metrics.py`, `bertscore.py`, and in `common.py` reading, table and JSON."""

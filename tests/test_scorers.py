@@ -53,6 +53,10 @@ def test_stabletoolbench_is_nltk_rounded_as_the_benchmark_rounds(preset, tmp_pat
         expected[s] = round(sum(each) / len(each), 2)
         assert result["scores"][s]["model"]["bleu"] == expected[s] and result["scores"][s]["n"] == len(pairs)
     assert result["scores"]["average"]["model"]["bleu"] == pytest.approx(sum(expected.values()) / 5, abs=1e-6)
+    one = run(stabletoolbench, tmp_path, "--preset", preset, "--pairs",
+              write(tmp_path / "one.jsonl", [dict(prediction="abcd" if preset == "mirrorapi" else "a b c d",
+                                                  reference="abce" if preset == "mirrorapi" else "a b c e")]))
+    assert one["scores"]["all"]["model"]["bleu"] == 59.46                          # (3/4 2/3 1/2 1/2) ** 1/4
     assert result["preset"] == preset and result["splits_absent"] == [] and list(result["scores"]) == [*splits, "average"]
 
 
@@ -156,7 +160,8 @@ def test_predictions_and_references_are_zipped_line_by_line(tmp_path, capsys):
     assert files[1] in missing[2].why and [p.reference for p in pairs][2] == '{"error": "late"}'
     err = refused(stabletoolbench, capsys, "--predictions", "ood=" + files[0], "--references", files[1])
     assert "ood" in err and "id_high" in err
-    assert "odd" in refused(stabletoolbench, capsys, "--predictions", "odd=" + files[0], "--references", files[1])
+    err = refused(stabletoolbench, capsys, "--predictions", "odd=" + files[0], "--references", files[1])
+    assert "no split is called odd" in err
 
 
 BROKEN = ['{"prediction": ', '[1]', '{"prediction": "a"}', '{"reference": "a"}', '{"prediction": 1, "reference": "a"}',
