@@ -144,10 +144,11 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, all
            "kl": None, "truncated": sum(r[-1] != eos for r in sampled) / (B * G), "tokens": sum(map(len, sampled))}
     logp_pi = {n: torch.tensor(lp) for n, lp in zip(where.tolist(), logp_sampled)}   # row: (T,)
     logp_ref, shaped = None, R
+    scores = lambda model: lm.score_tokens(model, prompts, rows, owner, temperature=cfg.temperature, tokens=cfg.budget)
     if ref is not None:
-        logp_ref = score_tokens(ref, prompts, rows, owner, cfg)                    # (N, T)
+        logp_ref = scores(ref).cpu()                                               # (N, T)
         truncated = cfg.top_p < 1 or cfg.top_k > 0                                 # then the sampler's are not pi's
-        own = score_tokens(policy, prompts, rows, owner, cfg).sum(1) if truncated else \
+        own = scores(policy).cpu().sum(1) if truncated else \
             torch.stack([logp_pi[n].sum() for n in range(len(rows))])
         kl = k1(own, logp_ref.sum(1))                                              # (N,)
         log["kl"] = kl[where].mean().item()
@@ -160,13 +161,3 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, all
                                                       logp_ref, replay)
     log["gap"] = max((float((lp[:len(rows[n])] - logp_pi[n]).abs().max()) for n, lp in logp_old.items()), default=0.0)
     return parallel.merge(log, B), sampled, R[where]
-
-
-@torch.no_grad()
-def score_tokens(model, prompts, rows, owner, cfg):
-    """(N, T) token log-probs of rows under a frozen model, in chunks."""
-    out = torch.zeros(len(rows), max(map(len, rows)))
-    for part in lm.chunks(prompts, rows, owner, cfg.budget or lm.budget(model)):
-        logp = lm.logprobs(model, *lm.take(prompts, rows, owner, part), temperature=cfg.temperature)
-        out[part, :logp.shape[1]] = logp.cpu()
-    return out

@@ -46,11 +46,6 @@ def freeze(model):
     return parallel.plain(model).eval().requires_grad_(False)
 
 
-def context(model):
-    """The longest prefix + row that the model takes, in tokens. A sliding window is no window as long as all fits in."""
-    return min(getattr(model.config, name, None) or 10**9 for name in ("max_position_embeddings", "sliding_window"))
-
-
 @functools.lru_cache(maxsize=100_000)
 def encode(tokenizer, text):
     """Token ids (a tuple) of one segment, alone, without special tokens. Prompts are joined from ids, never from text:
@@ -273,15 +268,20 @@ def take(prefixes, rows, owner, chosen):
 
 
 @torch.no_grad()
+def score_tokens(model, prefixes, rows, owner, n_scored=None, temperature=1.0, tokens=None):
+    """As `logprobs`, without gradient, in chunks of `tokens` (None or 0: `budget`)."""
+    out = torch.zeros(len(rows), max(map(len, rows)), device=model.device)         # (N, T)
+    for chosen in chunks(prefixes, rows, owner, tokens or budget(model)):
+        k = None if n_scored is None else [n_scored[n] for n in chosen]
+        logp = logprobs(model, *take(prefixes, rows, owner, chosen), k, temperature)
+        out[chosen, :logp.shape[1]] = logp
+    return out
+
+
 def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, tokens=None):
-    """(N,) summed log-probs of the scored tokens, without gradient, in chunks of `tokens`. Same arguments as `logprobs`; without
-    `owner` there is a prefix a row, and equal ones go through the model once."""
+    """(N,) the sums of `score_tokens`; without `owner` there is a prefix a row, and equal ones go through the model once."""
     if owner is None:
         prefixes = [tuple(p) for p in prefixes]
         at = {p: i for i, p in enumerate(dict.fromkeys(prefixes))}
         prefixes, owner = list(at), [at[p] for p in prefixes]
-    total = torch.zeros(len(rows), device=model.device)
-    for chosen in chunks(prefixes, rows, owner, tokens or budget(model)):
-        k = None if n_scored is None else [n_scored[n] for n in chosen]
-        total[chosen] = logprobs(model, *take(prefixes, rows, owner, chosen), k, temperature).sum(1)
-    return total
+    return score_tokens(model, prefixes, rows, owner, n_scored, temperature, tokens).sum(1)

@@ -81,6 +81,11 @@ def frame(tok):
     return Frame(ids(head), ids(tail), closing[0] if special else tok.eos_token_id, "", "")
 
 
+def context(model):
+    """The longest prefix + row that the model takes, in tokens. A sliding window is no window as long as all fits in."""
+    return min(getattr(model.config, name, None) or 10**9 for name in ("max_position_embeddings", "sliding_window"))
+
+
 def shorten(tok, state, longest):
     """A state of at most about `longest` tokens: one that has more keeps its first and its last half of them, and a mark between
     the two. The beginning names the place and the end is often what one carries or the reply; the mark makes the cut visible."""

@@ -236,9 +236,9 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
          for s in (row[0], row[-1])}
     y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
     longest = max(n, key=n.get)
-    if n[longest] + max(y, n[longest]) + 2 * longest_z(labelled + validation + test) + frame > lm.context(P):
+    if n[longest] + max(y, n[longest]) + 2 * longest_z(labelled + validation + test) + frame > pretrained.context(P):
         rundir.fail(f"{name}: a state of {n[longest]} tokens ({longest[:40]!r}...) is longer than the model takes "
-             f"({lm.context(P)} tokens for x, z and y together); give --max-state, shorten the states or choose another --model")
+             f"({pretrained.context(P)} tokens for x, z and y together); give --max-state, shorten the states or choose another --model")
     lost = sum(swirl_fwm.read(tok, swirl_fwm.target(tok, s)) != s for s in n)
     if lost:
         print(f"warning: {name}: the tokenizer does not give {lost} of {len(n)} states back as they are; P cannot predict these exactly")

@@ -249,7 +249,7 @@ def test_a_sliding_window_that_holds_the_text_is_no_window():
     torch.manual_seed(0)
     model = sharpen(MistralForCausalLM(MistralConfig(vocab_size=9, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                     num_attention_heads=4, num_key_value_heads=2, sliding_window=16, eos_token_id=EOS)).eval(), 12.0)
-    assert lm.context(model) == 16
+    assert pretrained.context(model) == 16
     rows, logps = lm.sample(model, [RAGGED[1][:6], RAGGED[2]], 8, 8, EOS, generator=torch.Generator().manual_seed(0))
     for n, (row, logp) in enumerate(zip(rows, logps)):
         assert torch.allclose(torch.tensor(logp), naive(model, (RAGGED[1][:6], RAGGED[2])[n // 8], row), atol=1e-4)
@@ -428,5 +428,5 @@ def test_saved_folder_gives_the_same_log_probs(tmp_path, tok, P):
 
 
 def test_context_is_the_longest_text_the_model_takes(model):
-    assert lm.context(model) == 256
+    assert pretrained.context(model) == 256
     assert lm.logprobs(model, [[1] * 250], [[2] * 6], [0]).isfinite().all()

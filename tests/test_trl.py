@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import grpo
+import lm
 from conftest import EOS, Recorder, grads, relative, tiny_llama
 
 trl = pytest.importorskip("trl")
@@ -53,5 +54,5 @@ def test_gradient_equals_that_of_trl(tmp_path, beta, scale):
     cfg = grpo.GRPO(group_size=G, max_new=T, beta=beta, kl="loss", scale=scale, max_norm=1e9)
     A = grpo.advantages(torch.tensor(R).view(-1, G), scale).flatten()
     grpo.update(ours, [recorder], PROMPTS, ROWS, owner, A, torch.ones(len(ROWS)), len(ROWS), cfg,
-                grpo.score_tokens(ref, PROMPTS, ROWS, owner, cfg))
+                lm.score_tokens(ref, PROMPTS, ROWS, owner))
     assert relative(recorder.seen[0] / T, gradient.seen) < 1e-5                   # dr_grpo also divides by the longest row
