@@ -4,11 +4,14 @@ Claim: each adapted matrix is W + (alpha / r) B A with W frozen and shared; A (r
 owns, so a second model, a reference or a running mean costs its A and B and not another W. `train.py --lora r` asks for it;
 everything else sees an `Adapter` where it saw a model.
 
+    python adapters.py --lora 32          what a phase needs on a 24, 48 and 80 GB card, full fine-tuning against LoRA
+
 peft builds the layers and computes them. Departures from how it is commonly used, and from full fine-tuning:
 1. peft holds one set of A and B, a placeholder. An adapter's own tensors stand in its place during a forward, and only then
    (`functional_call`). There is no active adapter to forget, and none whose requires_grad a switch would change: autograd
    passes over a leaf that is frozen when the gradient arrives, so P forward, Q forward, P backward would lose P's gradient.
-2. For the same reason nothing may be computed again in the backward pass: no activation checkpointing (`lm.prefill` checks).
+2. For the same reason nothing may be computed again in the backward pass: no activation checkpointing (`lm.prefill` checks);
+   and nothing else may put tensors in place of A and B (FSDP would; copies of the model on several cards do not).
 3. All linear layers but the output's are adapted; alpha = 2 r; no dropout; A and B are float32 whatever the base is.
 4. P and Q start with one A and with B = 0, which is the base itself. The warm-up's running mean averages A and B, not B A.
 5. A saved folder holds the merged weights, which load without peft, and in adapter/ the A and B as peft reads them: a run
