@@ -30,7 +30,7 @@ import rundir
 
 CARDS = 24, 48, 80                                                                 # GiB
 QWEN = {"0.5B": (896, 24, 14, 2, 4864), "1.5B": (1536, 28, 12, 2, 8960), "3B": (2048, 36, 16, 2, 11008)}     # Qwen2.5
-SCALE = 2.0                                                                      # alpha / r
+SCALE = 2.0                                                                        # alpha / r
 
 
 def pair(base, r):
@@ -142,7 +142,8 @@ def memory(config, r=0, dtype=torch.float32):
     found it)}, for rank r or, if 0, for full fine-tuning. token: activations per token of a micro-batch, of which every one is
     scored: KEPT in each layer; the logits, three times in float32 and, if weights are not, once more. The peak is
     sum(parts) + max(tokens * token, gradients): a weight's gradient waits, apart, until the shared prefix has added its own.
-    Attention is assumed to keep no scores (sdpa, but for its math fallback)."""
+    The warm-up holds as much (its running mean and best checkpoint). Attention is assumed to keep no scores (sdpa, but for its
+    math fallback); the keys of a sampler are not counted. tests/test_lora.py holds it to 15 % of a process's peak."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     n, b = model.num_parameters(), dtype.itemsize
