@@ -4,11 +4,14 @@ Claim: each adapted matrix is W + (alpha / r) B A with W frozen and shared; A (r
 owns, so a second model, a reference or a running mean costs its A and B and not another W. `train.py --lora r` asks for it;
 everything else sees an `Adapter` where it saw a model.
 
+    python adapters.py --lora 32          what a phase needs on a 24, 48 and 80 GB card, full fine-tuning against LoRA
+
 peft builds the layers and computes them. Departures from how it is commonly used, and from full fine-tuning:
 1. peft holds one set of A and B, a placeholder. An adapter's own tensors stand in its place during a forward, and only then
    (`functional_call`). There is no active adapter to forget, and none whose requires_grad a switch would change: autograd
    passes over a leaf that is frozen when the gradient arrives, so P forward, Q forward, P backward would lose P's gradient.
-2. For the same reason nothing may be computed again in the backward pass: no activation checkpointing (`lm.prefill` checks).
+2. For the same reason nothing may be computed again in the backward pass: no activation checkpointing (`lm.prefill` checks);
+   and nothing else may put tensors in place of A and B (FSDP would; copies of the model on several cards do not).
 3. All linear layers but the output's are adapted; alpha = 2 r; no dropout; A and B are float32 whatever the base is.
 4. P and Q start with one A and with B = 0, which is the base itself. The warm-up's running mean averages A and B, not B A.
 5. A saved folder holds the merged weights, which load without peft, and in adapter/ the A and B as peft reads them: a run
@@ -27,7 +30,7 @@ import rundir
 
 CARDS = 24, 48, 80                                                                 # GiB
 QWEN = {"0.5B": (896, 24, 14, 2, 4864), "1.5B": (1536, 28, 12, 2, 8960), "3B": (2048, 36, 16, 2, 11008)}     # Qwen2.5
-SCALE = 2.0                                                                      # alpha / r
+SCALE = 2.0                                                                        # alpha / r
 
 
 def pair(base, r):
@@ -139,7 +142,8 @@ def memory(config, r=0, dtype=torch.float32):
     found it)}, for rank r or, if 0, for full fine-tuning. token: activations per token of a micro-batch, of which every one is
     scored: KEPT in each layer; the logits, three times in float32 and, if weights are not, once more. The peak is
     sum(parts) + max(tokens * token, gradients): a weight's gradient waits, apart, until the shared prefix has added its own.
-    Attention is assumed to keep no scores (sdpa, but for its math fallback)."""
+    The warm-up holds as much (its running mean and best checkpoint). Attention is assumed to keep no scores (sdpa, but for its
+    math fallback); the keys of a sampler are not counted. tests/test_lora.py holds it to 15 % of a process's peak."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     n, b = model.num_parameters(), dtype.itemsize

@@ -274,7 +274,7 @@ def test_the_allowance_for_activations_is_what_autograd_keeps(r, dtype):
 
 
 PEAK = """
-import sys, torch, adapters, lm
+import gc, sys, torch, adapters, lm
 from test_lora import config
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
@@ -295,6 +295,7 @@ phase(config(), 4, torch.float32, 16)
 shape = config(*map(int, sys.argv[1].split(",")))
 for way in sys.argv[2:]:                                                           # the larger peak last
     r, dtype, T = (kind(a) for kind, a in zip((int, lambda a: getattr(torch, a), int), way.split(",")))
+    gc.collect()
     before = rss("VmRSS")
     phase(shape, r, dtype, T)
     parts, token = adapters.memory(shape, r, dtype)
