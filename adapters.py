@@ -132,30 +132,28 @@ class Adapter:
 # --- what fits on a card ------------------------------------------------------------------------------------------------
 
 # Bytes that autograd keeps for a token in a layer of a Llama or Qwen, per unit of hidden and of intermediate size (counted by
-# saved_tensors_hooks): float32 or bfloat16 weights, full or LoRA, whose float32 A makes a float32 copy of its input
-KEPT = {(4, False): (42, 16), (4, True): (34, 16), (2, False): (25, 8), (2, True): (42, 10)}
+# saved_tensors_hooks): (products in bfloat16, LoRA)
+KEPT = {(False, False): (42, 16), (False, True): (34, 16), (True, False): (36, 8), (True, True): (29, 8)}
 
 
-def memory(config, r=0, dtype=torch.float32):
-    """(parts, token): bytes at the peak of a phase, without loading weights. parts {"weights", "gradients", "optimizer" (AdamW's
-    m and v and, beside bfloat16 weights, masters, all float32), "opposite", "reference", "check" (the opposite as the phase
-    found it)}, for rank r or, if 0, for full fine-tuning. token: activations per token of a micro-batch, of which every one is
-    scored: KEPT in each layer; the logits, three times in float32 and, if weights are not, once more. The peak is
+def memory(config, r=0, half=False):
+    """(parts, token): bytes at the peak of a phase, without loading weights, for rank r or, if 0, for full fine-tuning; half: products in
+    bfloat16 (`lm.HALF`). parts {"weights" (float32; if half, cast once more or, with LoRA, bfloat16 alone), "gradients", "optimizer"
+    (AdamW's m and v), "opposite", "reference"}. token: activations per token of a micro-batch, of which every one is scored: KEPT
+    in each layer; the logits, three times in float32 and, if half, once more. The peak is
     sum(parts) + max(tokens * token, gradients): a weight's gradient waits, apart, until the shared prefix has added its own.
     The warm-up holds as much (its running mean and best checkpoint). Attention is assumed to keep no scores (sdpa, but for its
     math fallback); the keys of a sampler are not counted. tests/test_lora.py holds it to 15 % of a process's peak."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    n, b = model.num_parameters(), dtype.itemsize
-    h, i = KEPT[b, r > 0]
-    token = config.num_hidden_layers * (h * config.hidden_size + i * config.intermediate_size) \
-        + (12 if b == 4 else 14) * config.vocab_size
+    n = model.num_parameters()
+    h, i = KEPT[half, r > 0]
+    token = config.num_hidden_layers * (h * config.hidden_size + i * config.intermediate_size) + (14 if half else 12) * config.vocab_size
     if not r:
-        optimizer = n * (8 if b == 4 else 12)
-        return dict(weights=n * b, gradients=n * b, optimizer=optimizer, opposite=n * b, reference=n * b, check=n * b), token
+        return dict(weights=n * (6 if half else 4), gradients=4 * n, optimizer=8 * n, opposite=4 * n, reference=4 * n), token
     k = sum(r * sum(m.weight.shape) for m in model.modules()
             if type(m).__name__ in ("Linear", "Conv1D") and m is not model.get_output_embeddings())
-    return dict(weights=n * b + 8 * k, gradients=4 * k, optimizer=8 * k, opposite=4 * k, reference=4 * k, check=4 * k), token
+    return dict(weights=n * (2 if half else 4) + 4 * k, gradients=4 * k, optimizer=8 * k, opposite=4 * k, reference=4 * k), token
 
 
 def main(argv=None):
@@ -171,12 +169,12 @@ def main(argv=None):
     for name, (hidden, layers, heads, kv, intermediate) in QWEN.items():
         config = Qwen2Config(vocab_size=151936, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
                              num_key_value_heads=kv, intermediate_size=intermediate, tie_word_embeddings=True)
-        for way, rank, dtype in (("full, float32", 0, torch.float32), ("full, bfloat16", 0, torch.bfloat16),
-                                 (f"LoRA {r}, float32", r, torch.float32), (f"LoRA {r}, bfloat16", r, torch.bfloat16)):
-            parts, token = memory(config, rank, dtype)
+        for way, rank, half in (("full, float32", 0, False), ("full, bfloat16", 0, True),
+                                (f"LoRA {r}, float32", r, False), (f"LoRA {r}, bfloat16", r, True)):
+            parts, token = memory(config, rank, half)
             total = sum(parts.values())
             room = [.9 * card * 2**30 - total for card in CARDS]
-            others = parts["opposite"] + parts["reference"] + parts["check"]
+            others = parts["opposite"] + parts["reference"]
             print(f"{name + ' ' + way:24}" + "".join(f"{value / 2**30:{w}.2f}" for value, w in (
                 (parts["weights"], 9), (parts["gradients"], 11), (parts["optimizer"], 11), (others, 8), (total, 8)))
                 + f"{token / 2**20:11.2f}"

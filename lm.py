@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import parallel
 
-HALF = False                                                                       # `--dtype bfloat16`
+HALF, TOKENS = False, 0                                                            # `--dtype bfloat16`, `--tokens`
 
 
 def in_half(f):
@@ -241,7 +241,7 @@ def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0):
 
 def budget(model):
     """Tokens at a time: memory grows with them, and a CPU gains nothing from more."""
-    return 1024 if model.device.type == "cpu" else 16384
+    return TOKENS or 1024 if model.device.type == "cpu" else 16384
 
 
 def chunks(prefixes, rows, owner, budget):

@@ -10,7 +10,7 @@ from envs import WORLDS
 
 # The paper's rates and no tricks of tiny models, unless flags say else; the other departures stay
 PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, "warmup_decay": 0.0, "replay": 0,
-              "warmup_batch": 128, "warmup_batch_idm": 128, "patience": 5, "undo": 1.0}
+              "warmup_batch": 128, "warmup_batch_idm": 128, "patience": 5, "undo": 1.0, "tokens": 1024}
 
 # With --lora on a pretrained model: ten times those rates, as LoRA wants (Schulman et al. 2025, LoRA Without Regret)
 LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
@@ -33,6 +33,8 @@ class Config:
     dtype: str = setting("auto", "of matrix products: auto is bfloat16 for a pretrained model on CUDA; weights stay float32",
                          choices=["auto", "float32", "bfloat16"])
     shard: bool = setting(False, "under torchrun: FSDP2, masters and moments in shards (parallel.py)")
+    tokens: int = setting(0, "tokens of a micro-batch: memory, not the gradient, depends on it (0: 1024 on a CPU, 16384 on a GPU; for a "
+                          "pretrained model: 1024, see `python adapters.py`)")
     minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, else none)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
@@ -100,7 +102,7 @@ def parse(argv=None):
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
               "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
-              "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "lora": cfg.lora >= 0, "max_state": cfg.max_state == 0 or cfg.max_state >= 16, "seed": 0 <= cfg.seed < 2**32,
+              "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "lora": cfg.lora >= 0, "tokens": cfg.tokens >= 0, "max_state": cfg.max_state == 0 or cfg.max_state >= 16, "seed": 0 <= cfg.seed < 2**32,
               "warmup_decay": 0 <= cfg.warmup_decay < float("inf")}
     for name in ("warmup_lr", "lr_fwm", "lr_idm"):
         checks[name] = 0 < getattr(cfg, name) < float("inf")

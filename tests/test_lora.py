@@ -248,29 +248,31 @@ def test_the_arithmetic_counts_the_parameters_that_there_are(tied):
     n = sum(p.numel() for p in model.parameters())
     P, _ = adapters.pair(model, 5)
     k = sum(p.numel() for p in P.parameters())
-    full, lora = (adapters.memory(config(tied=tied), r, torch.bfloat16)[0] for r in (0, 5))
-    assert full == dict(weights=2 * n, gradients=2 * n, optimizer=12 * n, opposite=2 * n, reference=2 * n, check=2 * n)
-    assert lora == dict(weights=2 * n + 8 * k, gradients=4 * k, optimizer=8 * k, opposite=4 * k, reference=4 * k, check=4 * k)
+    full, lora = (adapters.memory(config(tied=tied), r, True)[0] for r in (0, 5))
+    assert full == dict(weights=6 * n, gradients=4 * n, optimizer=8 * n, opposite=4 * n, reference=4 * n)
+    assert lora == dict(weights=2 * n + 4 * k, gradients=4 * k, optimizer=8 * k, opposite=4 * k, reference=4 * k)
 
 
 @pytest.mark.parametrize("r", [0, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_allowance_for_activations_is_what_autograd_keeps(r, dtype):
-    def kept(**shape):
-        model = AutoModelForCausalLM.from_config(config(**shape), dtype=dtype).eval()
+@pytest.mark.parametrize("half", [False, True])
+def test_the_allowance_for_activations_is_what_autograd_keeps(r, half, monkeypatch):
+    monkeypatch.setattr(lm, "HALF", half)
+
+    def kept(T, **shape):
+        model = AutoModelForCausalLM.from_config(config(**shape), dtype=torch.bfloat16 if half and r else torch.float32).eval()
         model = adapters.pair(model, r)[0] if r else model
         weights = {p.untyped_storage().data_ptr() for m in (model, getattr(model, "base", model)) for p in m.parameters()}
         seen = {}
         keep = lambda t: seen.update({t.untyped_storage().data_ptr(): t}) or t     # alive, so that no address comes twice
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            lm.logprobs(model, [[1, 2]] * 4, [[2] * 64] * 4, range(4))
-        return sum(t.untyped_storage().nbytes() for place, t in seen.items() if place not in weights) / 256
+            lm.logprobs(model, [[1, 2]] * 4, [[2] * T] * 4, range(4))
+        return sum(t.untyped_storage().nbytes() for place, t in seen.items() if place not in weights)
 
-    def says(**shape):
-        return adapters.memory(config(**shape), r, dtype)[1]
+    a_token = lambda **shape: (kept(128, **shape) - kept(64, **shape)) / 256       # without the weights' casts
+    says = lambda **shape: adapters.memory(config(**shape), r, half)[1]
     start = dict(h=256)
     for more in (dict(L=6), dict(i=1024), dict(h=512)):
-        assert kept(**start | more) - kept(**start) == pytest.approx(says(**start | more) - says(**start), rel=.1), more
+        assert a_token(**start | more) - a_token(**start) == pytest.approx(says(**start | more) - says(**start), rel=.1), more
 
 
 PEAK = """
@@ -281,24 +283,25 @@ torch.set_num_threads(1)
 def rss(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
-def phase(shape, r, dtype, T):
-    make = lambda: AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
+def phase(shape, r, half, T):
+    lm.HALF = half
+    make = lambda: AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16 if half and r else torch.float32).eval()
     P, Q = adapters.pair(make(), r) if r else (make(), make())
-    ref, check = lm.freeze(P), [p.detach().clone() for p in Q.parameters()]
+    ref = lm.freeze(P)
     optimizers = lm.make_optimizers(P, 1e-4, muon=False)
     for _ in range(2):
         for _ in range(2):
             (-lm.logprobs(P, [[1, 2]] * 4, [[3] * (T // 4)] * 4, range(4)).sum()).backward()
         lm.optimizer_step(P, optimizers, 1e-4)
 
-phase(config(), 4, torch.float32, 16)
+phase(config(), 4, False, 16)
 shape = config(*map(int, sys.argv[1].split(",")))
 for way in sys.argv[2:]:                                                           # the larger peak last
-    r, dtype, T = (kind(a) for kind, a in zip((int, lambda a: getattr(torch, a), int), way.split(",")))
+    r, half, T = map(int, way.split(","))
     gc.collect()
     before = rss("VmRSS")
-    phase(shape, r, dtype, T)
-    parts, token = adapters.memory(shape, r, dtype)
+    phase(shape, r, bool(half), T)
+    parts, token = adapters.memory(shape, r, bool(half))
     print((rss("VmHWM") - before) / (sum(parts.values()) + max(parts["gradients"], T * token)))
 """
 
@@ -306,8 +309,8 @@ for way in sys.argv[2:]:                                                        
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of the memory that a process held")
 @pytest.mark.parametrize("shape, ways", [
-    ("8000,512,3,2048", ["16,float32,128", "0,float32,64"]),                       # 16M parameters
-    ("32000,768,12,3072", ["16,bfloat16,64", "16,float32,256", "0,float32,64"])],  # 126M
+    ("8000,512,3,2048", ["16,0,128", "0,0,64"]),                       # 16M parameters
+    ("32000,768,12,3072", ["16,1,64", "16,0,256", "0,1,64", "0,0,64"])],  # 126M
     ids=["16M", "126M"])
 def test_the_arithmetic_is_the_peak_of_a_process(shape, ways):
     """A fresh one, whose allocator gives back what is freed."""
