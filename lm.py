@@ -241,7 +241,7 @@ def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0):
 
 def budget(model):
     """Tokens at a time: memory grows with them, and a CPU gains nothing from more."""
-    return TOKENS or 1024 if model.device.type == "cpu" else 16384
+    return TOKENS or (1024 if model.device.type == "cpu" else 16384)
 
 
 def chunks(prefixes, rows, owner, budget):

@@ -1,5 +1,6 @@
 """Claims of `lm.py`: cache, batch and padding change no number, and what is sampled is what is scored."""
 
+import types
 import itertools
 import random
 
@@ -430,3 +431,10 @@ def test_saved_folder_gives_the_same_log_probs(tmp_path, tok, P):
 def test_context_is_the_longest_text_the_model_takes(model):
     assert pretrained.context(model) == 256
     assert lm.logprobs(model, [[1] * 250], [[2] * 6], [0]).isfinite().all()
+
+
+def test_tokens_at_a_time_are_the_user_s_or_the_device_s(monkeypatch):
+    on = lambda kind: lm.budget(types.SimpleNamespace(device=torch.device(kind)))
+    assert on("cuda") > on("cpu") > 0
+    monkeypatch.setattr(lm, "TOKENS", 77)
+    assert on("cuda") == on("cpu") == 77
