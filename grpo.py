@@ -147,8 +147,8 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, all
     scores = lambda model: lm.score_tokens(model, prompts, rows, owner, temperature=cfg.temperature, tokens=cfg.budget)
     if ref is not None:
         logp_ref = scores(ref).cpu()                                               # (N, T)
-        truncated = cfg.top_p < 1 or cfg.top_k > 0                                 # then the sampler's are not pi's
-        own = scores(policy).cpu().sum(1) if truncated else \
+        other = cfg.top_p < 1 or cfg.top_k > 0 or lm.HALF                          # then the sampler's are not pi's, or rounded otherwise
+        own = scores(policy).cpu().sum(1) if other else \
             torch.stack([logp_pi[n].sum() for n in range(len(rows))])
         kl = k1(own, logp_ref.sum(1))                                              # (N,)
         log["kl"] = kl[where].mean().item()

@@ -39,11 +39,9 @@ def in_half(f):
     return call
 
 
-# --- copy, train --------------------------------------------------------------------------------------------
-
 def freeze(model):
     """A copy that does not learn: the reference, pi_ref, as the policy stands now."""
-    return parallel.plain(model).eval().requires_grad_(False)
+    return parallel.plain(model).eval().requires_grad_(HALF)                       # autocast keeps its casts of learning weights alone
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -190,6 +188,7 @@ def draw(logp, at, generator=None):
 def greedy(model, prefixes, max_new, eos, batch=128):
     """The likeliest row after each prefix, in batches sorted by length."""
     order, out = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i])), [None] * len(prefixes)
+    batch = max(1, min(batch, 16 * TOKENS // (len(prefixes[order[-1]]) + max_new))) if TOKENS else batch     # keys, not activations
     for i in range(0, len(order), batch):
         part = order[i:i + batch]
         for n, row in zip(part, sample(model, [prefixes[n] for n in part], 1, max_new, eos, temperature=0)[0]):
@@ -199,6 +198,7 @@ def greedy(model, prefixes, max_new, eos, batch=128):
 
 def sample_all(model, prefixes, n, max_new, eos, generator=None, batch=32):
     """n rows after each prefix, in batches."""
+    batch = max(1, min(batch, 16 * TOKENS // (max(map(len, prefixes)) + max_new) // n)) if TOKENS else batch
     return [row for i in range(0, len(prefixes), batch)
             for row in sample(model, prefixes[i:i + batch], n, max_new, eos, generator=generator)[0]]
 

@@ -42,7 +42,7 @@ def start():
 
 def too_many():
     """True if this machine has more processes than GPUs."""
-    return world() > 1 and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count()
+    return world() > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count()
 
 
 def rank():
@@ -182,7 +182,7 @@ def load(model, weights):
     from torch.distributed.tensor import distribute_tensor
     with masters(model):
         for name, p in model.named_parameters():
-            p.copy_(distribute_tensor(weights[name], p.device_mesh, p.placements, src_data_rank=None))
+            p.copy_(distribute_tensor(weights[name].to(p.device), p.device_mesh, p.placements, src_data_rank=None))
 
 
 def norm(value):

@@ -28,10 +28,8 @@ OURS |= {name + ".new" for name in OURS}
 
 
 def fail(message):
-    """`records.fail`, which the processes that torchrun started say once."""
-    if parallel.rank() == 0:
-        records.fail(message)
-    raise SystemExit(2)
+    """`records.fail`; under torchrun it says on which rank."""
+    records.fail(f"rank {parallel.rank()}: {message}" if parallel.world() > 1 else message)
 
 
 class Run:
@@ -71,7 +69,7 @@ class Run:
             shutil.rmtree(self.dir)
             old = {}
         for k in config:
-            if old and old.get(k) != config[k]:
+            if k != "tokens" and old and old.get(k) != config[k]:
                 fail(f"--out {cfg.out} holds a run with {k}={old.get(k)}, this one has {k}={config[k]}; "
                      "give another --out, or --fresh to start over")
         self.dir.mkdir(parents=True, exist_ok=True)

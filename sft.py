@@ -60,7 +60,7 @@ def warm_up(model, name, rows, size, validate, cfg, run, seconds):
         if score is None:
             continue
         if score > best or best == 0:                                              # nothing right yet: not converged
-            best, best_at, weights = score, step, {k: v.clone() for k, v in mean.state_dict().items()}
+            best, best_at, weights = score, step, {k: v.to("cpu", copy=True) for k, v in mean.state_dict().items()}
         elif step - best_at >= cfg.patience * cfg.warmup_every:
             ended = "converged"
         bar.set_postfix(loss=f"{loss:.3f}", validation=f"{score:.3f}")

@@ -48,7 +48,8 @@ def load_models(cfg, labelled, state_only):
         try:
             P, tok = pretrained.load(cfg.model, torch.bfloat16 if cfg.lora and lm.HALF else torch.float32)   # a base does not learn
             P, Q = adapters.pair(P, cfg.lora) if cfg.lora else (P, lm.freeze(P).requires_grad_())
-        except (OSError, ValueError, ImportError) as e:
+            lm.score(P, [[0, 0]], [[0]])                              # says now if its layers cannot do what `lm` does with them
+        except Exception as e:                                        # whatever a damaged file or template makes the loaders raise
             rundir.fail(f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, smollm2, a Hub id, a folder with safetensors "
                         "or a .gguf file")
         if tok.eos_token_id is None:
@@ -98,8 +99,7 @@ def train(cfg):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     check_processes(cfg, device)
     torch.manual_seed(cfg.seed)
-    lm.TOKENS, lm.HALF = cfg.tokens, cfg.dtype == "bfloat16" or (
-        cfg.dtype == "auto" and cfg.model != "tiny" and device == "cuda" and torch.cuda.is_bf16_supported())
+    set_precision(cfg, device)
     labelled, validation, state_only, test = load_splits(cfg)
     P, Q, tok = load_models(cfg, labelled, state_only)
     labelled, validation, state_only, test = shorten(tok, (labelled, validation, state_only, test), cfg.max_state)
@@ -200,8 +200,15 @@ def shorten(tok, splits, longest):
     short = {s: pretrained.shorten(tok, s, longest) for s in states}
     cut = sum(short[s] != s for s in states)
     if cut:
-        print(f"{cut} of {len(states)} states have more than {longest} tokens: the middle of each is left out (--max-state)")
+        lost = sum(row[0] != row[-1] and short[row[0]] == short[row[-1]] for rows in splits for row in rows)
+        print(f"{cut} of {len(states)} states have more than {longest} tokens: the middle of each is left out (--max-state), and with it "
+              f"all that changes in {lost} of {sum(map(len, splits))} transitions")
     return tuple([(short[row[0]], *row[1:-1], short[row[-1]]) for row in rows] for rows in splits)
+
+
+def set_precision(cfg, device):
+    lm.TOKENS, lm.HALF = cfg.tokens, cfg.dtype == "bfloat16" or (
+        cfg.dtype == "auto" and cfg.model != "tiny" and device == "cuda" and torch.cuda.is_bf16_supported())
 
 
 def check_processes(cfg, device):
@@ -237,7 +244,8 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
          for s in (row[0], row[-1])}
     y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
     longest = max(n, key=n.get)
-    if n[longest] + max(y, n[longest]) + 2 * longest_z(labelled + validation + test) + frame > pretrained.context(P):
+    marks = 6 * (1 + longest.count("\n")) if cfg.view == "diff" else 0              # "- " and "+ " of each line that Q reads
+    if n[longest] + max(y, n[longest]) + marks + 2 * longest_z(labelled + validation + test) + frame > pretrained.context(P):
         rundir.fail(f"{name}: a state of {n[longest]} tokens ({longest[:40]!r}...) is longer than the model takes "
              f"({pretrained.context(P)} tokens for x, z and y together); give --max-state, shorten the states or choose another --model")
     lost = sum(swirl_fwm.read(tok, swirl_fwm.target(tok, s)) != s for s in n)
@@ -292,7 +300,7 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
         if log is None:                                                            # Q read no action: nothing to learn
             run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), reward=None)
             continue
-        if not checked and not log["gap"] < (0.5 if lm.HALF else 1e-3) and settings.top_p == 1 and settings.top_k == 0:
+        if not checked and not log["gap"] < (2.0 if lm.HALF else 1e-3) and settings.top_p == 1 and settings.top_k == 0:
             raise RuntimeError(f"sampler and trainer disagree by {log['gap']} nats a token")
         checked = checked or log["gap"] > 0                                        # 0: no rollout had an advantage
         kl = kl if log["kl"] is None else log["kl"]
@@ -342,8 +350,8 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
                    "eq5_reward": swirl_fwm.logp(P, tok, xs, z_hat, ys).mean().item()},   # E log P(y|x,z), in nats
         "collapse": mi_bounds.collapse(z_hat, true),
         "presets": {"bleu": "mirrorapi (characters, method3, mean)", "rouge_l": "rouge_score, no stemmer"},
-        "sizes": {"parameters": P.num_parameters(),
-                  "peak_rss_mb": rundir.peak_rss_mb()}}
+        "sizes": {"parameters": P.num_parameters(), "peak_rss_mb": rundir.peak_rss_mb(),
+                  "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None}}
     run.finish(results)
     return rundir.report(results)
 

@@ -68,7 +68,7 @@ def episode(env, task, variation, split, rng, slips=0.15, steps=22, unchanged=0.
     for z in gold:
         plan += [None, z] if rng.random() < slips else [z]
     begin = rng.randint(0, max(0, len(plan) - steps))
-    found, x = [], state(env)
+    found, x = [], tidy(env.server.freeActionLook()) if observations else state(env)
     for t, z in enumerate(plan[:begin + steps]):
         if z is None:
             # sorted: the package's order differs from load to load

@@ -41,16 +41,17 @@ def load(encoder, layer=None):
 
     OSError or ValueError if it is not there, is no encoder, or has no such layer (0 is the embeddings).
     """
-    layer, config = layer_of(encoder, layer), AutoConfig.from_pretrained(encoder)
+    layer, config = layer_of(encoder, layer), AutoConfig.from_pretrained(encoder, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ValueError(f"{encoder} has a decoder; give a model that is an encoder alone")
     if not 0 <= layer <= config.num_hidden_layers:
         raise ValueError(f"{encoder} has no layer {layer}; give one of 0 to {config.num_hidden_layers}")
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
     before = logging.get_verbosity()
     logging.set_verbosity_error()                                                  # the layers left out would be reported
     try:
-        model = AutoModel.from_pretrained(encoder, num_hidden_layers=layer, dtype=torch.float32).eval()
+        model = AutoModel.from_pretrained(encoder, num_hidden_layers=layer, dtype=torch.float32, use_safetensors=True,
+                                          trust_remote_code=False).eval()
     finally:
         logging.set_verbosity(before)
     positions = getattr(getattr(model, "embeddings", None), "position_embeddings", None)

@@ -124,8 +124,9 @@ def _text(row, key):
     return row[name]
 
 
-def predict_run(folder):
-    """[Pair] of a finished run of train.py: x, y and the greedy y_hat of each test transition, as its last stage scored them.
+def predict_run(folder, splits=()):
+    """[Pair] of a finished run of train.py: x, y and the greedy y_hat of each test transition, as its last stage scored them. The split
+    of `splits` is the one in the episode's id (test-SPLIT-..), if the run was on a transitions file.
 
     BadData if the folder holds no such run, or its transitions file is gone or has changed.
     """
@@ -152,22 +153,27 @@ def predict_run(folder):
     transformers.utils.logging.disable_progress_bar()
     try:
         cfg = Config(**settings)
-        splits = load_splits(cfg)
+        train.set_precision(cfg, "cuda" if torch.cuda.is_available() else "cpu")
+        parts = load_splits(cfg)
+        episodes = {(t.x, t.z, t.y): t.episode for t in records.read(cfg.data) if t.episode.startswith("test-")} if cfg.data else {}
         P, tok = pretrained.load(folder / "fwm")
     except records.BadData:
         raise
     except Exception as error:  # whatever a damaged folder makes the loaders raise
         raise records.BadData(f"{folder}: cannot open the run ({str(error).partition(chr(10))[0]}); train it again with "
                               "this version, or give another folder") from None
-    splits = train.shorten(tok, splits, cfg.max_state)
-    longest, _ = train.check_data(P, tok, *splits, cfg)
-    test = train.affordable(tok, splits[3])
+    groups = [next((s for s in splits if episodes.get(row, "").startswith(f"test-{s}-")), None) for row in parts[3]]
+    parts = train.shorten(tok, parts, cfg.max_state)
+    longest, _ = train.check_data(P, tok, *parts, cfg)
+    test = train.affordable(tok, parts[3])
+    if len(test) < len(episodes):
+        print(f"warning: the run scored {len(test)} of {len(episodes)} test transitions (--eval-size)", file=sys.stderr)
     if len(test) != n:
         raise records.BadData(f"{folder}: it was trained with {n} test transitions, and now there are {len(test)}; give it "
                               "back its data, or train it again")
     xs, zs, ys = zip(*test)
     P = P.to("cuda" if torch.cuda.is_available() else "cpu")
-    return [Pair(y_hat, y, x) for x, y, y_hat in zip(xs, ys, swirl_fwm.predict(P, tok, xs, zs, longest))]
+    return [Pair(y_hat, y, x, group) for x, y, y_hat, group in zip(xs, ys, swirl_fwm.predict(P, tok, xs, zs, longest), groups)]
 
 
 # ---- Score -------------------------------------------------------------------------------------------------
@@ -279,7 +285,7 @@ def collect(args, splits):
     if sum(ways) != 1 or bool(args.predictions) != bool(args.references):
         fail("give one of --pairs FILE, --predictions FILE --references FILE, or --run DIR")
     if args.run:
-        return predict_run(args.run), []
+        return predict_run(args.run, splits), []
     if args.pairs:
         parts = [read_pairs(path, split, splits) for split, path in (_split(name, splits) for name in args.pairs)]
     else:

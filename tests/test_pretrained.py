@@ -24,7 +24,7 @@ from envs import records
 # with what people say trimmed, with the day in it
 CHATML = ("{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>"
           "{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-LLAMA = ("{{ bos_token }}{{ date_string or strftime_now('%d %b %Y') }}{% for m in messages %}<|start|>{{ m.role }}<|stop|>\n\n"
+LLAMA = ("{{ bos_token }}{{ date_string or strftime_now('%d %b %Y') }} {{ strftime_now('%d') }}{% for m in messages %}<|start|>{{ m.role }}<|stop|>\n\n"
          "{{ m.content | trim }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|stop|>\n\n{% endif %}")
 GEMMA = ("{{ bos_token }}{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end>\n"
          "{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}")
@@ -33,7 +33,7 @@ FAMILIES = {
     "qwen2": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na b\n"
               "action: c\nnext:<|im_end|>\n<|im_start|>assistant\n"),
     "llama": (LLAMA, ["<|start|>", "<|stop|>", "<|eot|>"], "<|eot|>",
-              "<bos>26 Jul 2024<|start|>user<|stop|>\n\na b\naction: c\nnext:<|eot|><|start|>assistant<|stop|>\n\n"),
+              "<bos>26 Jul 2024 26 Jul 2024<|start|>user<|stop|>\n\na b\naction: c\nnext:<|eot|><|start|>assistant<|stop|>\n\n"),
     "gemma": (GEMMA, ["<turn>", "<end>"], "<end>", "<bos><turn>user\na b\naction: c\nnext:<end>\n<turn>model\n"),
     "gpt2": (None, [], "<eos>", "\na b\naction: c\nnext:")}
 
@@ -86,6 +86,7 @@ def test_a_prompt_reads_as_the_template_says_and_a_reply_ends_as_it_does(family,
     assert swirl_fwm.read(tok, target) == "a b" and swirl_idm.read(tok, swirl_idm.target(tok, "c")) == "c"
     if tok.chat_template:                                                          # ids too are those of the library's own way
         asked = [{"role": "user", "content": "a b\naction: c\nnext:"}]
+        tok.chat_template = tok.chat_template.replace("strftime_now('%d')", "date_string")
         whole = tok.apply_chat_template(asked, add_generation_prompt=True, date_string="26 Jul 2024")["input_ids"]
         replied = tok.apply_chat_template([*asked, {"role": "assistant", "content": "a b"}], date_string="26 Jul 2024")["input_ids"]
         assert prompt == whole and replied[:len(whole) + len(target)] == whole + target
@@ -147,7 +148,8 @@ def test_each_family_goes_through_a_whole_run(family, folder, tmp_path):
         assert any(p.suffix == ".safetensors" for p in (out / side).iterdir()) and not list((out / side).glob("*.bin"))
         theirs, tok = AutoModelForCausalLM.from_pretrained(out / side).eval(), AutoTokenizer.from_pretrained(out / side)
         ours, again = pretrained.load(out / side)
-        assert again.eos_token == FAMILIES[family][2] == tok.eos_token and tok.chat_template == FAMILIES[family][0]
+        assert again.eos_token == FAMILIES[family][2] == tok.eos_token and theirs.generation_config.eos_token_id == tok.eos_token_id
+        assert tok.chat_template == FAMILIES[family][0]
         ids = swirl_fwm.prompt(again, "a b", "c")
         naive = theirs(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
         assert lm.logprobs(ours, [ids], [[7]], [0])[0, 0].item() == pytest.approx(naive[7].item(), abs=1e-4)
@@ -171,14 +173,17 @@ def test_pickled_weights_and_remote_code_are_refused(tmp_path, capsys):
     assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_long_state_loses_its_middle_and_says_so(tok):
-    state = "\n".join(f"lamp {i} is on" for i in range(100))
+@pytest.mark.parametrize("state", ["\n".join(f"lamp {i} is on" for i in range(100)), "lamp is on " * 100, "灯" * 300, "x" * 900],
+                         ids=["lines", "words", "characters", "letters"])
+def test_a_long_state_loses_its_middle_and_says_so(tok, state):
+    n = len(lm.encode(tok, state))
     short = pretrained.shorten(tok, state, 60)
     first, last = short.split(pretrained.CUT)
-    assert state.startswith(first) and state.endswith(last) and abs(len(lm.encode(tok, first)) - len(lm.encode(tok, last))) <= 2
-    assert 50 <= len(lm.encode(tok, short)) <= 62
-    n = len(lm.encode(tok, state))
+    assert first and last and state.startswith(first) and state.endswith(last)
+    assert 30 < len(lm.encode(tok, short)) <= 60 < n
     assert pretrained.shorten(tok, state, n) == state != pretrained.shorten(tok, state, n - 1)
+    if "\n" in state:                                                              # whole lines
+        assert first.endswith("\n") and last in state[len(first):] and state[-len(last) - 1] == "\n"
 
 
 def test_states_are_shortened_in_every_split_and_counted(tok, capsys):
@@ -186,7 +191,10 @@ def test_states_are_shortened_in_every_split_and_counted(tok, capsys):
     splits = [[("a", "z", long)], [(long, "z", "b")], [(long, "c")], [("a", "z", "b")]]
     short = pretrained.shorten(tok, long, 50)
     assert train.shorten(tok, splits, 50) == ([("a", "z", short)], [(short, "z", "b")], [(short, "c")], [("a", "z", "b")])
-    assert "1 of 4 states" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 of 4 states" in out and "in 0 of 4 transitions" in out
+    train.shorten(tok, [[(long, "z", long.replace("lamp", "door", 100).replace("door", "lamp", 99))]], 50)
+    assert "in 1 of 1 transitions" in capsys.readouterr().out
     assert train.shorten(tok, splits, 0) is splits
 
 
