@@ -51,8 +51,6 @@ def load(name, dtype=torch.float32):
     tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **file)
     how = file | {"quantization_config": GgufConfig(dequantize=True)} if file else {"use_safetensors": True}
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **how)
-    if file:
-        del model.config.quantization_config                                       # the weights are plain now
     end = frame(tok).end
     if end is not None:
         tok.eos_token, model.config.eos_token_id, model.generation_config.eos_token_id = tok.convert_ids_to_tokens(end), end, end
