@@ -197,6 +197,39 @@ def test_states_are_shortened_in_every_split_and_counted(tok, capsys):
     assert "in 1 of 1 transitions" in capsys.readouterr().out
     assert train.shorten(tok, splits, 0) is splits
 
+def test_a_gguf_file_is_the_model_that_was_written_into_it(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    tok, written = real_tokenizer(), make_model("llama", 320)
+    vocab = json.loads(tok.backend_tokenizer.to_str())["model"]
+    out = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    config = written.config
+    for add, value in ((out.add_context_length, 1024), (out.add_embedding_length, 32), (out.add_block_count, 2), (out.add_feed_forward_length, 64),
+                       (out.add_head_count, 4), (out.add_head_count_kv, 2), (out.add_rope_dimension_count, 8), (out.add_rope_freq_base, 10000.0),
+                       (out.add_layer_norm_rms_eps, config.rms_norm_eps), (out.add_vocab_size, 320), (out.add_eos_token_id, 1),
+                       (out.add_bos_token_id, 1), (out.add_pad_token_id, 0), (out.add_tokenizer_model, "gpt2"), (out.add_chat_template, CHATML),
+                       (out.add_token_list, sorted(vocab["vocab"], key=vocab["vocab"].get)), (out.add_token_types, [3, 3] + [1] * 318),
+                       (out.add_token_merges, [" ".join(m) for m in vocab["merges"]])):
+        add(value)
+    names = {"embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+             "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up",
+             "down_proj": "ffn_down", "lm_head": "output"}
+    for name, p in written.state_dict().items():
+        *path, kind, _ = name.split(".")
+        block = f"blk.{path[path.index('layers') + 1]}." if "layers" in path else ""
+        if kind in ("q_proj", "k_proj"):                                           # GGUF turns pairs that lie side by side
+            p = p.view(-1, 2, 4, 32).transpose(1, 2).reshape(p.shape)
+        out.add_tensor(f"{block}{names[kind]}.weight", p.contiguous().numpy())
+    for write in (out.write_header_to_file, out.write_kv_data_to_file, out.write_tensors_to_file, out.close):
+        write()
+    model, tok2 = pretrained.load(tmp_path / "m.gguf")
+    assert lm.encode(tok2, "\nlamp is on") == lm.encode(tok, "\nlamp is on")
+    theirs, ours = (lm.logprobs(m, [[5, 6, 7]], [[8, 9, 10]], [0]) for m in (written, model))
+    assert (theirs - ours).abs().max() < 1e-5 and all(p.requires_grad for p in model.parameters())
+    pretrained.save(model, tok2, tmp_path / "plain")
+    again, _ = pretrained.load(tmp_path / "plain")
+    assert torch.equal(ours, lm.logprobs(again, [[5, 6, 7]], [[8, 9, 10]], [0]))
+
 
 @pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france(tmp_path):
