@@ -197,6 +197,7 @@ def test_states_are_shortened_in_every_split_and_counted(tok, capsys):
     assert "in 1 of 1 transitions" in capsys.readouterr().out
     assert train.shorten(tok, splits, 0) is splits
 
+
 def test_a_gguf_file_is_the_model_that_was_written_into_it(tmp_path):
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
