@@ -20,6 +20,7 @@ Notes:
      That y of one step is x of the next is not required.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -61,7 +62,7 @@ def read(path, min_steps=2):
     """
     path = os.fspath(path)
     transitions, seen, steps = [], {}, {}  # seen: (episode, t) -> line; steps: episode -> number of lines
-    for number, raw in _lines(path):
+    for number, raw in lines(path):
         if not raw.strip():
             continue
         transition = _parse(raw, f"{path}:{number}")
@@ -83,7 +84,7 @@ def read(path, min_steps=2):
     return sorted(transitions, key=_order)
 
 
-def _lines(path):
+def lines(path):
     """Yields (line number from 1, bytes of the line); bytes, so that bad UTF-8 can be told with its line."""
     number = 0
     try:
@@ -150,20 +151,27 @@ def write(path, transitions):
     Atomic: the old file stays whole until the new one, written beside it, takes its place.
     """
     path = os.fspath(path)
-    unfinished = f"{path}.{os.getpid()}.unfinished"
     try:
-        with open(unfinished, "wb") as file:
-            # No name, no time stamp: the same transitions make the same bytes
-            with gzip.GzipFile("", "wb", 9, file, mtime=0) if path.endswith(".gz") else file as out:
-                for tr in transitions:
-                    record = {"episode": tr.episode, "t": tr.t, "x": tr.x, "z": tr.z, "y": tr.y}
-                    if tr.z is None:
-                        del record["z"]
-                    out.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))
-        os.replace(unfinished, path)
+        # No name, no time stamp: the same transitions make the same bytes
+        with whole(path) as file, gzip.GzipFile("", "wb", 9, file, mtime=0) if path.endswith(".gz") else file as out:
+            for tr in transitions:
+                record = {"episode": tr.episode, "t": tr.t, "x": tr.x, "z": tr.z, "y": tr.y}
+                if tr.z is None:
+                    del record["z"]
+                out.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))
     except OSError as error:
         raise BadData(f"{path}: cannot write it ({error.strerror}); name a file in a folder that exists and "
                       "that you may write to") from None
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A binary file beside `path` that takes its place when the block ends without an error, and is removed otherwise."""
+    unfinished = f"{path}.{os.getpid()}.unfinished"
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+        os.replace(unfinished, path)
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)

@@ -56,7 +56,7 @@ def read_pairs(path, split=None, splits=()):
     splits: the names that a split may have, if only some may. BadData if the file cannot be read.
     """
     pairs, missing = [], []
-    for number, raw in records._lines(path):
+    for number, raw in records.lines(path):
         if not raw.strip():
             continue
         row = {}
@@ -80,7 +80,7 @@ def read_zipped(predictions, references, split=None):
     """([Pair], [Missing]) of two JSONL files, line by line; BadData if one cannot be read. split: of them both, or None."""
     sides = []
     for path, key in ((predictions, "prediction"), (references, "reference")):
-        rows = [raw for _, raw in records._lines(path)]
+        rows = [raw for _, raw in records.lines(path)]
         while rows and not rows[-1].strip():
             rows.pop()
         sides.append((path, key, rows))
@@ -394,12 +394,8 @@ def check_json(path):
 
 def write_json(path, result):
     """Whole or not at all; BadData if it cannot be written."""
-    unfinished = f"{path}.{os.getpid()}.unfinished"
     try:
-        Path(unfinished).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        os.replace(unfinished, path)
+        with records.whole(path) as file:
+            file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     except OSError as error:
         raise records.BadData(f"--json {path}: cannot write it ({error.strerror}); name a file that you may write") from None
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
