@@ -102,7 +102,8 @@ def parse(argv=None):
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
               "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
-              "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "lora": cfg.lora >= 0, "tokens": cfg.tokens >= 0, "max_state": cfg.max_state == 0 or cfg.max_state >= 16, "seed": 0 <= cfg.seed < 2**32,
+              "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "lora": cfg.lora >= 0, "tokens": cfg.tokens >= 0,
+              "max_state": cfg.max_state == 0 or cfg.max_state >= 16, "seed": 0 <= cfg.seed < 2**32,
               "warmup_decay": 0 <= cfg.warmup_decay < float("inf")}
     for name in ("warmup_lr", "lr_fwm", "lr_idm"):
         checks[name] = 0 < getattr(cfg, name) < float("inf")

@@ -274,8 +274,7 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
     batch = sft.batches(pairs, cfg.batch, rng)
     gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31) + parallel.rank())
     ref, optimizers = lm.freeze(policy), lm.make_optimizers(policy, settings.lr, muon=False)   # the reference: pi at the start
-    trace = lambda: [p.detach().sum(dtype=torch.float64).item() for p in frozen.parameters()]     # a copy would cost its memory
-    before = trace()
+    before = [p.detach().to("cpu", copy=True) for p in frozen.parameters()]        # the device has no room for it
     iteration, kind = name.removeprefix("iteration").split("/")
     bar = tqdm(range(1, steps + 1), desc=name, leave=False, disable=parallel.rank() > 0 or None)
     checked, kl, peak, side = False, 0.0, settings.lr, "fwm" if kind == "phase1" else "idm"
@@ -310,7 +309,7 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
     bar.close()
     for example in examples:
         run.log("samples.jsonl", stage=name, **example)
-    assert trace() == before, "the frozen model moved"
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(before, frozen.parameters())), "the frozen model moved"
     was, now = validate(ref), validate(policy)
     undone = now < was - cfg.undo
     if undone:

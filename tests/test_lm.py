@@ -438,3 +438,12 @@ def test_tokens_at_a_time_are_the_user_s_or_the_device_s(monkeypatch):
     assert on("cuda") > on("cpu") > 0
     monkeypatch.setattr(lm, "TOKENS", 77)
     assert on("cuda") == on("cpu") == 77
+
+
+def test_rows_sampled_together_keep_to_the_tokens_and_change_nothing(model, monkeypatch):
+    prompts, sizes, sample = RAGGED * 5, [], lm.sample
+    truth = lm.greedy(model, prompts, 8, EOS)
+    monkeypatch.setattr(lm, "sample", lambda model, part, *a, **k: sizes.append(len(part)) or sample(model, part, *a, **k))
+    monkeypatch.setattr(lm, "TOKENS", 4)
+    assert lm.greedy(model, prompts, 8, EOS) == truth
+    assert max(sizes) == 16 * 4 // (max(map(len, prompts)) + 8) < len(prompts)

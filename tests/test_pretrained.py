@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, GemmaConfig, GemmaForCausalLM, GPT2Config,
                           GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 
+import grpo
 import lm
 import pretrained
 import swirl_fwm
@@ -133,6 +134,15 @@ def test_sampler_and_trainer_agree(family, half, monkeypatch):
     logp.sum().backward()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
     assert (1e-4 if half else -1) < (logp - exact).abs().max() < (0.3 if half else 1e-6)
+
+
+def test_the_kl_to_one_s_own_copy_is_0_in_bfloat16_too(monkeypatch):
+    monkeypatch.setattr(lm, "HALF", True)
+    policy = make_model("llama", 40)
+    log, *_ = grpo.step(policy, lm.freeze(policy), lm.make_optimizers(policy, 1e-3, muon=False), [[5, 6, 7]] * 2,
+                        lambda owner, rows: torch.tensor([float(len(r)) for r in rows]), grpo.GRPO(group_size=8, max_new=6, beta=1.0), 1,
+                        torch.Generator().manual_seed(0))
+    assert log["kl"] == 0 and log["gap"] > 0
 
 
 def test_each_family_goes_through_a_whole_run(family, folder, tmp_path):

@@ -192,6 +192,29 @@ def test_a_phase_that_clearly_lowers_the_validation_is_undone(capsys, scores, un
     assert torch.equal(flat(policy), seen[0] if undone else seen[1]) and ("undone" in capsys.readouterr().out) == undone
 
 
+def test_a_phase_that_moves_the_frozen_model_stops():
+    policy, frozen = tiny_llama(9, 0), tiny_llama(9, 1)
+
+    def take_step(*_):
+        with torch.no_grad():                                                      # no sum would tell
+            w = frozen.model.embed_tokens.weight
+            w.copy_(w.flip(0))
+        return {"reward": 0.0, "kl": None, "gap": 0.0, "tokens": 1}, []
+
+    run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0, progress={"stages": [{"fwm": {"exact": 0.0}}]})
+    cfg = train.parse([])
+    with pytest.raises(AssertionError, match="frozen"):
+        train.phase(run, cfg, "iteration1/phase1", policy, frozen, lambda model: 0.0, [("a", "b")] * 8, [([1], [2])],
+                    train.phase_settings(cfg, 0.0, 0.1, 4), 1, 60, take_step)
+
+
+def test_of_a_user_s_file_a_test_transition_goes_if_training_knows_both_of_its_states(tmp_path):
+    rows = [("train-1", "a", "b"), ("train-2", "c", "d"), ("dev-1", "v", "w"), ("test-1", "a", "q"), ("test-2", "a", "d"), ("test-3", "p", "q")]
+    records.write(tmp_path / "f.jsonl", [records.Transition(e, 0, x, "z", y) for e, x, y in rows])
+    test = envs.load_splits(train.parse(["--data", str(tmp_path / "f.jsonl")]))[3]
+    assert set(test) == {("a", "z", "q"), ("p", "z", "q")}
+
+
 def test_state_only_pairs_carry_no_action_and_splits_share_no_episode():
     labelled, validation, state_only, test = envs.load_splits(train.parse(["--episodes", "8"]))
     assert all(len(pair) == 2 for pair in state_only)
