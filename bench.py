@@ -62,12 +62,13 @@ def make_work(B, P, V):
 
 def ours(policy, ref, Q, prompts, z, T, G):
     optimizers, cfg = lm.make_optimizers(policy, LR, muon=False), grpo.GRPO(group_size=G, max_new=T, beta=BETA, kl="loss", lr=LR)
-    allowed, gen = torch.arange(policy.config.vocab_size) != EOS, torch.Generator().manual_seed(0)
+    gen = torch.Generator().manual_seed(0)
+    policy.allowed = ref.allowed = torch.arange(policy.config.vocab_size)[None] != EOS
 
     def reward(owner, rows):
         return lm.score(Q, prompts, [r + z for r in rows], owner, [len(z)] * len(rows))
 
-    return lambda: grpo.step(policy, ref, optimizers, prompts, reward, cfg, EOS, gen, allowed)
+    return lambda: grpo.step(policy, ref, optimizers, prompts, reward, cfg, EOS, gen)
 
 
 def plain(policy, ref, Q, prompts, z, T, G):

@@ -133,32 +133,27 @@ def prefill(model, prefixes):
 
 @torch.no_grad()
 @in_half
-def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0, allowed=None, generator=None):
-    """Draw G rows after each prefix; temperature 0 takes the likeliest token.
-
-    allowed: (V,) bool, the tokens that may be emitted (it must hold eos); top_p, top_k: as usual, off by default, since
+def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0, generator=None):
+    """Draw G rows after each prefix; temperature 0 takes the likeliest token. top_p, top_k: as usual, off by default, since
     the trainer scores the unfiltered distribution. Returns (rows, logps), B*G lists each, prompt-major (p0g0, p0g1, ..):
-    ids up to and including eos (a row without eos was cut at max_new) and their log-probs under what was sampled from.
-    """
+    ids up to and including eos (a row without eos was cut at max_new) and their log-probs under what was sampled from."""
     cache, mask, token, position = prefill(model, prefixes)                        # token, position (B, W), W = 1 at first
     N, rows, logps = len(prefixes) * G, [[] for _ in range(len(prefixes) * G)], [[] for _ in range(len(prefixes) * G)]
     seen = mask[:, None].bool()                                                    # (B, W, L) what of the cache each token sees
     node = torch.arange(len(prefixes), device=model.device)                        # (U,) the places of (B, W) that are taken
     live = torch.arange(N, device=model.device)                                    # (n,) rollouts that go on
     at = live // G                                                                 # (n,) the node, 0..U-1, that each stands on
-    for _ in range(max_new):
+    for t in range(max_new):
         B, W = token.shape
         seen = torch.cat([seen, torch.eye(W, dtype=torch.bool, device=model.device).expand(B, W, W)], 2)
         bias = torch.zeros(seen.shape, dtype=model.dtype, device=model.device).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
         taken = torch.zeros(B * W, dtype=torch.bool, device=model.device).index_fill(0, node, True).view(B, W)
         logits = model(token, attention_mask=bias[:, None], position_ids=position, past_key_values=cache, use_cache=True,
                        logits_to_keep=taken).logits.view(len(node), -1).float()    # (U, V)
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed, -torch.inf)
-        logp_all = truncate(logits / (temperature or 1.0), top_p, top_k).log_softmax(-1)
+        logp_all = truncate(restrict(model, logits, torch.tensor(t)) / (temperature or 1.0), top_p, top_k).log_softmax(-1)
         drawn = logp_all.argmax(-1)[at] if temperature == 0 else draw(logp_all, at, generator)       # (n,)
-        for n, t, lp in zip(live.tolist(), drawn.tolist(), logp_all[at, drawn].tolist()):
-            rows[n].append(t)
+        for n, token_id, lp in zip(live.tolist(), drawn.tolist(), logp_all[at, drawn].tolist()):
+            rows[n].append(token_id)
             logps[n].append(lp)
         going = drawn != eos
         if not going.any():
@@ -175,6 +170,13 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
         token, position, seen = (new.new_zeros(shape[0] * shape[1], *new.shape[1:]).index_copy(0, node, new).unflatten(0, shape)
                                  for new in (key % logits.shape[-1], position.flatten()[parent] + 1, seen.flatten(0, 1)[parent]))
     return rows, logps
+
+
+def restrict(model, logits, t):
+    """-inf where the model may not go: row t of `model.allowed` (T, V) bool, if it has that, is what its t-th token may be; the last
+    row holds for all that follow. A P of images may draw codes alone, and the right number of them."""
+    allowed = getattr(model, "allowed", None)
+    return logits if allowed is None else logits.masked_fill(~allowed[t.clamp(max=len(allowed) - 1)], -torch.inf)
 
 
 def draw(logp, at, generator=None):
@@ -227,15 +229,14 @@ def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0):
         cache.batch_select_indices(torch.as_tensor(owner, device=model.device))
         mask, last, position = mask[owner], last[owner], position[owner]
     ids, live = pad(rows, "right", 0, model.device)                                # (N, T)
-    scored = live.bool()
-    if n_scored is not None:
-        first = torch.tensor([len(r) - k for r, k in zip(rows, n_scored)], device=model.device)
-        scored &= torch.arange(ids.shape[1], device=model.device) >= first[:, None]
+    first = torch.tensor([len(r) - k for r, k in zip(rows, n_scored or map(len, rows))], device=model.device)
+    t = torch.arange(ids.shape[1], device=model.device) - first[:, None]           # (N, T) place in what is scored
+    scored = live.bool() & (t >= 0)
     logits = model(torch.cat([last, ids[:, :-1]], 1), attention_mask=torch.cat([mask, live], 1),
                    position_ids=position + torch.arange(ids.shape[1], device=model.device), past_key_values=cache,
                    use_cache=True, logits_to_keep=scored).logits.float()           # (scored tokens, V), flat
-    logp = -torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]) / temperature, ids[scored],
-                                              reduction="none")
+    logits = restrict(model, logits.view(-1, logits.shape[-1]), t[scored]) / temperature
+    logp = -torch.nn.functional.cross_entropy(logits, ids[scored], reduction="none")
     return torch.zeros(ids.shape, device=model.device).masked_scatter(scored, logp)
 
 

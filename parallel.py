@@ -171,6 +171,7 @@ def plain(model):
         to.data = b.clone()
     for to, p in zip(out.parameters(), model.parameters()):
         to.data = p.detach().clone()
+    out.allowed = getattr(model, "allowed", None)                                  # `lm.restrict`
     return out
 
 

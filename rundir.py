@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import swirl_idm
 from envs import records
 
 OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm",
-        "checkpoint-a", "checkpoint-b"}
+        "checkpoint-a", "checkpoint-b", "rollout.png", "rollout.gif", "codebook.npz"}
 OURS |= {name + ".new" for name in OURS}
 
 
@@ -62,7 +63,7 @@ class Run:
             fail(f"--out {cfg.out} holds files that no run wrote; give another folder")
         if cfg.fresh and found:
             saved = (self.load("progress.json") or {}).get("saved", [])
-            foreign = sorted(found - OURS) + [f"{side}/{p.name}" for side in ("fwm", "idm") if side in found
+            foreign = sorted(name for name in found - OURS if not re.fullmatch(r"picture-(sft|iteration\d+-phase[12])\.png", name)) + [f"{side}/{p.name}" for side in ("fwm", "idm") if side in found
                                               for p in sorted((self.dir / side).rglob("*")) if p.name not in saved]
             if foreign:
                 fail(f"--fresh: {cfg.out} holds {foreign[0]}, which no run wrote; move it away first")
@@ -99,6 +100,14 @@ class Run:
             return
         with open(self.dir / name, "a") as f:
             f.write(json.dumps(line) + "\n")
+
+    def picture(self, draw, name, rows):
+        """DIR/name by a function of `pictures`."""
+        if parallel.rank() == 0:
+            try:
+                draw(rows, self.dir / name)
+            except ImportError:
+                print(f"  {name} is not drawn: pip install pillow")
 
     def elapsed(self):
         return time.time() - self.begin
@@ -166,12 +175,18 @@ def report(results):
     rows = [(s["name"], s["fwm"], s["idm"]) for s in results["stages"]]
     best = results["baselines"]["best_of_8"]
     rows += [(f"sft, best of 8 ({best['fwm']['n']})", best["fwm"], best["idm"]), ("copy x", results["baselines"]["copy_x"], None)]
-    columns = [(0, "exact", 100), (0, "exact_changed", 100), (0, "bleu", 1), (0, "rouge_l", 1), (0, "logp", 1),
-               (1, "exact", 100), (1, "logp", 1)]
+    middle = [("BLEU", lambda fwm: fwm["bleu"], 1), ("ROUGE-L", lambda fwm: fwm["rouge_l"], 1)]
+    if "patches_changed" in rows[0][1]:                        # images: right patches of those that change, also of motion kinds and at T = 6
+        middle = [("patches %", lambda fwm: fwm["patches_changed"], 100),
+                  ("motion %", lambda fwm: fwm.get("kinds", {}).get("motion", {}).get("patches_changed"), 100),
+                  ("T = 6 %", lambda fwm: fwm.get("rollout_changed", [None])[-1], 100)]
+    columns = [(0, lambda fwm: fwm["exact"], 100), (0, lambda fwm: fwm["exact_changed"], 100), *((0, *column[1:]) for column in middle),
+               (0, lambda fwm: fwm["logp"], 1), (1, lambda idm: idm["exact"], 100), (1, lambda idm: idm["logp"], 1)]
     cell = lambda value, scale: f"{value * scale:10.2f}" if value is not None else "         -"
     print(f"\n{results['env']}, seed {results['seed']}: {results['splits']['test']} held-out transitions, "
           f"{results['seconds']['total'] / 60:.1f} minutes on {results['hardware']}")
-    print(f"{'':20}{'FWM: exact %':>10}{'changed %':>10}{'BLEU':>10}{'ROUGE-L':>10}{'logp':>10}{'IDM: ex %':>10}{'logp':>10}")
+    print(f"{'':20}{'FWM: exact %':>10}{'changed %':>10}" + "".join(f"{head:>10}" for head, _, _ in middle)
+          + f"{'logp':>10}{'IDM: ex %':>10}{'logp':>10}")
     for name, *sides in rows:
-        print(f"{name:22}" + "".join(cell(sides[i] and sides[i].get(key), scale) for i, key, scale in columns))
+        print(f"{name:22}" + "".join(cell(sides[i] and get(sides[i]), scale) for i, get, scale in columns))
     return 0

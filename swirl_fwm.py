@@ -20,11 +20,18 @@ Departures from the paper:
 4. A pair in which Q reads no action (`swirl_idm.IMPOSSIBLE`) is left out, and so are, by default, pairs with y = x.
 5. P is sampled and scored at temperature 1 (paper .75), as z and the reward are: Eq. 3.
 6. Each step also raises the likelihood of a few labelled rows (`grpo`, departure 6): without them P forgets its labels.
+7. Where the state is an image (`envs/images.py`), z comes before x, so that each patch of y stands as far behind the same patch of x,
+   whatever z; the paper's images come first.
 """
+import re
+
+import torch
+
 import grpo
 import lm
 import parallel
 import swirl_idm
+from envs import images
 from pretrained import frame
 
 
@@ -37,7 +44,10 @@ def before(tok, x):
 
 def prompt(tok, x, z):
     """The ids before y."""
-    return [*before(tok, x), *lm.encode(tok, "\naction: " + z), *lm.encode(tok, "\nnext:"), *frame(tok).tail]
+    action = lm.encode(tok, "\naction: " + z)
+    if images.is_image(x):                                                         # departure 7
+        return [*frame(tok).head, *action, *lm.encode(tok, frame(tok).line + x), *frame(tok).tail]
+    return [*before(tok, x), *action, *lm.encode(tok, "\nnext:"), *frame(tok).tail]
 
 
 def target(tok, y):
@@ -51,9 +61,22 @@ def read(tok, ids):
 
 
 def logp(P, tok, xs, zs, ys):
-    """(N,) log P(y | x, z), summed over tokens, in nats. An x that comes several times goes through P once."""
-    rows = [prompt(tok, x, z)[len(before(tok, x)):] + target(tok, y) for x, z, y in zip(xs, zs, ys)]
-    return lm.score(P, [before(tok, x) for x in xs], rows, n_scored=[len(target(tok, y)) for y in ys])
+    """(N,) log P(y | x, z), summed over tokens, in nats. A text x that comes several times goes through P once."""
+    prompts, targets = [prompt(tok, x, z) for x, z in zip(xs, zs)], [target(tok, y) for y in ys]
+    cuts = [len(p) if images.is_image(x) else len(before(tok, x)) for p, x in zip(prompts, xs)]
+    return lm.score(P, [p[:cut] for p, cut in zip(prompts, cuts)], [p[cut:] + row for p, cut, row in zip(prompts, cuts, targets)],
+                    n_scored=[len(row) for row in targets])
+
+
+def codes_only(P, tok, y):
+    """(T, V) bool for `lm.restrict`: where the image y has a code any code may stand, elsewhere what stands in y."""
+    ids = target(tok, y)
+    allowed = torch.zeros(len(ids), P.config.vocab_size, dtype=torch.bool)
+    allowed[range(len(ids)), ids] = True
+    codes = [i for token, i in tok.get_added_vocab().items() if re.fullmatch(r"<c\d+>", token)]
+    at = [t for t, i in enumerate(ids) if i in codes]
+    allowed[at] = torch.zeros(P.config.vocab_size, dtype=torch.bool).index_fill(0, torch.tensor(codes), True)
+    return allowed
 
 
 def predict(P, tok, xs, zs, max_new):

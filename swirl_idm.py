@@ -21,19 +21,25 @@ Departures from the paper:
    alone it ignores a wrong line beside a right one, and Phase I then makes P worse (README). `--spoiled 0`: paper.
 5. `view="diff"` shows Q only the lines that change from x to y; the paper's Q reads both states: `view="full"`.
 6. Each step also raises the likelihood of a few rows of its warm-up (`grpo`, departure 6): without them Q forgets to refuse.
+7. Of images, "diff" lists the patches that change: place, code before, code after.
 """
 import difflib
+
+import torch
 
 import grpo
 import lm
 import swirl_fwm
+from envs import images
 from pretrained import frame
 
 
 # --- Q as a language model ----------------------------------------------------------------------------------------------
 
 def line_diff(x, y):
-    """The lines that x loses ("- ") and that y gains ("+ "), in order. A function of x and y alone."""
+    """The lines that x loses ("- ") and that y gains ("+ "), in order; of images, one line of what changes. A function of x and y alone."""
+    if images.is_image(x):
+        return [images.diff(x, y)] if x != y else []
     a, b = x.split("\n"), y.split("\n")
     out = []
     for tag, i, j, k, l in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
@@ -50,17 +56,21 @@ def spoil(x, y, other, rng):
     another state; where y changes several lines, a quarter of the time one of them is, and a quarter of the time one of them
     stays as it was in x. None if nothing changes from x to y (the wrong line alone could be a true change) or no line can
     be exchanged."""
-    before, after = x.split("\n"), y.split("\n")
+    lines, join = (images.lines, images.join) if images.is_image(x) else (lambda state: state.split("\n"), "\n".join)
+    before, after = lines(x), lines(y)
     changed = [i for i, (old, new) in enumerate(zip(before, after)) if old != new] if len(before) == len(after) else []
-    take = lambda lines: [(i, line) for i in lines for line in other.split("\n")
-                          if line.split(" ")[0] == after[i].split(" ")[0] and line not in (after[i], *before[i:i + 1])]
+    like = {}                                                                      # lines of the other state by their first word
+    for line in lines(other):
+        like.setdefault(line.split(" ")[0], []).append(line)
+    take = lambda some: [(i, line) for i in some for line in like.get(after[i].split(" ")[0], ())
+                         if line not in (after[i], *before[i:i + 1])]
     stray = take([i for i, line in enumerate(after) if line in before])
     several = [take(changed), [(i, before[i]) for i in changed]] if len(changed) > 1 else []
     options = [choices for choices in (stray, stray, *several) if choices]
     if x == y or not options:
         return None
     i, line = rng.choice(rng.choice(options))
-    return "\n".join(after[:i] + [line] + after[i + 1:])
+    return join(after[:i] + [line] + after[i + 1:])
 
 
 def warmup_rows(tok, labelled, view, spoiled, rng, times=8):
@@ -105,6 +115,12 @@ def score(Q, tok, xs, ys, rows, view="diff"):
     shared = [p if view == "diff" else p[:len(swirl_fwm.before(tok, x))] for p, x in zip(prompts, xs)]
     rows_after = [[*p[len(s):], *row] for p, s, row in zip(prompts, shared, rows)]
     return lm.score(Q, shared, rows_after, n_scored=[len(row) for row in rows])
+
+
+def words_only(Q, tok):
+    """(1, V) bool for `lm.restrict`: all but the tokens of images."""
+    return torch.ones(1, Q.config.vocab_size, dtype=torch.bool).index_fill(
+        1, torch.tensor([i for token, i in tok.get_added_vocab().items() if images.is_token(token)]), False)
 
 
 def predict(Q, tok, xs, ys, max_new, view="diff"):

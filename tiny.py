@@ -22,8 +22,9 @@ def make_tokenizer(texts, vocab_size=1024):
                                    clean_up_tokenization_spaces=False)
 
 
-def make_model(tokenizer, width=128, layers=4, heads=4, context=2048, seed=0):
-    """A small Llama (about 1M parameters) with random weights and an induction head: nothing is downloaded."""
+def make_model(tokenizer, width=128, layers=4, heads=4, context=2048, seed=0, period=0):
+    """A small Llama (about 1M parameters) with random weights and an induction head, or, if there is a `period`, heads that copy by
+    place: nothing is downloaded."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
@@ -31,7 +32,9 @@ def make_model(tokenizer, width=128, layers=4, heads=4, context=2048, seed=0):
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)).eval()
-    if layers > 1:
+    if period:
+        write_copy_heads(model, period)
+    elif layers > 1:
         write_induction_head(model)
     return model
 
@@ -58,3 +61,17 @@ def write_induction_head(model, previous=8.0, match=4.0, gain=2.0, scale=0.1):
     second.k_proj.weight.copy_(match * place.T.repeat(W // D, 1))                  # meets the sketch of the token before
     second.v_proj.weight.copy_(torch.eye(W))                                       # and each copies its share of the
     second.o_proj.weight.copy_(2 * scale * torch.eye(W))                           # embedding that stands there
+
+
+@torch.no_grad()
+def write_copy_heads(model, period, sharp=8.0, scale=0.1):
+    """For images, where the same code stands in many places: all heads of layer 0 attend to what stood `period` - 1 tokens ago, which is what the
+    next token was in the picture before, and copy it. All of it stays trainable. As in `write_induction_head`, constant queries and
+    keys (biases) are turned apart by RoPE."""
+    W, D, E = model.config.hidden_size, model.model.layers[0].self_attn.head_dim, model.model.embed_tokens.weight
+    attention, turn = model.model.layers[0].self_attn, (period - 1) * model.model.rotary_emb.inv_freq.to(E)       # (D/2,)
+    E.normal_(0, scale)
+    attention.k_proj.bias.copy_(sharp * torch.cat([torch.ones_like(turn), torch.zeros_like(turn)]).repeat(W // D))
+    attention.q_proj.bias.copy_(sharp * torch.cat([turn.cos(), -turn.sin()]).repeat(W // D))
+    attention.v_proj.weight.copy_(torch.eye(W))
+    attention.o_proj.weight.copy_(2 * scale * torch.eye(W))

@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
@@ -30,20 +31,25 @@ import grpo
 import lm
 import mi_bounds
 import parallel
+import pictures
 import pretrained
 import rundir
 import sft
 import swirl_fwm
 import swirl_idm
 import tiny
-from envs import load_splits, records
-from evals import metrics
+from envs import codebook, images, load_splits, pixels, records, test_episodes
+from evals import metrics, rollout
 from settings import parse
 
 # --- data ---------------------------------------------------------------------------------------------------------------
 
 def load_models(cfg, labelled, state_only):
-    """(P, Q, tok). Tiny models get a tokenizer fitted on the run's own training text."""
+    """(P, Q, tok). Tiny models get a tokenizer fitted on the run's own training text; images add their codes to any."""
+    states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
+    added = images.vocabulary(states)
+    if added and cfg.lora:
+        rundir.fail("--lora cannot learn the tokens of images, which are new to every model; leave it out")
     if cfg.model != "tiny":
         try:
             P, tok = pretrained.load(cfg.model, torch.bfloat16 if cfg.lora and lm.HALF else torch.float32)   # a base does not learn
@@ -54,13 +60,22 @@ def load_models(cfg, labelled, state_only):
                         "or a .gguf file")
         if tok.eos_token_id is None:
             rundir.fail(f"--model {cfg.model}: its tokenizer has no end token; give a causal language model")
+        if tok.add_tokens(added):
+            for model in (P, Q):
+                model.resize_token_embeddings(max(len(tok), model.config.vocab_size))
         return P, Q, tok
-    states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
-    tok = tiny.make_tokenizer(["\n" + s for s in states] + [" " + z for _, z, _ in labelled]
+    tok = tiny.make_tokenizer(["\n" + s for s in states if not added] + [" " + z for _, z, _ in labelled]
                               + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
-    P = tiny.make_model(tok, seed=cfg.seed)
+    tok.add_tokens(added)
+    P = tiny.make_model(tok, seed=cfg.seed, period=len(lm.encode(tok, "\n" + states[0])) if added else 0)
     P, Q = adapters.pair(P, cfg.lora) if cfg.lora else (P, tiny.make_model(tok, seed=cfg.seed))    # one start, as in the paper
     return P, Q, tok
+
+
+def restrict(P, Q, tok, x):
+    """Of images P may draw codes alone, as many as x has, and Q words alone (`lm.restrict`)."""
+    if images.is_image(x):
+        P.allowed, Q.allowed = swirl_fwm.codes_only(P, tok, x).to(P.device), swirl_idm.words_only(Q, tok).to(Q.device)
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------------
@@ -79,6 +94,27 @@ def evaluate_Q(Q, tok, data, longest, view):
     z_hat = parallel.divide(lambda xs, ys: swirl_idm.predict(Q, tok, xs, ys, longest, view), xs, ys)
     logp = parallel.divide(lambda *rows: swirl_idm.logp(Q, tok, *rows, view).tolist(), xs, zs, ys)
     return metrics.idm_scores(z_hat, zs, logp), z_hat
+
+
+def roll_out(P, tok, steps, longest, run, book):
+    """What P makes of the windows `steps` when it reads its own output: {"rollout": the scores of T = 1..6, ..} ({} without windows)."""
+    if not steps:
+        return {}
+    y_hat = rollout.rollout(lambda xs, zs: parallel.divide(lambda *rows: swirl_fwm.predict(P, tok, *rows, longest), xs, zs), steps, 6)
+    if book:
+        first = [[window[0][0], *(y for _, _, y in window)] for window in steps[:3]]
+        rows = [([z for _, z, _ in window], frames(book, truth), frames(book, [row[i] for row in y_hat]))
+                for i, (window, truth) in enumerate(zip(steps, first))]
+        run.picture(pictures.rollouts, "rollout.png", rows)
+        run.picture(pictures.animation, "rollout.gif", [rows[0][1][0], *rows[0][2]])
+    scores = rollout.score(y_hat, steps)
+    return {"rollout": [step["score"] for step in scores], "rollout_exact": [step["exact"] for step in scores],
+            "rollout_changed": [step["changed"] for step in scores] if book else None}
+
+
+def frames(book, states):
+    """(N, H, W, 3) pictures of image strings."""
+    return book.decode(np.stack([images.codes(state) for state in states]))
 
 
 def best_of_8(P, Q, tok, data, cfg, limits):
@@ -117,11 +153,17 @@ def train(cfg):
     P, Q = P.to(device), Q.to(device)
     if cfg.shard:
         P, Q = parallel.shard(P), parallel.shard(Q)
+    restrict(P, Q, tok, labelled[0][0])
     budget = cfg.minutes * 54 if cfg.minutes else float("inf")         # the rest: installing, what cannot be planned
     print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
           f"state-only, {len(test)} test transitions; {P.num_parameters()/1e6:.2f}M parameters a model; "
           f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes else ""))
 
+    book = codebook(cfg)                                               # None for text
+    if book and parallel.rank() == 0:
+        with records.whole(run.dir / "codebook.npz") as file:
+            book.save(file)
+    windows = rollout.windows(shorten(tok, test_episodes(cfg), cfg.max_state), 6)[:max(4, len(test) // 10)]
     held_out = {}                                                      # side: (its scores, its predictions), until it moves
 
     def stage_ends(name, since, what):
@@ -129,6 +171,12 @@ def train(cfg):
         since = time.time()
         if what != "phase2" or "fwm" not in held_out:
             held_out["fwm"] = evaluate_P(P, tok, test, limits[0])
+            held_out["fwm"][0].update(roll_out(P, tok, windows, limits[0], run, book))
+            if book:
+                kinds = [pixels.kind(z) for _, z, _ in test]
+                for groups in (kinds, ["motion" if kind in pixels.MOTION else "edits" for kind in kinds]):
+                    held_out["fwm"][0].setdefault("kinds", {}).update(metrics.by_group(
+                        groups, [x for x, _, _ in test], held_out["fwm"][1], [y for _, _, y in test]))
         if what != "phase1" or "idm" not in held_out:
             held_out["idm"] = evaluate_Q(Q, tok, test, limits[1], cfg.view)
         scores = {side: score for side, (score, _) in held_out.items()}
@@ -138,6 +186,10 @@ def train(cfg):
         R = swirl_idm.logp(Q, tok, *([s[k] for s in few] for k in ("x", "z", "y_hat")), cfg.view)    # log Q(z | x, y_hat)
         for s, r in zip(few, R.tolist()):
             run.log("samples.jsonl", stage=name, **s, reward=r)
+        if book:
+            some = [s for s in samples if s["x"] != s["y"]][:6]
+            x, y, y_hat = (frames(book, [s[k] for s in some]) for k in ("x", "y", "y_hat"))
+            run.picture(pictures.predictions, f"picture-{name.replace('/', '-')}.png", list(zip(x, [s["z"] for s in some], y, y_hat)))
         iteration = 0 if name == "sft" else int(name.removeprefix("iteration").split("/")[0])
         run.log("metrics.jsonl", phase="eval", stage=name, iteration=iteration, step=0, seconds=run.elapsed(), **scores)
         print(f"{name}: {rundir.show(scores)}  [{run.elapsed()/60:.1f} min]\n{rundir.show_sample(samples[0])}", flush=True)
@@ -244,7 +296,7 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
          for s in (row[0], row[-1])}
     y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
     longest = max(n, key=n.get)
-    marks = 6 * (1 + longest.count("\n")) if cfg.view == "diff" else 0              # "- " and "+ " of each line that Q reads
+    marks = 6 * (1 + longest.count("\n")) + longest.count("<c") if cfg.view == "diff" else 0     # what Q reads beside codes and lines
     if n[longest] + max(y, n[longest]) + marks + 2 * longest_z(labelled + validation + test) + frame > pretrained.context(P):
         rundir.fail(f"{name}: a state of {n[longest]} tokens ({longest[:40]!r}...) is longer than the model takes "
              f"({pretrained.context(P)} tokens for x, z and y together); give --max-state, shorten the states or choose another --model")

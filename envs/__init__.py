@@ -1,9 +1,50 @@
-"""One file a world (physics, web, tools), `records.py` for your own transitions file, and the splits of both."""
+"""One file a world (physics, web, tools, pixels), `records.py` for your own transitions file, and the splits of all."""
+import functools
 import random
 
-from envs import physics, records, tools, web
+import numpy as np
 
-WORLDS = {"physics": physics, "web": web, "tools": tools}
+from envs import images, physics, pixels, records, tools, web
+
+WORLDS = {"physics": physics, "web": web, "tools": tools, "pixels": pixels}
+TEST = 60                                                                          # test episodes of a world
+
+
+@functools.lru_cache(maxsize=8)
+def draw(env, seed, split, n):
+    """[episode]: n of them, lists of (x, z, y); z is None in those that are state-only, so that no code can peek."""
+    drawn = [WORLDS[env].episode(random.Random(f"{seed} {split} {i}")) for i in range(n)]
+    return drawn if split != "state-only" else [[(x, None, y) for x, _, y in steps] for steps in drawn]
+
+
+def shares(cfg):
+    """{split: number of episodes} of a world."""
+    half = cfg.episodes // 2
+    held = max(1, min(half // 2, -(-cfg.validation_size // WORLDS[cfg.env].STEPS)))   # no more than are used
+    return {"labelled": half - held, "validation": held, "state-only": half, "test": TEST}
+
+
+@functools.lru_cache(maxsize=2)
+def fit_codebook(env, seed, labelled, state_only):
+    frames = [frame for split, n in (("labelled", labelled), ("state-only", state_only)) for steps in draw(env, seed, split, n)
+              for x, _, y in steps for frame in (x, y)]
+    return images.Codebook.fit(np.stack(frames), pixels.PATCH, seed=seed)
+
+
+def codebook(cfg):
+    """The image tokenizer of a world of frames, fitted on what it trains on; None for text."""
+    if cfg.data or cfg.env != "pixels":
+        return None
+    return fit_codebook(cfg.env, cfg.seed, *(shares(cfg)[split] for split in ("labelled", "state-only")))
+
+
+def episodes(cfg, split):
+    """[episode] of a world, with its states as strings."""
+    drawn, book = draw(cfg.env, cfg.seed, split, shares(cfg)[split]), codebook(cfg)
+    if book is None:
+        return drawn
+    spell = lambda frames: [images.spell(codes) for codes in book.encode(np.stack(frames))]
+    return [list(zip(spell(xs), zs, spell(ys))) for xs, zs, ys in (zip(*steps) for steps in drawn)]
 
 
 def load_splits(cfg):
@@ -13,16 +54,21 @@ def load_splits(cfg):
         labelled, validation, test = ([(t.x, t.z, t.y) for t in part[k]] for k in ("labelled", "validation", "test"))
         state_only = [(t.x, t.y) for t in part["state_only"]]
     else:
-        def draw(split, n):
-            return [t for i in range(n) for t in WORLDS[cfg.env].episode(random.Random(f"{cfg.seed} {split} {i}"))]
-        half = cfg.episodes // 2
-        held = max(1, min(half // 2, -(-cfg.validation_size // WORLDS[cfg.env].STEPS)))   # no more than are used
-        labelled, validation = draw("labelled", half - held), draw("validation", held)
-        state_only = [(x, y) for x, _, y in draw("state-only", half)]
-        test = draw("test", 60)
+        labelled, validation, test = ([t for steps in episodes(cfg, split) for t in steps] for split in ("labelled", "validation", "test"))
+        state_only = [(x, y) for steps in episodes(cfg, "state-only") for x, _, y in steps]
     seen = {s for x, _, y in labelled for s in (x, y)} | {s for pair in state_only for s in pair}
     known = all if cfg.data else any                                              # MirrorAPI's x, a documentation, comes again and again
     test = [t for t in test if not known(s in seen for s in (t[0], t[2]))] or test      # no state that training held word for word
     rng = random.Random(cfg.seed)
     pick = lambda rows, n: rng.sample(rows, min(n, len(rows)))
     return labelled, pick(validation, cfg.validation_size), state_only, pick(test, cfg.eval_size)
+
+
+def test_episodes(cfg):
+    """[episode] to roll out: lists of (x, z, y), the test split in its order."""
+    if not cfg.data:
+        return episodes(cfg, "test")
+    out = {}
+    for t in records.split(records.read(cfg.data), cfg.seed)["test"]:
+        out.setdefault(t.episode, []).append((t.x, t.z, t.y))
+    return list(out.values())

@@ -124,12 +124,18 @@ def _text(row, key):
     return row[name]
 
 
-def predict_run(folder, splits=()):
-    """[Pair] of a finished run of train.py: x, y and the greedy y_hat of each test transition, as its last stage scored them. The split
-    of `splits` is the one in the episode's id (test-SPLIT-..), if the run was on a transitions file.
+class Opened(typing.NamedTuple):
+    """A finished run of train.py, and what its models say to lists of states."""
+    cfg: typing.Any                                            # its settings
+    test: list                                                 # [(x, z, y)] that it scored
+    uncut: list                                                # the same before --max-state
+    episodes: list                                             # its test episodes [(x, z, y)]
+    predict: typing.Callable                                   # (xs, zs) -> greedy y_hat
+    read: typing.Callable                                      # (xs, ys) -> greedy z_hat
 
-    BadData if the folder holds no such run, or its transitions file is gone or has changed.
-    """
+
+def open_run(folder):
+    """Opened. BadData if the folder holds no finished run, or its transitions file is gone or has changed."""
     folder = Path(folder)
     try:
         settings = json.loads((folder / "config.json").read_text())["settings"]
@@ -145,35 +151,47 @@ def predict_run(folder, splits=()):
 
     import pretrained
     import swirl_fwm
+    import swirl_idm
     import train
-    from envs import load_splits
+    from envs import load_splits, test_episodes
     from settings import Config
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         cfg = Config(**settings)
-        train.set_precision(cfg, "cuda" if torch.cuda.is_available() else "cpu")
-        parts = load_splits(cfg)
-        episodes = {(t.x, t.z, t.y): t.episode for t in records.read(cfg.data) if t.episode.startswith("test-")} if cfg.data else {}
-        P, tok = pretrained.load(folder / "fwm")
+        train.set_precision(cfg, device)
+        uncut = load_splits(cfg)
+        (P, tok), (Q, _) = (pretrained.load(folder / side) for side in ("fwm", "idm"))
     except records.BadData:
         raise
     except Exception as error:  # whatever a damaged folder makes the loaders raise
         raise records.BadData(f"{folder}: cannot open the run ({str(error).partition(chr(10))[0]}); train it again with "
                               "this version, or give another folder") from None
-    groups = [next((s for s in splits if episodes.get(row, "").startswith(f"test-{s}-")), None) for row in parts[3]]
-    parts = train.shorten(tok, parts, cfg.max_state)
-    longest, _ = train.check_data(P, tok, *parts, cfg)
+    parts = train.shorten(tok, uncut, cfg.max_state)
+    max_y, max_z = train.check_data(P, tok, *parts, cfg)
     test = train.affordable(tok, parts[3])
-    if len(test) < len(episodes):
-        print(f"warning: the run scored {len(test)} of {len(episodes)} test transitions (--eval-size)", file=sys.stderr)
     if len(test) != n:
         raise records.BadData(f"{folder}: it was trained with {n} test transitions, and now there are {len(test)}; give it "
                               "back its data, or train it again")
-    xs, zs, ys = zip(*test)
-    P = P.to("cuda" if torch.cuda.is_available() else "cpu")
-    return [Pair(y_hat, y, x, group) for x, y, y_hat, group in zip(xs, ys, swirl_fwm.predict(P, tok, xs, zs, longest), groups)]
+    P, Q = P.to(device), Q.to(device)
+    train.restrict(P, Q, tok, test[0][0])
+    return Opened(cfg, test, uncut[3][:n], train.shorten(tok, test_episodes(cfg), cfg.max_state), lambda xs, zs: swirl_fwm.predict(P, tok, xs, zs, max_y),
+                  lambda xs, ys: swirl_idm.predict(Q, tok, xs, ys, max_z, cfg.view))
+
+
+def predict_run(folder, splits=()):
+    """[Pair] of a finished run of train.py: x, y and the greedy y_hat of each test transition, as its last stage scored them. The split
+    of `splits` is the one in the episode's id (test-SPLIT-..), if the run was on a transitions file. BadData as in `open_run`."""
+    run = open_run(folder)
+    file = records.read(run.cfg.data) if run.cfg.data else []
+    episodes = {(t.x, t.z, t.y): t.episode for t in file if t.episode.startswith("test-")}
+    if len(run.test) < len(episodes):
+        print(f"warning: the run scored {len(run.test)} of {len(episodes)} test transitions (--eval-size)", file=sys.stderr)
+    groups = [next((s for s in splits if episodes.get(row, "").startswith(f"test-{s}-")), None) for row in run.uncut]
+    xs, zs, ys = map(list, zip(*run.test))
+    return [Pair(y_hat, y, x, group) for x, y, y_hat, group in zip(xs, ys, run.predict(xs, zs), groups)]
 
 
 # ---- Score -------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ import math
 import re
 from collections import Counter
 
+from envs import images
+
 # ---- BLEU --------------------------------------------------------------------------------------------------
 
 
@@ -171,17 +173,40 @@ def exact_changed(xs, predictions, references):
     return _mean(hits) if hits else None
 
 
+def right_patches(predictions, references, xs=None):
+    """Share of patches of the reference images that are right, pooled, in [0, 1]; with xs, of those alone that differ from x (None if
+    there are none). A prediction that is no image of the same size has none right."""
+    right = []
+    for x, p, r in zip(xs or predictions, predictions, references):
+        theirs = images.patches(r)
+        ours = images.patches(p) or []
+        before = images.patches(x) if xs else [None] * len(theirs)
+        right += [len(ours) == len(theirs) and ours[i] == theirs[i] for i in range(len(theirs)) if before[i] != theirs[i]]
+    return _mean(right) if right else None
+
+
 def fwm_scores(xs, predictions, references, logps=None):
     """The FWM row of results.json: n, exact, exact_changed, bleu, rouge_l, logp.
 
     xs, predictions, references: lists of the states x, the predicted y and the true y.
     logps: list of summed token log-probabilities log P(y | x, z) of the true y; logp is their mean, or None.
-    exact, exact_changed in [0, 1]; bleu (characters, mean) and rouge_l (no stemmer) in [0, 100].
+    exact, exact_changed in [0, 1]; bleu (characters, mean) and rouge_l (no stemmer) in [0, 100]. Of images also `patches_changed`.
     """
     row = idm_scores(predictions, references, logps)
     changed = exact_changed(xs, predictions, references)
-    return {"n": row["n"], "exact": row["exact"], "exact_changed": changed, "bleu": row["bleu"],
-            "rouge_l": row["rouge_l"], "logp": row["logp"]}
+    row = {"n": row["n"], "exact": row["exact"], "exact_changed": changed, "bleu": row["bleu"],
+           "rouge_l": row["rouge_l"], "logp": row["logp"]}
+    return row | {"patches_changed": right_patches(predictions, references, xs)} if images.is_image(references[0]) else row
+
+
+def by_group(groups, xs, predictions, references):
+    """{group: {"n", "exact_changed", "patches_changed"}} of images, in [0, 1]; groups: a name for each of them."""
+    out = {}
+    for group in sorted(set(groups)):
+        rows = [row for g, *row in zip(groups, xs, predictions, references) if g == group]
+        x, p, r = zip(*rows)
+        out[group] = {"n": len(rows), "exact_changed": exact_changed(x, p, r), "patches_changed": right_patches(p, r, x)}
+    return out
 
 
 def idm_scores(predictions, references, logps=None):

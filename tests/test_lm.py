@@ -322,18 +322,37 @@ def test_truncated_sampling_reports_the_truncated_log_probs(model):
         assert [lp[0] for lp in logps[part]] == pytest.approx([truth[r[0]] for r in rows[part]], abs=1e-4)
 
 
+FEW = torch.zeros(3, 9, dtype=torch.bool)                # of the first token, of the second, of all that follow
+FEW[0, [3, 5]] = FEW[1, 7] = FEW[2, [EOS, 4, 6]] = True
+
+
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_only_allowed_tokens_are_emitted_and_their_mass_is_one(model, temperature):
-    allowed = torch.zeros(9, dtype=torch.bool)
-    allowed[[EOS, 4, 6]] = True
-    gen = torch.Generator().manual_seed(0)
-    rows, logps = lm.sample(model, RAGGED, 8, 5, EOS, temperature, allowed=allowed, generator=gen)
-    seen = {t for row in rows for t in row}
-    assert seen == {EOS, 4, 6} if temperature else seen <= {EOS, 4, 6}
+    model.allowed = FEW
+    rows, logps = lm.sample(model, RAGGED, 8, 6, EOS, temperature, generator=torch.Generator().manual_seed(0))
+    for t, emitted in enumerate(({3, 5}, {7}, {EOS, 4, 6})):
+        seen = {token for row in rows for token in (row[t:] if t == 2 else row[t:t + 1])}
+        assert seen == emitted if temperature else seen <= emitted
     for n, row in enumerate(rows):
-        logits = model(torch.tensor([[*RAGGED[n // 8], *row[:-1]]])).logits[0, -1]
-        truth = logits[[EOS, 4, 6]].log_softmax(-1)[[EOS, 4, 6].index(row[-1])].item()
-        assert logps[n][-1] == pytest.approx(truth, abs=1e-4)
+        for t, token in enumerate(row):
+            logits = model(torch.tensor([[*RAGGED[n // 8], *row[:t]]])).logits[0, -1]
+            truth = logits.masked_fill(~FEW[min(t, 2)], -torch.inf).log_softmax(-1)[token].item()
+            assert logps[n][t] == pytest.approx(truth, abs=1e-4)
+
+
+def test_the_trainer_scores_what_the_sampler_may_emit(model):
+    model.allowed = FEW
+    owner = [n // 4 for n in range(4 * len(RAGGED))]
+    rows, logps = lm.sample(model, RAGGED, 4, 6, EOS, generator=torch.Generator().manual_seed(0))
+    logp = lm.logprobs(model, RAGGED, rows, owner)
+    for row, lp, got in zip(rows, logps, logp):
+        assert got[:len(row)].tolist() == pytest.approx(lp, abs=1e-4)
+    behind = lm.logprobs(model, RAGGED, [[1, 2, *row] for row in rows], owner, n_scored=[len(row) for row in rows])
+    longer = lm.logprobs(model, [[*RAGGED[o], 1, 2] for o in owner], rows, range(len(rows)))
+    assert torch.allclose(behind[:, 2:], longer, atol=1e-4) and not behind[:, :2].any()
+    logp.sum().backward()                                                          # -inf logits leave no nan in the gradient
+    assert torch.isfinite(grads(model)).all()
+    assert lm.score(model, [RAGGED[0]], [[1]]).item() == -torch.inf                # not to be emitted
 
 
 def test_sample_all_draws_n_rows_of_each_prompt_in_order(model):

@@ -1,0 +1,181 @@
+"""Pictures as strings: an image is cut into patches, each patch is a code, each code one token between two marks.
+
+    <image><c12><c12><c7>..</image>          row by row, as many rows as columns
+
+Claim: so P and Q stay the language models that they are, and the same functions serve text and pictures. `encode` takes frames (N, H, W, 3)
+of uint8 to codes (N, side, side), `decode` takes them back; whatever has these two calls can stand behind a world of frames.
+
+Departures from the paper
+1. Its codes are those of a VQ model learnt on a great many pictures (Liquid's, 1,024 a picture); `Codebook` is k-means on the patches of the run's
+   own training frames. Where these hold no more than `size` different ones, as in `pixels.py`, it is exact on them.
+2. `VQModel` puts a real one behind the same two calls: Emu3's or Janus's, by folder or Hub id. (transformers has Chameleon's encoder alone.)
+"""
+import re
+
+import numpy as np
+
+IMAGE, END = "<image>", "</image>"
+
+
+# ---- Codes and strings -------------------------------------------------------------------------------------------------
+
+
+def spell(codes):
+    """The string of (side, side) codes."""
+    return IMAGE + "".join(f"<c{code}>" for row in codes for code in row) + END
+
+
+def patches(image):
+    """The code tokens of an image's string, row by row: ["<c12>", ..]. None if the string is no image."""
+    found = re.findall(r"<c\d+>", image)
+    side = round(len(found) ** 0.5)
+    return found if found and side * side == len(found) and image == IMAGE + "".join(found) + END else None
+
+
+def is_image(state):
+    return state.startswith(IMAGE)
+
+
+def codes(image):
+    """(side, side) codes of an image's string; None if it is none."""
+    found = patches(image)
+    return None if found is None else np.array([int(code[2:-1]) for code in found]).reshape(round(len(found) ** 0.5), -1)
+
+
+def place(i, n):
+    """The token that names patch i of n."""
+    return "<{},{}>".format(*divmod(i, round(n ** 0.5)))
+
+
+def diff(x, y):
+    """What Q reads: place, code before, code after of each patch that changes. A function of x and y alone."""
+    before, after = patches(x), patches(y)
+    if before is None or after is None or len(before) != len(after):
+        return x + y                                                               # no picture is predicted: the whole of both
+    return "".join(place(i, len(after)) + a + b for i, (a, b) in enumerate(zip(before, after)) if a != b)
+
+
+def lines(image):
+    """["<0,0> <c12>", ..]: the patches as `swirl_idm.spoil` takes lines, with the place as their first word."""
+    found = patches(image)
+    return [f"{place(i, len(found))} {code}" for i, code in enumerate(found)]
+
+
+def join(lines):
+    """The image of such lines."""
+    return IMAGE + "".join(line.split(" ")[1] for line in lines) + END
+
+
+def is_token(token):
+    """Whether `vocabulary` made it."""
+    return re.fullmatch(r"</?image>|<c\d+>|<\d+,\d+>", token) is not None
+
+
+def vocabulary(states):
+    """The tokens that images among the states need: marks, codes and places; [] if there are no images."""
+    images = [state for state in states if is_image(state)]
+    if not images:
+        return []
+    n = max(image.count("<c") for image in images)
+    top = max(int(code) for image in images for code in re.findall(r"<c(\d+)>", image))
+    return [IMAGE, END, *(f"<c{code}>" for code in range(top + 1)), *(place(i, n) for i in range(n))]
+
+
+# ---- Frames and codes --------------------------------------------------------------------------------------------------
+
+
+def cut(frames, patch):
+    """(N, H, W, 3) frames as (N, H/patch, W/patch, patch * patch * 3) patches."""
+    N, H, W, C = frames.shape
+    return frames.reshape(N, H // patch, patch, W // patch, patch, C).swapaxes(2, 3).reshape(N, H // patch, W // patch, -1)
+
+
+def distinct(points):
+    """(the different ones of (n, D) uint8 points, which of these each is, how often each comes)."""
+    whole = np.ascontiguousarray(points).view(np.dtype((np.void, points.shape[1])))[:, 0]      # numpy's own axis=0 takes seconds
+    _, first, back, count = np.unique(whole, return_index=True, return_inverse=True, return_counts=True)
+    return points[first], back, count
+
+
+class Codebook:
+    """k-means on patches: codes are the rows of `centres` (K, patch * patch * 3), uint8."""
+
+    def __init__(self, centres):
+        self.centres = centres
+        self.patch = round((centres.shape[1] / 3) ** 0.5)
+
+    @classmethod
+    def fit(cls, frames, patch=16, size=256, seed=0, rounds=20):
+        """From (N, H, W, 3) frames: their different patches, the commonest first; where there are more than `size`, the centres of k-means
+        (k-means++, each patch with its count)."""
+        points, _, count = distinct(cut(frames, patch).reshape(-1, patch * patch * 3))
+        order = np.argsort(-count, kind="stable")
+        points, count = points[order], count[order]
+        if len(points) <= size:
+            return cls(points)
+        rng, values = np.random.default_rng(seed), points.astype(np.float32)
+        centres = values[:1]
+        far = ((values - centres[0]) ** 2).sum(1)                                  # to the nearest centre so far
+        while len(centres) < size:
+            new = values[rng.choice(len(values), p=far * count / (far * count).sum())]
+            centres, far = np.vstack([centres, new]), np.minimum(far, ((values - new) ** 2).sum(1))
+        for _ in range(rounds):
+            nearest = cls(centres).nearest(values)
+            for k in np.unique(nearest):                                           # a centre without points stays where it is
+                centres[k] = np.average(values[nearest == k], axis=0, weights=count[nearest == k])
+        return cls(np.rint(centres).astype(np.uint8))
+
+    def nearest(self, points):
+        """(n,) the code of each of (n, D) patches."""
+        centres = self.centres.astype(np.float32)
+        return np.concatenate([((centres ** 2).sum(1) - 2 * part.astype(np.float32) @ centres.T).argmin(1)
+                               for part in np.array_split(points, max(1, len(points) // 4096))])
+
+    def encode(self, frames):
+        """(N, side, side) codes of (N, H, W, 3) frames."""
+        parts = cut(frames, self.patch)
+        points, back, _ = distinct(parts.reshape(-1, parts.shape[-1]))
+        return self.nearest(points)[back.reshape(parts.shape[:3])]
+
+    def decode(self, codes):
+        """(N, H, W, 3) frames of (N, side, side) codes."""
+        N, rows, columns = codes.shape
+        parts = self.centres[codes].reshape(N, rows, columns, self.patch, self.patch, 3)
+        return parts.swapaxes(2, 3).reshape(N, rows * self.patch, columns * self.patch, 3)
+
+    def save(self, file):
+        """To an open binary file or a path that ends in .npz."""
+        np.savez_compressed(file, centres=self.centres)
+
+    @classmethod
+    def load(cls, path):
+        return cls(np.load(path, allow_pickle=False)["centres"])
+
+
+class VQModel:
+    """The same two calls by a VQ model of transformers (Emu3VQVAE, JanusVQVAE) from a folder or the Hub."""
+
+    def __init__(self, name):
+        import transformers
+        kind = transformers.AutoConfig.from_pretrained(name).model_type
+        classes = {"emu3_vqgan": transformers.Emu3VQVAE, "janus_vqgan": transformers.JanusVQVAE}
+        if kind not in classes:
+            raise ValueError(f"{name}: a {kind} cannot encode and decode here; give one of {', '.join(classes)}")
+        self.model = classes[kind].from_pretrained(name, use_safetensors=True).eval()
+        self.sizes = kind == "emu3_vqgan"                                          # it wants to be told the frames' sizes
+
+    def encode(self, frames):
+        import torch
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 3, H, W) in [-1, 1]
+        with torch.no_grad():
+            out = self.model.encode(pixels, *([torch.tensor(pixels.shape[2:]).expand(len(pixels), 2)] if self.sizes else []))
+        codes = torch.stack(list(out.image_tokens)) if self.sizes else out.image_tokens
+        side = round((codes.numel() / len(frames)) ** 0.5)
+        return codes.reshape(len(frames), side, side).numpy()
+
+    def decode(self, codes):
+        import torch
+        tokens = torch.from_numpy(codes)
+        with torch.no_grad():
+            pixels = self.model.decode(tokens if self.sizes else tokens.flatten(1))   # (N, 3, H, W)
+        return ((pixels.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()

@@ -1,0 +1,353 @@
+"""A toy room seen by a camera, in the spirit of ByteMorph and AURORA-Bench: what does a sentence change in a picture?
+
+A frame is an array (128, 128, 3) of uint8, an action is a sentence, and the next frame is the room after it. `images.py` turns frames
+into codes, so that P and Q read and write pictures as they do text. The room has four columns. Toys stand in them in piles, one column
+is a figure's with joints in its arms and knees, and half of the rooms have a curtain that hides a column.
+
+    zoom in                       pan left                  tilt up                                  camera zoom, camera motion
+    move the red ball left        rotate the green cone     remove the blue box
+    add a yellow star left        paint the red ball blue   put the red ball on the blue box         object motion, and AURORA's
+    raise the left arm            kneel                     walk right                               human motion
+    pick up the red ball          put it down left          push the blue box right                  interaction
+
+Rules
+ 1. Toys fall: one that is moved, put or added comes to rest on top of its column's pile, and what stood on a toy that left comes down by
+    one. A pile holds three. "left" and "right" are the viewer's; to add one left is to add it to the leftmost column that has room.
+ 2. "put A left of B" (right of, on, under): the column beside B's, the top of B's pile, or below B, which lifts all above.
+ 3. The figure walks to a free column beside it. It pushes a single toy beside it if that finds room, and follows. It picks up the top toy
+    of a pile beside it and holds it over its head; then its arms are up, and it neither kneels nor lowers them.
+ 4. What stands behind the curtain is not seen, but named it can be moved: it comes out. The figure does not go there.
+ 5. "zoom in" shows the four columns at twice the size, "zoom out" all of the wall with them in its middle. A camera that is out can pan and
+    tilt by a cell: all that is seen moves the other way.
+ 6. No two toys look the same, up to a turn. What cannot be done (moving a ball against the figure) changes nothing.
+
+To add an action: a case in `step`, and its sentence with its kind in `sentences`.
+
+Departures from the benchmarks
+ 1. ByteMorph and AURORA are photographs and renderings; these are flat drawings, whose patches (16 pixels) repeat, so that a codebook of 256
+    holds them all.
+ 2. x tells everything that y depends on, but for a toy behind the curtain, which the sentence names.
+ 3. Their actions are free text, five words to fifty; these follow one form each.
+"""
+import copy
+import functools
+import itertools
+import random
+from typing import NamedTuple
+
+import numpy as np
+
+STEPS = 10
+EPISODES = 60       # to train on, unless --episodes says else
+SLIP = 0.04         # share of sentences given without a look at the room
+CELL, PATCH = 32, 16                                                               # pixels of a cell seen from near, of a patch
+COLUMNS, HIGH = 4, 3                                                               # the stage, in cells
+HOME = 3, 2                                                                        # the row and column of its top left on the wall
+
+COLOURS = {"red": (214, 58, 52), "green": (62, 158, 78), "blue": (52, 96, 200), "yellow": (240, 190, 40)}
+SHAPES = ("ball", "box", "star", "cone")
+WALL, FLOOR, BOARD, SKIN, SHIRT, DARK, CLOTH = (
+    (236, 230, 218), (176, 136, 96), (120, 84, 56), (232, 184, 148), (120, 70, 150), (50, 46, 60), (150, 40, 70))
+
+# How often a sentence of each kind is given.
+HABITS = {"camera zoom": 2, "camera motion": 4, "object motion": 4, "human motion": 4, "interaction": 4,
+          "add": 1, "remove": 1, "recolour": 2, "put": 3, "rotate": 1}
+MOTION = ("camera zoom", "camera motion", "object motion", "human motion", "interaction")       # ByteMorph's; the others are AURORA's
+
+
+class Toy(NamedTuple):
+    colour: str
+    shape: str
+    turn: int = 0                                                                  # quarters, of cones alone
+
+    @property
+    def name(self):
+        return f"the {self.colour} {self.shape}"
+
+
+class Room:
+    """Where everything is. Two rooms that look the same may differ behind the curtain alone."""
+
+    def __init__(self, rng):
+        self.near, self.camera = rng.random() < 0.6, HOME                          # the stage's place in the picture, when out
+        self.figure, *free = rng.sample(range(COLUMNS), COLUMNS)
+        self.curtain = free.pop() if rng.random() < 0.5 else None
+        self.up, self.kneels, self.held = {"left": False, "right": False}, False, None
+        self.piles = [[] for _ in range(COLUMNS)]                                  # from the floor up
+        names = rng.sample(list(itertools.product(COLOURS, SHAPES)), 3)
+        for colour, shape in names:
+            self.piles[rng.choice(free)].append(Toy(colour, shape))
+
+    def find(self, colour, shape):
+        """(column, height) of a toy in a pile; None if there is none."""
+        return next(((c, h) for c, pile in enumerate(self.piles) for h, toy in enumerate(pile)
+                     if (toy.colour, toy.shape) == (colour, shape)), None)
+
+    def toys(self):
+        return [toy for pile in self.piles for toy in pile]
+
+    def takes(self, column):
+        """Whether a toy can be put there."""
+        return 0 <= column < COLUMNS and column != self.figure and len(self.piles[column]) < HIGH
+
+    def free(self, column):
+        """Whether the figure can go there."""
+        return 0 <= column < COLUMNS and not self.piles[column] and column != self.curtain
+
+
+SIDE = {"left": -1, "right": 1}
+
+
+# ---- What a sentence does ----------------------------------------------------------------------------------------------
+
+
+def step(room, sentence):
+    """The room after the sentence; the same one if that cannot be done."""
+    new = copy.deepcopy(room)
+    return new if act(new, sentence.removeprefix("the ").split()) else room
+
+
+def act(room, words):
+    """Change the room as the words say; False if that cannot be done (the room may then be half changed)."""
+    words = [word for word in words if word not in ("the", "a", "of", "it")]
+    match words:
+        case ["zoom", way]:
+            done, room.near, room.camera = room.near != (way == "in"), way == "in", HOME
+            return done
+        case ["pan" | "tilt", way]:                                                # what is seen moves the other way
+            row, column = room.camera
+            row, column = row + (way == "up") - (way == "down"), column + (way == "left") - (way == "right")
+            room.camera = row, column
+            return not room.near and 1 <= row <= 4 and 0 <= column <= 8 - COLUMNS
+        case ["move", colour, shape, ("left" | "right") as side]:
+            return carry(room, (colour, shape), lambda c, h: c + SIDE[side])
+        case ["put", colour, shape, ("left" | "right" | "on" | "under") as where, colour2, shape2]:
+            return put(room, (colour, shape), where, (colour2, shape2))
+        case ["add", colour, shape, ("left" | "right") as side]:
+            columns = [c for c in range(COLUMNS) if room.takes(c)][::-SIDE[side]]
+            if not columns or taken(room, colour, shape) or len(room.toys()) > 3:
+                return False
+            room.piles[columns[0]].append(Toy(colour, shape))
+        case ["remove", colour, shape]:
+            return lift(room, (colour, shape)) is not None
+        case ["paint", colour, shape, new]:
+            return change(room, (colour, shape), lambda toy: toy._replace(colour=new)) if not taken(room, new, shape) else False
+        case ["rotate", colour, "cone"]:
+            return change(room, (colour, "cone"), lambda toy: toy._replace(turn=(toy.turn + 1) % 4))
+        case ["raise" | "lower" as verb, side, "arm"]:
+            done, room.up[side] = room.up[side] != (verb == "raise") and not room.held, verb == "raise"
+            return done
+        case ["kneel"] | ["stand", "up"]:
+            done, room.kneels = room.kneels != (words == ["kneel"]) and not room.held, words == ["kneel"]
+            return done
+        case ["walk", side]:
+            room.figure += SIDE[side]
+            return not room.kneels and room.free(room.figure)
+        case ["push", colour, shape, side]:
+            beside = room.figure + SIDE[side]
+            if room.kneels or room.find(colour, shape) != (beside, 0) or len(room.piles[beside]) > 1 or beside == room.curtain:
+                return False
+            room.figure, old = beside, room.figure
+            toy = room.piles[beside].pop()
+            if not room.takes(beside + SIDE[side]):
+                return False
+            room.piles[beside + SIDE[side]].append(toy)
+        case ["pick", "up", colour, shape]:
+            at = room.find(colour, shape)
+            if not at or room.held or room.kneels or abs(at[0] - room.figure) != 1 or at[0] == room.curtain or at[1] < len(room.piles[at[0]]) - 1:
+                return False
+            room.held, room.up = room.piles[at[0]].pop(), {"left": True, "right": True}
+        case ["put", "down", side]:
+            column = room.figure + SIDE[side]
+            if not room.held or not room.takes(column):
+                return False
+            room.piles[column].append(room.held)
+            room.held, room.up = None, {"left": False, "right": False}
+        case _:
+            return False
+    return True
+
+
+def taken(room, colour, shape):
+    return (colour, shape) in [(toy.colour, toy.shape) for toy in [*room.toys(), *([room.held] if room.held else [])]]
+
+
+def lift(room, name):
+    """Take a toy out of its pile, what stood on it comes down; None if it stands in none."""
+    at = room.find(*name)
+    return room.piles[at[0]].pop(at[1]) if at else None
+
+
+def change(room, name, into):
+    at = room.find(*name)
+    if at is None or at[0] == room.curtain:
+        return False
+    room.piles[at[0]][at[1]] = into(room.piles[at[0]][at[1]])
+    return True
+
+
+def carry(room, name, where):
+    """Move a toy to the top of the pile in column where(its column, its height)."""
+    at = room.find(*name)
+    if at is None or not room.takes(where(*at)):
+        return False
+    room.piles[where(*at)].append(lift(room, name))
+    return True
+
+
+def put(room, name, where, other):
+    at, there = room.find(*name), room.find(*other)
+    if at is None or there is None or name == other:
+        return False
+    if where in SIDE:
+        return carry(room, name, lambda c, h: there[0] + SIDE[where])
+    toy = lift(room, name)
+    column, height = room.find(*other)                                             # it may have come down
+    pile = room.piles[column]
+    if len(pile) == HIGH or (where == "on" and height < len(pile) - 1):
+        return False
+    pile.insert(height + (where == "on"), toy)
+    return True
+
+
+def sentences(room):
+    """{kind: sentences} that name what is there, whether they can be done or not."""
+    names, sides = [toy.name for toy in room.toys()], ("left", "right")
+    held = [room.held.name] if room.held else []
+    return {
+        "camera zoom": ["zoom in", "zoom out"],
+        "camera motion": ["pan left", "pan right", "tilt up", "tilt down"],
+        "object motion": [f"move {name} {side}" for name in names for side in sides],
+        "human motion": [f"{verb} the {side} arm" for verb in ("raise", "lower") for side in sides]
+        + ["kneel", "stand up", "walk left", "walk right"],
+        "interaction": [f"push {name} {side}" for name in names for side in sides] + [f"pick up {name}" for name in names]
+        + [f"put it down {side}" for side in sides if held],
+        "add": [f"add a {colour} {shape} {side}" for colour in COLOURS for shape in SHAPES for side in sides],
+        "remove": [f"remove {name}" for name in names],
+        "recolour": [f"paint {name} {colour}" for name in names for colour in COLOURS],
+        "put": [f"put {a} {where} {b}" for a in names for b in names if a != b for where in ("left of", "right of", "on", "under")],
+        "rotate": [f"rotate {name}" for name in names if name.endswith("cone")],
+    }
+
+
+def propose(room, rng):
+    """A kind by its habit, of it a sentence that changes the picture; now and then any."""
+    said, slip, before = sentences(room), rng.random() < SLIP, draw(room)
+    kinds = [kind for kind in HABITS if said[kind]]
+    while True:
+        kind = rng.choices(kinds, [HABITS[kind] for kind in kinds])[0]
+        for sentence in rng.sample(said[kind], len(said[kind])):
+            new = step(room, sentence)
+            if slip or new is not room and not np.array_equal(draw(new), before):
+                return sentence
+
+
+def episode(rng):
+    """STEPS transitions (x, z, y): two frames and a sentence."""
+    room, out = Room(rng), []
+    for _ in range(STEPS):
+        z = propose(room, rng)
+        new = step(room, z)
+        out.append((draw(room), z, draw(new)))
+        room = new
+    return out
+
+
+def kind(z):
+    """The kind of a sentence."""
+    first, *rest = z.split()
+    if first in ("raise", "lower", "kneel", "stand", "walk"):
+        return "human motion"
+    if first in ("push", "pick") or z.startswith("put it down"):
+        return "interaction"
+    return {"zoom": "camera zoom", "pan": "camera motion", "tilt": "camera motion", "move": "object motion", "paint": "recolour"}.get(first, first)
+
+
+# ---- What it looks like ------------------------------------------------------------------------------------------------
+
+
+def draw(room):
+    """The frame, (128, 128, 3) uint8: the wall with the stage on it, drawn as seen from near, then cut or halved."""
+    row, column = HOME if room.near else room.camera
+    canvas = np.empty((8 * CELL, 8 * CELL, 3))
+    canvas[:] = WALL
+    ground = (row + HIGH) * CELL
+    canvas[ground:], canvas[ground:ground + 4] = FLOOR, BOARD
+
+    def paste(tile, c, h):                                                         # its top left in column c, h cells above the floor
+        top, left = ground - CELL * (h + 1), CELL * (column + c)
+        canvas[top:top + len(tile), left:left + CELL] = tile
+    for c, pile in enumerate(room.piles):
+        for h, toy in enumerate(pile):
+            paste(toy_tile(toy), c, h)
+    paste(figure_tile(room.up["left"], room.up["right"], room.kneels), room.figure, 1)
+    if room.held:
+        paste(toy_tile(room.held), room.figure, 2)
+    if room.curtain is not None:
+        paste(curtain_tile(), room.curtain, HIGH - 1)
+    if room.near:
+        top, left = ground - HIGH * CELL - PATCH, column * CELL
+        return np.rint(canvas[top:top + 4 * CELL, left:left + 4 * CELL]).astype(np.uint8)
+    return np.rint(canvas.reshape(4 * CELL, 2, 4 * CELL, 2, 3).mean((1, 3))).astype(np.uint8)
+
+
+def blank(high):
+    """A tile of wall, and fill(colour, distance), which paints it where distance(across, down) < 0, in pixels from its middle."""
+    tile = np.full((high, CELL, 3), WALL, float)
+    down, across = np.mgrid[:high, :CELL] + 0.5
+
+    def fill(colour, distance):
+        cover = np.clip(0.5 - distance(across - CELL / 2, down - high / 2), 0, 1)[..., None]   # a soft edge
+        tile[:] += cover * (np.array(colour) - tile)
+    return tile, fill
+
+
+@functools.cache
+def toy_tile(toy):
+    tile, fill = blank(CELL)
+    colour = np.array(COLOURS[toy.colour])
+    light, dark = 0.55 * colour + 0.45 * 255, 0.65 * colour
+    square = lambda a, d: np.maximum(abs(a), abs(d))
+    spikes = lambda a, d: np.hypot(a, d) / (0.72 + 0.28 * np.cos(5 * np.arctan2(a, -d)))
+
+    def cone(a, d):                                                                # its tip up, right, down or left
+        for _ in range(toy.turn):
+            a, d = d, -a
+        return np.maximum(d, (2 * abs(a) - d) / 5 ** 0.5)
+    size, shape = {"ball": (14, np.hypot), "box": (14, square), "star": (15, spikes), "cone": (12, cone)}[toy.shape]
+    fill(dark, lambda a, d: shape(a, d) - size)
+    fill(colour, lambda a, d: shape(a, d) - size + 2.5)
+    if toy.shape == "ball":
+        fill(light, lambda a, d: np.hypot(a + 4, d + 5) - 4)
+    elif toy.shape == "box":
+        fill(light, lambda a, d: np.minimum(abs(a - d), abs(a + d)) / 1.4 - 1.5 + 100 * (square(a, d) > 11))
+    return tile
+
+
+@functools.cache
+def figure_tile(left_up, right_up, kneels):
+    """Two cells high: a head, a body, two arms with elbows and two legs with knees."""
+    tile, fill = blank(2 * CELL)
+    low = PATCH if kneels else 0
+
+    def limb(colour, *joints, wide=2.5):
+        for (a0, d0), (a1, d1) in itertools.pairwise(joints):
+            def distance(a, d):                                                    # to the line between two joints
+                t = np.clip(((a - a0) * (a1 - a0) + (d - d0) * (d1 - d0)) / ((a1 - a0) ** 2 + (d1 - d0) ** 2), 0, 1)
+                return np.hypot(a - a0 - t * (a1 - a0), d - d0 - t * (d1 - d0)) - wide
+            fill(colour, distance)
+
+    for side, raised in ((-1, left_up), (1, right_up)):
+        limb(DARK, (3 * side, 8 + low), (10 * side, 24) if kneels else (5 * side, 18), (6 * side, 29))
+        limb(SKIN, (5 * side, low - 11), (11 * side, low - 8), (12 * side, low - 24 if raised else low + 3))
+    limb(SHIRT, (0, low - 9), (0, low + 6), wide=6)
+    limb(SKIN, (0, low - 23), (0, low - 22), wide=6.5)
+    for eye in (-2.5, 2.5):
+        limb(DARK, (eye, low - 23), (eye, low - 22), wide=1)
+    return tile
+
+
+@functools.cache
+def curtain_tile():
+    fold = 0.85 + 0.15 * np.cos(np.arange(CELL) * 2 * np.pi / 8)                   # (32,)
+    return np.broadcast_to(fold[:, None] * np.array(CLOTH), (HIGH * CELL, CELL, 3))

@@ -1,0 +1,422 @@
+"""Scenes of shapes: the rules by hand, pictures and codes there and back, P and Q on images, several steps ahead."""
+import copy
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import lm
+import pictures
+import swirl_fwm
+import swirl_idm
+import tiny
+import train
+from envs import images, pixels
+from envs.pixels import Room, Toy, step
+from evals import metrics, rollout
+
+
+def room(piles=((), (), (), ()), figure=0, curtain=None, near=True, **more):
+    out = Room(random.Random(0))
+    out.piles = [[Toy(*toy.split()) for toy in pile] for pile in piles]
+    out.figure, out.curtain, out.near, out.camera = figure, curtain, near, pixels.HOME
+    vars(out).update(more)
+    return out
+
+
+def piles(room):
+    return [[f"{toy.colour} {toy.shape}" for toy in pile] for pile in room.piles]
+
+
+A, B, C = "red ball", "blue box", "green star"
+
+
+@pytest.mark.parametrize("before, z, after", [
+    ([[], [A], [], []], "move the red ball right", [[], [], [A], []]),
+    ([[], [A, B, C], [], []], "move the red ball right", [[], [B, C], [A], []]),                 # what stood on it comes down
+    ([[], [A], [B], []], "move the red ball right", [[], [], [B, A], []]),                       # it comes to rest on the pile
+    ([[], [A], [], []], "move the red ball left", None),                                         # the figure stands there
+    ([[], [], [], [A]], "move the red ball right", None),                                        # the wall ends
+    ([[], [A], [], [B]], "put the red ball left of the blue box", [[], [], [A], [B]]),
+    ([[], [A], [B], []], "put the red ball right of the blue box", [[], [], [B], [A]]),
+    ([[], [A], [B], []], "put the red ball on the blue box", [[], [], [B, A], []]),
+    ([[], [A], [B, C], []], "put the red ball on the blue box", None),                           # the star stands there
+    ([[], [A, B], [], []], "put the red ball on the blue box", [[], [B, A], [], []]),
+    ([[], [A], [B, C], []], "put the red ball under the green star", [[], [], [B, A, C], []]),
+    ([[], [A, B, C], [], []], "put the green star under the red ball", [[], [C, A, B], [], []]),
+    ([[], [A, B], [], []], "remove the red ball", [[], [B], [], []]),
+    ([[], [A, B, C], [], []], "add a yellow cone left", [[], [A, B, C], ["yellow cone"], []]),
+    ([[], [A], [], []], "add a yellow cone right", [[], [A], [], ["yellow cone"]]),
+    ([[], [A], [], []], "add a red ball left", None),
+    ([[], [A], [], []], "paint the red ball blue", [[], ["blue ball"], [], []]),
+    ([[], [A, "blue ball"], [], []], "paint the red ball blue", None),                           # two would look the same
+    ([[], [A], [], []], "push the red ball right", [[], [], [A], []]),
+    ([[], [A, B], [], []], "push the red ball right", None),
+    ([[], [], [A], []], "push the red ball right", None),                                        # out of reach
+    ([[], [A], [], []], "sing", None),
+])
+def test_toys_fall_push_and_stack(before, z, after):
+    old = room(before)
+    new = step(old, z)
+    assert (new is old) if after is None else piles(new) == after
+    assert piles(old) == [list(pile) for pile in before]                           # the old room is as it was
+    if z.startswith("push") and after:
+        assert new.figure == 1
+
+
+def test_the_figure_walks_lifts_and_kneels():
+    start = room([[], [A, B], [], []])
+    assert step(start, "walk right") is start and step(start, "pick up the red ball") is start      # not free, not on top
+    held = step(start, "pick up the blue box")
+    assert piles(held) == [[], [A], [], []] and held.held.name == "the blue box" and held.up == {"left": True, "right": True}
+    for z in ("kneel", "lower the left arm", "pick up the red ball", "put it down left"):
+        assert step(held, z) is held
+    down = step(held, "put it down right")
+    assert piles(down) == piles(start) and not down.held and not any(down.up.values())
+    up = step(start, "raise the left arm")
+    assert up.up == {"left": True, "right": False} and step(up, "raise the left arm") is up
+    kneeling = step(room(), "kneel")
+    assert kneeling.kneels and step(kneeling, "walk right") is kneeling and not step(kneeling, "stand up").kneels
+    assert step(room(), "walk right").figure == 1 and step(room(curtain=1), "walk right").figure == 0
+
+
+def test_the_curtain_hides_and_gives_back():
+    seen = room([[], [A], [], []], curtain=2)
+    hidden = step(seen, "move the red ball right")
+    assert np.array_equal(pixels.draw(hidden), pixels.draw(room(curtain=2)))
+    assert piles(step(hidden, "move the red ball right")) == [[], [], [], [A]]
+    assert step(hidden, "paint the red ball blue") is hidden
+
+
+def test_every_room_of_an_episode_is_one_that_a_child_accepts():
+    for seed in range(6):
+        now, rng = Room(random.Random(seed)), random.Random(seed)
+        for _ in range(12):
+            said = pixels.sentences(now)
+            for kind, some in said.items():
+                for z in some:
+                    assert pixels.kind(z) == kind
+                    new = step(now, z)
+                    names = [toy.name for toy in [*new.toys(), *([new.held] if new.held else [])]]
+                    assert len(set(names)) == len(names) and not new.piles[new.figure] and new.figure != new.curtain
+                    assert all(len(pile) <= 3 for pile in new.piles) and new.near in (True, False)
+                    assert not new.near or new.camera == pixels.HOME
+            now = step(now, pixels.propose(now, rng))
+
+
+def patchwork(frame):
+    """(8, 8) of the bytes of each patch, cut by loops."""
+    return [[frame[16 * r:16 * r + 16, 16 * c:16 * c + 16].tobytes() for c in range(8)] for r in range(8)]
+
+
+def test_the_camera_zooms_and_pans_what_is_there():
+    near = room([[], [A, B], [C], []], figure=3, curtain=0)
+    out = step(near, "zoom out")
+    big, small = pixels.draw(near).astype(float), pixels.draw(out).astype(float)
+    half = big.reshape(64, 2, 64, 2, 3).mean((1, 3))
+    assert np.abs(half[8:56] - small[48:96, 32:96]).max() <= 1                     # the stage, without the half cells above and below
+    left = step(out, "pan left")
+    now, moved = patchwork(pixels.draw(out)), patchwork(pixels.draw(left))
+    assert all(moved[r][c] == now[r][c - 1] for r in range(8) for c in range(1, 8))
+    low = patchwork(pixels.draw(step(out, "tilt up")))
+    assert all(low[r][c] == now[r - 1][c] for r in range(1, 8) for c in range(8))
+    assert step(near, "pan left") is near and step(near, "zoom in") is near
+    again = step(step(left, "zoom in"), "zoom out")
+    assert np.array_equal(pixels.draw(again), pixels.draw(out))
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    return [pixels.episode(random.Random(f"train {i}")) for i in range(14)]
+
+
+@pytest.fixture(scope="module")
+def book(episodes):
+    return images.Codebook.fit(np.stack([f for steps in episodes for x, _, y in steps for f in (x, y)]), pixels.PATCH)
+
+
+def test_episodes_are_chains_of_changes(episodes):
+    for steps in episodes:
+        assert len(steps) >= 8 and all(np.array_equal(a[2], b[0]) for a, b in zip(steps, steps[1:]))
+        assert steps[0][0].shape == (128, 128, 3) and steps[0][0].dtype == np.uint8
+    assert np.mean([np.array_equal(x, y) for steps in episodes for x, _, y in steps]) < 0.1
+
+
+def test_frames_decode_to_what_was_encoded(episodes, book):
+    known = np.stack([y for steps in episodes for _, _, y in steps])
+    assert np.array_equal(book.decode(book.encode(known)), known) and len(book.centres) <= 256
+    new = np.stack([y for i in range(6) for _, _, y in pixels.episode(random.Random(f"test {i}"))])
+    right = [a == b for f, g in zip(new, book.decode(book.encode(new))) for r, s in zip(patchwork(f), patchwork(g)) for a, b in zip(r, s)]
+    assert np.mean(right) >= 0.99
+
+
+def test_k_means_takes_over_where_there_are_more_patches_than_codes(episodes):
+    frames = np.stack([y for steps in episodes[:4] for _, _, y in steps])
+    points, count = np.unique(images.cut(frames, 16).reshape(-1, 768), axis=0, return_counts=True)
+    book = images.Codebook.fit(frames, 16, size=24, rounds=50)
+    distance = ((points[:, None].astype(float) - book.centres[None]) ** 2).sum(-1)             # (n, 24)
+    assert len(book.centres) == 24 and np.array_equal(book.nearest(points), distance.argmin(1))
+    for k in range(24):                                                            # each centre is the mean of its points
+        mine = distance.argmin(1) == k
+        if mine.any():
+            assert np.abs(np.average(points[mine], axis=0, weights=count[mine]) - book.centres[k]).max() < 1
+    commonest = images.Codebook(points[np.argsort(-count)[:24]])
+    error = lambda book: (((points - book.centres[book.nearest(points)].astype(float)) ** 2).sum(1) * count).sum()
+    assert error(book) < error(commonest)
+
+
+def test_a_codebook_is_saved_and_found_again(book, tmp_path):
+    book.save(tmp_path / "codebook.npz")
+    assert np.array_equal(images.Codebook.load(tmp_path / "codebook.npz").centres, book.centres)
+
+
+def strings(book, steps):
+    spell = lambda frames: [images.spell(codes) for codes in book.encode(np.stack(frames))]
+    xs, zs, ys = zip(*steps)
+    return list(zip(spell(xs), zs, spell(ys)))
+
+
+@pytest.fixture(scope="module")
+def rows(episodes, book):
+    return [row for steps in episodes for row in strings(book, steps)]
+
+
+def test_an_image_is_a_string_and_back():
+    codes = np.arange(9).reshape(3, 3)
+    image = images.spell(codes)
+    assert image == "<image><c0><c1><c2><c3><c4><c5><c6><c7><c8></image>" and np.array_equal(images.codes(image), codes)
+    assert images.join(images.lines(image)) == image and images.lines(image)[5] == "<1,2> <c5>"
+    for broken in ("", "<image></image>", image[:-1], image + " ", image.replace("<c3>", ""), image.replace("<c3>", "<cx>"), "<c1>"):
+        assert images.patches(broken) is None and images.codes(broken) is None
+
+
+def test_q_reads_the_patches_that_change_and_nothing_else(rows):
+    for x, _, y in rows:
+        after = images.patches(x)
+        for r, c, old, new in re.findall(r"<(\d+),(\d+)>(<c\d+>)(<c\d+>)", images.diff(x, y)):
+            i = 8 * int(r) + int(c)
+            assert after[i] == old != new
+            after[i] = new
+        assert after == images.patches(y) and swirl_idm.line_diff(x, y) == ([images.diff(x, y)] if x != y else [])
+
+
+def test_a_spoiled_image_has_one_wrong_patch(rows):
+    rng, seen = random.Random(0), set()
+    for x, _, y in rows:
+        bad = swirl_idm.spoil(x, y, rng.choice(rows)[0], rng)
+        if x == y:
+            assert bad is None
+        elif bad is not None:
+            wrong = [i for i, (a, b) in enumerate(zip(images.patches(bad), images.patches(y))) if a != b]
+            assert len(wrong) == 1
+            i = wrong[0]
+            was, is_, now = images.patches(x)[i], images.patches(bad)[i], images.patches(y)[i]
+            seen.add("stray" if was == now else "stays" if is_ == was else "other")
+    assert seen == {"stray", "stays", "other"}
+
+
+@pytest.fixture(scope="module")
+def pixel_tok(rows):
+    tok = tiny.make_tokenizer([" " + z for _, z, _ in rows] + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 20)
+    tok.add_tokens(images.vocabulary([s for x, _, y in rows for s in (x, y)]))
+    return tok
+
+
+def test_a_patch_is_one_token_and_y_stands_a_fixed_way_behind_x(rows, pixel_tok):
+    for x, z, y in rows[:20]:
+        row = [*swirl_fwm.prompt(pixel_tok, x, z), *swirl_fwm.target(pixel_tok, y)]
+        tokens = pixel_tok.convert_ids_to_tokens(row)
+        first, second = (i for i, t in enumerate(tokens) if t == images.IMAGE)
+        assert second - first == 67 and tokens[second + 1:second + 65] == images.patches(y)
+        assert swirl_fwm.read(pixel_tok, swirl_fwm.target(pixel_tok, y)) == y
+
+
+def test_p_draws_an_image_and_q_words_whatever_the_weights(rows, pixel_tok):
+    P = tiny.make_model(pixel_tok, width=32, layers=2)                             # random but for the head: it knows nothing
+    x, z, y = rows[0]
+    train.restrict(P, Q := copy.deepcopy(P), pixel_tok, x)
+    gen = torch.Generator().manual_seed(0)
+    drawn = lm.sample(P, [swirl_fwm.prompt(pixel_tok, x, z)], 8, 100, pixel_tok.eos_token_id, generator=gen)[0]
+    y_hat = [swirl_fwm.read(pixel_tok, row) for row in drawn]
+    assert all(len(images.patches(y)) == 64 for y in y_hat) and len(set(y_hat)) == 8 and all(len(row) == 68 for row in drawn)
+    words = lm.sample(Q, [swirl_idm.prompt(pixel_tok, x, y)], 8, 12, pixel_tok.eos_token_id, generator=gen)[0]
+    assert not any(images.is_token(t) for row in words for t in pixel_tok.convert_ids_to_tokens(row))
+    images_ids = [i for t, i in pixel_tok.get_added_vocab().items() if images.is_token(t)]
+    assert len(images_ids) == len(images.vocabulary([s for x, _, y in rows for s in (x, y)])) and not Q.allowed[0, images_ids].any()
+    total = torch.tensor([lm.score(P, [swirl_fwm.prompt(pixel_tok, x, z)], [drawn[0][:3] + [c] + drawn[0][4:]]).isfinite().item()
+                          for c in images_ids])
+    assert total.sum() == sum(t.startswith("<c") for t in map(pixel_tok.convert_ids_to_tokens, images_ids))
+
+
+def test_logp_is_the_same_whatever_else_is_in_the_batch(rows, pixel_tok):
+    P = tiny.make_model(pixel_tok, width=32, layers=2, period=67)
+    train.restrict(P, copy.deepcopy(P), pixel_tok, rows[0][0])
+    xs, zs, ys = map(list, zip(*rows[:6]))
+    alone = [swirl_fwm.logp(P, pixel_tok, [x], [z], [y]).item() for x, z, y in rows[:6]]
+    assert swirl_fwm.logp(P, pixel_tok, xs, zs, ys).tolist() == pytest.approx(alone, abs=1e-3)
+
+
+def test_heads_that_copy_by_place(rows, pixel_tok):
+    P = tiny.make_model(pixel_tok, period=67)
+    train.restrict(P, copy.deepcopy(P), pixel_tok, rows[0][0])
+    xs, zs, _ = map(list, zip(*rows[::15]))
+    assert metrics.right_patches(swirl_fwm.predict(P, pixel_tok, xs, zs, 80), xs) > 0.98
+    with torch.no_grad():
+        P.model.layers[0].self_attn.q_proj.bias.zero_()                            # it looks everywhere now
+    assert metrics.right_patches(swirl_fwm.predict(P, pixel_tok, xs, zs, 80), xs) < 0.9
+
+
+def test_right_patches_by_hand():
+    x, y, y_hat = (images.spell(np.array(codes)) for codes in ([[1, 2], [3, 4]], [[1, 5], [6, 4]], [[1, 5], [3, 9]]))
+    assert metrics.right_patches([y_hat], [y]) == 0.5 and metrics.right_patches([y_hat], [y], [x]) == 0.5
+    assert metrics.right_patches([x], [y], [x]) == 0 and metrics.right_patches(["<image><c1></image>"], [y]) == 0
+    assert metrics.right_patches([x], [x], [x]) is None
+    assert metrics.fwm_scores([x], [y_hat], [y])["patches_changed"] == 0.5 and "patches_changed" not in metrics.fwm_scores(["a"], ["b"], ["b"])
+
+
+# ---- Several steps ahead -----------------------------------------------------------------------------------------------
+
+
+def world(x, z):
+    return str((int(x) * 2 + int(z)) % 1000)
+
+
+def chain(x, zs):
+    out = []
+    for z in zs:
+        out.append((x, z, world(x, z)))
+        x = out[-1][2]
+    return out
+
+
+def test_p_reads_its_own_output():
+    steps = [chain("3", ["1", "2", "1"]), chain("7", ["2", "2", "2"])]
+    careless = lambda xs, zs: [str(int(world(x, z)) + (x == "7")) for x, z in zip(xs, zs)]     # one slip, at the second's first step
+    y_hat = rollout.rollout(careless, steps, 3)
+    assert y_hat == [["7", "17"], ["17", "36"], ["35", "74"]]
+    rows = rollout.score(y_hat, steps)
+    assert [row["exact"] for row in rows] == [0.5, 0.0, 0.0] and rows[0]["changed"] is None
+    perfect = rollout.score(rollout.rollout(lambda xs, zs: [world(x, z) for x, z in zip(xs, zs)], steps, 3), steps)
+    assert [row["exact"] for row in perfect] == [1, 1, 1] and perfect[2]["score"] == pytest.approx(100)
+
+
+def test_windows_are_whole_and_joined():
+    whole, short = chain("3", list("12121212")), chain("3", list("12"))
+    torn = whole[:2] + whole[4:]
+    assert rollout.windows([whole, short, torn], 6) == [whole[:6]] and rollout.windows([short], 6) == []
+
+
+def test_changes_are_counted_from_the_first_frame():
+    frames = [images.spell(np.array(codes)) for codes in ([[1, 1], [1, 1]], [[2, 1], [1, 1]], [[2, 2], [1, 1]])]
+    steps = [[(frames[0], "a", frames[1]), (frames[1], "b", frames[2])]]
+    copy_x = rollout.score(rollout.rollout(lambda xs, zs: xs, steps, 2), steps)
+    assert [row["score"] for row in copy_x] == [75, 50] and [row["changed"] for row in copy_x] == [0, 0]
+    one = rollout.score([[frames[1]], [frames[1]]], steps)
+    assert [row["changed"] for row in one] == [1, 0.5] and [row["exact"] for row in one] == [1, 0]
+
+
+# ---- What is drawn -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sheet_holds_the_frames_as_they_are_and_red_where_they_differ(episodes, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    (x, z, y), (_, _, other) = episodes[0][0], episodes[1][0]
+    pictures.predictions([(x, z, y, other), (x, z, y, y)], tmp_path / "a.png")
+    sheet = np.asarray(Image.open(tmp_path / "a.png"))
+    cell = lambda r, c: sheet[18 + 134 * r:146 + 134 * r, 6 + 134 * c:134 + 134 * c]
+    assert all(np.array_equal(cell(0, c), frame) for c, frame in ((0, x), (2, y), (3, other)))
+    red = (cell(0, 4) == (220, 40, 40)).all(-1)
+    assert np.array_equal(red, (y != other).any(-1)) and not (cell(1, 4) == (220, 40, 40)).all(-1).any()
+    assert (cell(0, 1) < 100).any()                                                # something is written there
+    pictures.animation([x, other, y], tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gif", "a.png"]
+
+
+# ---- Real tokenizers of images -----------------------------------------------------------------------------------------
+
+
+def vq(kind, folder):
+    import transformers
+    torch.manual_seed(0)
+    same = dict(base_channels=32, channel_multiplier=[1, 1, 1], num_res_blocks=1, latent_channels=8, embed_dim=8)
+    if kind == "emu3":
+        model = transformers.Emu3VQVAE(transformers.Emu3VQVAEConfig(codebook_size=32, hidden_size=32, temporal_downsample_factor=4,
+                                                                   attn_resolutions=[], **same))
+    else:
+        model = transformers.JanusVQVAE(transformers.JanusVQVAEConfig(num_embeddings=32, num_patches=8, **same))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["emu3", "janus"])
+def test_a_vq_model_stands_behind_the_same_two_calls(kind, episodes, tmp_path):
+    model, frames = vq(kind, tmp_path), np.stack([y[::4, ::4] for _, _, y in episodes[0][:3]])  # (3, 32, 32, 3)
+    ours = images.VQModel(tmp_path)
+    codes = ours.encode(frames)
+    assert codes.shape == (3, 8, 8) and codes.min() >= 0 and codes.max() < 32 and len(np.unique(codes)) > 1
+    assert np.array_equal(images.codes(images.spell(codes[0])), codes[0])
+    decoded = ours.decode(codes)
+    assert decoded.shape == frames.shape and decoded.dtype == np.uint8
+    one = torch.from_numpy(frames[:1]).permute(0, 3, 1, 2) / 127.5 - 1             # a frame alone, by the model's own calls
+    with torch.no_grad():
+        own = model.encode(one, torch.tensor([[32, 32]])).image_tokens[0] if kind == "emu3" else model.encode(one).image_tokens
+        back = model.decode(own.view(1, 8, 8) if kind == "emu3" else own.view(1, 64))
+    assert np.array_equal(own.reshape(8, 8).numpy(), codes[0])
+    assert np.abs((back[0].permute(1, 2, 0).clamp(-1, 1).numpy() + 1) * 127.5 - decoded[0]).max() < 1
+
+
+def test_a_model_that_cannot_decode_is_refused(tmp_path):
+    from transformers import ChameleonVQVAEConfig
+    ChameleonVQVAEConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="emu3_vqgan"):
+        images.VQModel(tmp_path)
+
+
+# ---- The whole job in small --------------------------------------------------------------------------------------------
+
+SMALL = ["--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-every", "2", "--phase1-steps", "2", "--phase2-steps", "2",
+         "--group-size", "4", "--batch", "4", "--eval-size", "6", "--validation-size", "10", "--minutes", "3"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "pixels"
+    assert train.main([*SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_of_pixels_leaves_scores_and_pictures(done):
+    Image = pytest.importorskip("PIL.Image")
+    result = json.loads((done / "results.json").read_text())
+    for stage in result["stages"]:
+        assert len(stage["fwm"]["rollout"]) == 6 and all(0 <= score <= 100 for score in stage["fwm"]["rollout"])
+        assert 0 <= stage["fwm"]["patches_changed"] <= 1
+    for name in ("picture-sft.png", "picture-iteration1-phase1.png", "picture-iteration1-phase2.png", "rollout.png", "rollout.gif"):
+        with Image.open(done / name) as picture:
+            assert picture.size[0] > 200
+    with Image.open(done / "rollout.gif") as film:                                 # frames that are alike are one, shown longer
+        assert film.size == (256, 256)
+    steps = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["truncated"] == 0 and row["gap"] < 1e-3 for row in steps if row["phase"] == "phase1" and row["reward"] is not None)
+    assert len(images.Codebook.load(done / "codebook.npz").centres) > 50
+
+
+def test_a_run_is_rolled_out_again(done, tmp_path, capsys):
+    assert rollout.main(["--run", str(done), "--json", str(tmp_path / "r.json")]) == 0
+    now, then = json.loads((tmp_path / "r.json").read_text()), json.loads((done / "results.json").read_text())
+    assert now["n"] == 60 and "copy x" in capsys.readouterr().out and len(now["scores"]["P"]) == 6
+    assert rollout.main(["--run", str(done), "--actions", "idm", "--steps", "2"]) == 0
+    assert then["stages"][-1]["fwm"]["rollout"]
+
+
+@pytest.mark.parametrize("argv, text", [(["--steps", "0"], "--steps"), (["--steps", "99"], "99 steps"), (["--run", "nowhere"], "nowhere")])
+def test_bad_input_of_rollout_is_one_line(done, argv, text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        rollout.main(["--run", str(done), *argv])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and text in err and err.count("\n") == 1
