@@ -141,12 +141,15 @@ def test_preprocessings_are_the_librarys_and_the_definition(clip, size):
     assert (crop_by_transformers(image) - stretch_by_hand(image)).abs().max() > .1 or size == (16, 16)
 
 
-def test_pixels_are_block_means_and_black_has_a_direction():
+def test_pixels_are_block_means_and_black_has_a_direction(tmp_path):
     image = picture(64, 96)
     blocks = image.reshape(32, 2, 32, 3, 3).mean((1, 3)).ravel()
     rows = visual.Pixels().images([image, np.zeros((5, 5, 3), np.uint8), np.full((9, 4, 3), 7, np.uint8)])
     assert cos(rows[0], blocks) > 1 - 1e-4 and cos(rows[1], rows[2]) == pytest.approx(1) and visual.Pixels().texts(["a"]) is None
     assert np.linalg.norm(rows, axis=1) == pytest.approx(np.ones(3))
+    save(tmp_path / "strip.png", picture(2, 200))
+    with pytest.raises(visual.BadData, match="strip of 200 x 2"):
+        visual.read_image(tmp_path / "strip.png")
 
 
 # ---- AURORA ------------------------------------------------------------------------------------------------
@@ -157,12 +160,12 @@ def make_aurora(tmp_path):
     for i in range(12):
         task = ("ag", "Kubric", "emu")[i % 3]
         row = {"input": f"data/{i}.png", "instruction": "turn left" + "abc"[i % 3], "task": task}
-        images = save(tmp_path / row["input"]), None, None
+        images = save(tmp_path / row["input"]), None
         if task != "emu":
             row["output"] = f"data/{i}_out.png"
-            images = images[0], save(tmp_path / row["output"]), images[2]
+            images = images[0], save(tmp_path / row["output"], images[0] if i == 4 else None)      # 4: the target is the source
         made = save(tmp_path / f"GEN/fullset/{task.lower()}/aurora_{i:05d}.png", images[0] if i == 3 else None)
-        kept[f"aurora_{i:05d}"] = task.lower(), *images[:2], made, row["instruction"]
+        kept[f"aurora_{i:05d}"] = task.lower(), *images, made, row["instruction"]
         rows.append(row)
     for i in (0, 5):                                                               # a generation that is not there, one that is broken
         kept.pop(f"aurora_{i:05d}")
@@ -204,7 +207,7 @@ def test_aurora_judge_means_are_of_parsed_replies(tmp_path, monkeypatch):
     argv, asked = [*argv, "--embedder", "pixels", "--replies", file], []
     monkeypatch.setattr(judge.Recorded, "__call__", spy(judge.Recorded.__call__, asked))
     result = run(aurora, tmp_path, *argv, "--no-judge-copy")
-    assert len(asked) == 7 and all("turn left" in text for text in asked)
+    assert len(asked) == 7 and all("turn left" in text for text, *_ in asked)
     assert result["scores"]["all"]["copy_x"]["avg_min"] is None
     result = run(aurora, tmp_path, *argv)
     told = {id: (float(i), 9.0 - i) for i, id in enumerate(kept) if kept[id][0] != "emu" and id != "aurora_00001"}
@@ -218,12 +221,12 @@ def test_aurora_judge_means_are_of_parsed_replies(tmp_path, monkeypatch):
         assert result["released"] is quirk and len(result["judge_missing"]) == (not quirk)
         asked.clear()
         result, told["aurora_00001"] = run(aurora, tmp_path, *argv, "--released"), (7, 1)
-    assert len(asked) == 14 and not any("turn left" in text for text in asked)
+    assert len(asked) == 14 and not any("turn left" in text for text, *_ in asked)
 
 
 def spy(call, asked):
     def wrapped(self, parse, id, text, images, **how):
-        asked.append(text)
+        asked.append((text, images, how))
         return call(self, parse, id, text, images, **how)
     return wrapped
 
@@ -242,6 +245,7 @@ def test_disc_edit_is_the_share_of_pairs_that_stay_nearer(clip, tmp_path, capsys
                 pos = save(tmp_path / f"S/{task}/{n:05d}/pos_{i}.png")
                 neg = save(tmp_path / f"S/{task}/{n:05d}/neg_{i}.png", pos if same else None)
                 fitted = np.asarray(PIL.fromarray(source).resize((32, 32), PIL.Resampling.LANCZOS))
+                assert aurora.distance("pixels", None, pos, source) == pytest.approx(math.dist(pos.ravel(), fitted.ravel()) / 255)
                 wins[task, n, i] = pos, neg, math.dist(pos.ravel(), fitted.ravel()) < math.dist(neg.ravel(), fitted.ravel())
     (tmp_path / "S/whatsup/00003/neg_2.png").unlink()
     argv = ["--disc-edit", tmp_path / "ag/valid.json", f"whatsup={tmp_path}/whatsup/valid.json", "--generated", tmp_path / "S",
@@ -299,7 +303,9 @@ def test_bytemorph_is_its_definition_from_json_and_parquet(clip, tmp_path, monke
     monkeypatch.setattr(judge.Recorded, "__call__", spy(judge.Recorded.__call__, asked))
     argv = ["--data", tmp_path / "B", "--generated", tmp_path / "GEN", "--embedder", clip]
     results = [run(bytemorph, tmp_path, *argv, "--replies", file, "--no-judge-copy")]
-    assert asked == [f"EDIT TEXT: {z}" for z in ("rewritten", "plain", "rewritten", "plain", "rewritten")]
+    assert [text for text, *_ in asked] == [f"EDIT TEXT: {z}" for z in ("rewritten", "plain", "rewritten", "plain", "rewritten")]
+    assert all(how["jpeg"] and "0 to 100" in how["system"] for *_, how in asked)
+    assert all((image == expected).all() for (_, images, _), known in zip(asked, kept.values()) for image, expected in zip(images, known[:2]))
     assert results[0]["n"] == 5 and results[0]["n_missing"] == 3
     for group, judged in {"camera-zoom": 33.34, "human motion": 80, "all": (33 + 33.005 + 34 + 80) / 4}.items():
         assert results[0]["scores"][group]["model"]["judge"] == (judged if group != "all" else pytest.approx(judged, abs=1e-9))
@@ -347,7 +353,8 @@ def make_worldprediction(tmp_path, base=1):
     for n, (dataset, steps) in enumerate([("COIN", 3), ("COIN", 2), ("IKEA", 3)]):
         uids, truth = [f"v{n}|{k}" for k in range(steps)], (1, 0, 2)[n]
         for k, uid in enumerate(uids):
-            name = (f"frames/{uid}.png", f"images/{uid.replace('|', '_')}.jpg.png", f"frames/{uid.replace('|', '/')}.png")[k % 3]
+            flat = f"images/{uid.replace('|', '_')}" + (".png" if n == 1 else ".jpg.png")      # the latter by the map alone
+            name = (f"frames/{uid}.png", flat, f"frames/{uid.replace('|', '/')}.png")[k % 3]
             frames[uid] = save(tmp_path / "F" / name)
         if n == 2:
             frames[f"{uids[-1]}@end"] = save(tmp_path / f"F/frames/{uids[-1]}@end.png")
@@ -392,13 +399,17 @@ def test_worldprediction_is_its_definition(clip, tmp_path):
     assert run(worldprediction, tmp_path, *argv, "--embedder", "pixels", "--released")["mode"] == "released"
 
 
-def test_worldprediction_judge_counts_and_the_base_of_ground_truth(tmp_path):
-    argv, whole, frames, made = make_worldprediction(tmp_path)
+def test_worldprediction_judge_counts_and_the_base_of_ground_truth(tmp_path, monkeypatch):
+    (argv, whole, frames, made), asked = make_worldprediction(tmp_path), []
+    monkeypatch.setattr(judge.Recorded, "__call__", spy(judge.Recorded.__call__, asked))
     argv += ["--embedder", "pixels"]
     replies = {"COIN/s0/step_01": '{"score": 4}', "COIN/s0/step_02": '{"score": NaN}', "COIN/s1/step_01": '{"score": "6"}',
                "IKEA/s2/step_01": 'Well {"score": 9, "explanation": "{}"}', "IKEA/s2/step_03": '{"score": 1}'}
     argv += ["--replies", write_replies(tmp_path / "r.jsonl", replies), "--no-judge-copy"]
     scores = run(worldprediction, tmp_path, *argv)["scores"]
+    text, (reference, image), how = asked[0]
+    assert all(part in text for part in ("COIN", "s0", "do v0|0; do v0|1; do v0|2", "step 1 of 3")) and how == {"detail": "high"}
+    assert (reference == frames["v0|1"]).all() and (image == made[0, 1, 0]).all()
     assert [scores[g]["model"]["judge"] for g in ("T=1", "T=2", "T=3", "COIN", "all")] == [6.5, None, 1, 4, pytest.approx(14 / 3)]
     assert [scores[g]["counts"]["judge"] for g in ("T=1", "T=2", "T=3", "COIN", "all")] == [2, 0, 1, 1, 3]
     result = run(worldprediction, tmp_path, *argv, "--released", "--mode", "aligned")
@@ -428,9 +439,10 @@ def test_bad_input_is_one_line(clip, tmp_path, capsys, monkeypatch):
     argv, _ = make_aurora(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "--embedder pixels" in refused(aurora, capsys, *argv, "--embedder", str(tmp_path))
-    for other in (dict(model_type="gpt2"), dict(model_type="clip")):
-        (tmp_path / "config.json").write_text(json.dumps(other))
-        assert "--embedder pixels" in refused(aurora, capsys, *argv, "--embedder", str(tmp_path))
+    half = CLIPModel.from_pretrained(clip)
+    del half.visual_projection
+    half.save_pretrained(tmp_path / "half"), CLIPTokenizer.from_pretrained(clip).save_pretrained(tmp_path / "half")
+    assert "1 of its weights" in refused(aurora, capsys, *argv, "--embedder", tmp_path / "half")
     argv += ["--embedder", "pixels"]
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
