@@ -112,7 +112,7 @@ class CLIP:
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model, loaded = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
             if loaded["missing_keys"]:
-                raise ValueError(f"{len(loaded['missing_keys'])} of its weights are not in the file")   # made up otherwise
+                raise ValueError(f"{len(loaded['missing_keys'])} of its weights are not in the file")
         except Exception as error:  # whatever a damaged folder or the network makes the loaders raise
             raise BadData(f"--embedder {name}: no CLIP can be loaded ({str(error).partition(chr(10))[0].rstrip('.')}); give a folder "
                           "that holds one, or --embedder pixels, which needs no weights and gives other numbers") from None
@@ -207,7 +207,7 @@ def run(benchmark, args, work, fit="crop", max_tokens=256, rounded=()):
         for means, c in ((row[side], c) for row in scores.values() for side in ("model", "copy_x") for c in rounded):
             means[c] = None if means[c] is None else round(means[c], columns[c][1])
         scores["all"] = summary(names, rows, missing)
-        print(f"{benchmark}: " + "; ".join(f"{key}: {'no' if value is None or value is False else value}" for key, value in about.items()))
+        print(f"{benchmark}: " + "; ".join(f"{k}: {'no' if v is None or v is False else v}" for k, v in about.items()))
         print_table({g: row for g, row in scores.items() if groups.get(g, True)}, columns)
         if args.json:
             lists = dict(zip(("missing", "judge_missing"), misses.values()))

@@ -305,7 +305,7 @@ def test_bytemorph_is_its_definition_from_json_and_parquet(clip, tmp_path, monke
     results = [run(bytemorph, tmp_path, *argv, "--replies", file, "--no-judge-copy")]
     assert [text for text, *_ in asked] == [f"EDIT TEXT: {z}" for z in ("rewritten", "plain", "rewritten", "plain", "rewritten")]
     assert all(how["jpeg"] and "0 to 100" in how["system"] for *_, how in asked)
-    assert all((image == expected).all() for (_, images, _), known in zip(asked, kept.values()) for image, expected in zip(images, known[:2]))
+    assert all((images[i] == known[i]).all() for (_, images, _), known in zip(asked, kept.values()) for i in (0, 1))
     assert results[0]["n"] == 5 and results[0]["n_missing"] == 3
     for group, judged in {"camera-zoom": 33.34, "human motion": 80, "all": (33 + 33.005 + 34 + 80) / 4}.items():
         assert results[0]["scores"][group]["model"]["judge"] == (judged if group != "all" else pytest.approx(judged, abs=1e-9))
@@ -468,7 +468,7 @@ def spoiled(value, ways):
 
 
 def test_no_field_of_no_file_crashes_a_scorer(tmp_path, capsys):
-    ways = [None, 7, -1, 1.5, True, "", "\ud800", "\0", "a\nb", "x" * 300, "/", [], [[]], {}, {"a": 1}]
+    ways = [None, 7, True, "", "\ud800", "\0", "x" * 300, [[]], {"a": 1}]
     save(tmp_path / "a.png")
     save(tmp_path / "fullset/t/aurora_00000.png"), save(tmp_path / "fullset/t/i.png"), save(tmp_path / "u/candidate_00/step_01.png")
     row = {"task": "t", "input": "a.png", "output": "a.png", "instruction": "z", "edit_type": "t", "image_id": "i", "src_img": "a.png",
@@ -476,11 +476,11 @@ def test_no_field_of_no_file_crashes_a_scorer(tmp_path, capsys):
     meta = {"candidates": [{"index": 0, "generated_paths": [str(tmp_path / "a.png")]}]}
     sample = {"states": {"segment_uid": "u"}, "ground_truth": 1, "candidates": [["s"]], "original_segments": [{"segment_uid": "s"}],
               "action_segments": {"s": {"action_label": "z"}}}
-    (tmp_path / "replies").write_text("\n".join(['{"id": "aurora_00000", "reply": ""}', "[]", '{"id": 3}', "\x00", '{"id": "t/i", "reply": "{"}']))
+    (tmp_path / "replies").write_text('{"id": "aurora_00000", "reply": ""}\n[]\n{"id": 3}\n\0\n{"id": "t/i", "reply": "{"}')
     common = ["--generated", tmp_path, "--embedder", "pixels", "--replies", tmp_path / "replies"]
     cases = [(aurora, [spoil], None, ["--tasks", "all"]) for spoil in spoiled(row, ways)]
     cases += [(bytemorph, [spoil], None, []) for spoil in spoiled(row, ways)]
-    cases += [(aurora, [{"pos": "p", "input": "a.png", "prompt": "q"} | {key: way}], "disc", []) for key in ("pos", "neg", "input") for way in ways]
+    cases += [(aurora, [spoil], "disc", []) for spoil in spoiled({"pos": "p", "neg": "q", "input": "a.png", "prompt": "q"}, ways)]
     frames = ["--frames", tmp_path, "--frame-map", tmp_path / "map", "--mode", "released"]
     cases += [(worldprediction, {"d": {"u": spoil}}, meta, frames) for spoil in spoiled(sample, ways)]
     cases += [(worldprediction, {"d": {"u": sample}}, spoil, frames) for spoil in spoiled(meta, ways)]
@@ -494,7 +494,7 @@ def test_no_field_of_no_file_crashes_a_scorer(tmp_path, capsys):
             codes.append(scorer.main(list(map(str, argv + ["--data", tmp_path / "data.json"] * (meta != "disc")))))
         except SystemExit as stop:
             codes.append(stop.code)
-    assert set(codes) == {0, 2} and codes.count(0) > 50 and len(codes) > 400
+    assert set(codes) == {0, 2} and codes.count(0) > 50 and len(codes) > 300
     capsys.readouterr()
 
 
