@@ -21,7 +21,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
@@ -103,18 +102,13 @@ def roll_out(P, tok, steps, longest, run, book):
     y_hat = rollout.rollout(lambda xs, zs: parallel.divide(lambda *rows: swirl_fwm.predict(P, tok, *rows, longest), xs, zs), steps, 6)
     if book:
         first = [[window[0][0], *(y for _, _, y in window)] for window in steps[:3]]
-        rows = [([z for _, z, _ in window], frames(book, truth), frames(book, [row[i] for row in y_hat]))
+        rows = [([z for _, z, _ in window], book.frames(truth), book.frames([row[i] for row in y_hat]))
                 for i, (window, truth) in enumerate(zip(steps, first))]
         run.picture(pictures.rollouts, "rollout.png", rows)
         run.picture(pictures.animation, "rollout.gif", [rows[0][1][0], *rows[0][2]])
     scores = rollout.score(y_hat, steps)
     return {"rollout": [step["score"] for step in scores], "rollout_exact": [step["exact"] for step in scores],
             "rollout_changed": [step["changed"] for step in scores] if book else None}
-
-
-def frames(book, states):
-    """(N, H, W, 3) pictures of image strings."""
-    return book.decode(np.stack([images.codes(state) for state in states]))
 
 
 def best_of_8(P, Q, tok, data, cfg, limits):
@@ -188,7 +182,7 @@ def train(cfg):
             run.log("samples.jsonl", stage=name, **s, reward=r)
         if book:
             some = [s for s in samples if s["x"] != s["y"]][:6]
-            x, y, y_hat = (frames(book, [s[k] for s in some]) for k in ("x", "y", "y_hat"))
+            x, y, y_hat = (book.frames([s[k] for s in some]) for k in ("x", "y", "y_hat"))
             run.picture(pictures.predictions, f"picture-{name.replace('/', '-')}.png", list(zip(x, [s["z"] for s in some], y, y_hat)))
         iteration = 0 if name == "sft" else int(name.removeprefix("iteration").split("/")[0])
         run.log("metrics.jsonl", phase="eval", stage=name, iteration=iteration, step=0, seconds=run.elapsed(), **scores)

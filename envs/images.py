@@ -143,6 +143,10 @@ class Codebook:
         parts = self.centres[codes].reshape(N, rows, columns, self.patch, self.patch, 3)
         return parts.swapaxes(2, 3).reshape(N, rows * self.patch, columns * self.patch, 3)
 
+    def frames(self, states):
+        """(N, H, W, 3) pictures of image strings."""
+        return self.decode(np.stack([codes(state) for state in states]))
+
     def save(self, file):
         """To an open binary file or a path that ends in .npz."""
         np.savez_compressed(file, centres=self.centres)

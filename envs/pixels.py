@@ -38,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 
 STEPS = 10
-EPISODES = 60       # to train on, unless --episodes says else
+EPISODES = 100      # to train on, unless --episodes says else
 SLIP = 0.04         # share of sentences given without a look at the room
 CELL, PATCH = 32, 16                                                               # pixels of a cell seen from near, of a patch
 COLUMNS, HIGH = 4, 3                                                               # the stage, in cells
@@ -230,26 +230,28 @@ def sentences(room):
     }
 
 
-def propose(room, rng):
-    """A kind by its habit, of it a sentence that changes the picture; now and then any."""
-    said, slip, before = sentences(room), rng.random() < SLIP, draw(room)
+def propose(room, x, rng):
+    """(sentence, room after it, its frame): a kind by its habit, of it a sentence that changes the picture x; now and then any."""
+    said, slip = sentences(room), rng.random() < SLIP
     kinds = [kind for kind in HABITS if said[kind]]
     while True:
         kind = rng.choices(kinds, [HABITS[kind] for kind in kinds])[0]
-        for sentence in rng.sample(said[kind], len(said[kind])):
-            new = step(room, sentence)
-            if slip or new is not room and not np.array_equal(draw(new), before):
-                return sentence
+        for z in rng.sample(said[kind], len(said[kind])):
+            new = step(room, z)
+            if slip or new is not room:
+                y = draw(new)
+                if slip or not np.array_equal(x, y):
+                    return z, new, y
 
 
 def episode(rng):
     """STEPS transitions (x, z, y): two frames and a sentence."""
     room, out = Room(rng), []
+    x = draw(room)
     for _ in range(STEPS):
-        z = propose(room, rng)
-        new = step(room, z)
-        out.append((draw(room), z, draw(new)))
-        room = new
+        z, room, y = propose(room, x, rng)
+        out.append((x, z, y))
+        x = y
     return out
 
 

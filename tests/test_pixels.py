@@ -3,6 +3,7 @@ import copy
 import json
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import tiny
 import train
 from envs import images, pixels
 from envs.pixels import Room, Toy, step
-from evals import metrics, rollout
+from evals import aurora, bytemorph, export, metrics, rollout, visual, worldprediction
 
 
 def room(piles=((), (), (), ()), figure=0, curtain=None, near=True, **more):
@@ -104,7 +105,9 @@ def test_every_room_of_an_episode_is_one_that_a_child_accepts():
                     assert len(set(names)) == len(names) and not new.piles[new.figure] and new.figure != new.curtain
                     assert all(len(pile) <= 3 for pile in new.piles) and new.near in (True, False)
                     assert not new.near or new.camera == pixels.HOME
-            now = step(now, pixels.propose(now, rng))
+            z, after, y = pixels.propose(now, pixels.draw(now), rng)
+            assert vars(step(now, z)) == vars(after) and np.array_equal(y, pixels.draw(after))
+            now = after
 
 
 def patchwork(frame):
@@ -377,6 +380,40 @@ def test_a_model_that_cannot_decode_is_refused(tmp_path):
         images.VQModel(tmp_path)
 
 
+# ---- In the benchmarks' own formats ------------------------------------------------------------------------------------
+
+
+def scores(main, *argv):
+    out = Path(argv[-1])
+    assert main([*map(str, argv[:-1]), "--embedder", "pixels", "--json", str(out)]) == 0
+    return json.loads(out.read_text())["scores"]
+
+
+def test_the_scorers_read_what_is_exported(episodes, tmp_path):
+    pytest.importorskip("PIL")
+    steps = [row for chain in episodes for row in chain]
+    rows = {motion: [(x, z, y, y if i % 2 else x) for i, (x, z, y) in enumerate(steps) if (pixels.kind(z) in pixels.MOTION) == motion and (x != y).any()]
+            for motion in (False, True)}                                           # every second prediction is right, the others are copies
+    (aurora_out := tmp_path / "a").mkdir(), (byte_out := tmp_path / "b").mkdir(), (world_out := tmp_path / "w").mkdir()
+    export.write_aurora(rows[False], aurora_out)
+    right = [np.array_equal(y, y_hat) for _, _, y, y_hat in rows[False]]
+    got = scores(aurora.main, "--data", aurora_out / "test.json", "--generated", aurora_out / "generated", "--tasks", "all", tmp_path / "a.json")
+    assert got["all"]["n"] == len(right) and got["all"]["model"]["clip_success"] == pytest.approx(np.mean(right))
+    assert got["all"]["copy_x"]["clip_success"] == 0 and set(got) - {"all"} == {pixels.kind(z) for _, z, _, _ in rows[False]}
+    export.write_bytemorph(rows[True], byte_out)
+    got = scores(bytemorph.main, "--data", byte_out / "test.jsonl", "--generated", byte_out / "generated", tmp_path / "b.json")
+    moved = [np.array_equal(y, y_hat) for _, _, y, y_hat in rows[True]]
+    assert got["all"]["n"] == len(moved) and got["all"]["counts"]["clip_dir_img"] == sum(moved)      # a copy has no direction
+    assert got["all"]["model"]["clip_dir_img"] == pytest.approx(1, abs=1e-5)
+    zs, frames = [z for _, z, _ in episodes[0][:6]], [episodes[0][0][0], *(y for _, _, y in episodes[0][:6])]
+    export.write_worldprediction([(zs, frames, frames[1:]), (zs, frames, [frames[0]] * 6)], world_out)
+    got = scores(worldprediction.main, "--data", world_out / "pp.json", "--frames", world_out, "--generated", world_out / "generated", tmp_path / "w.json")
+    for t in range(1, 7):
+        same = visual.cosine(*visual.Pixels().images([frames[0], frames[t]]))
+        assert got[f"T={t}"]["n"] == 2 and got[f"T={t}"]["model"]["clip"] == pytest.approx((1 + same) / 2, abs=1e-5)
+        assert got[f"T={t}"]["copy_x"]["clip"] == pytest.approx(same, abs=1e-5)
+
+
 # ---- The whole job in small --------------------------------------------------------------------------------------------
 
 SMALL = ["--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-every", "2", "--phase1-steps", "2", "--phase2-steps", "2",
@@ -412,6 +449,22 @@ def test_a_run_is_rolled_out_again(done, tmp_path, capsys):
     assert now["n"] == 60 and "copy x" in capsys.readouterr().out and len(now["scores"]["P"]) == 6
     assert rollout.main(["--run", str(done), "--actions", "idm", "--steps", "2"]) == 0
     assert then["stages"][-1]["fwm"]["rollout"]
+
+
+def test_a_run_is_exported_whole_or_not_at_all(done, tmp_path, capsys):
+    pytest.importorskip("PIL")
+    out = tmp_path / "out"
+    assert export.main(["--run", str(done), "--out", str(out)]) == 0
+    table = json.loads((out / "aurora" / "test.json").read_text())
+    lines = (out / "bytemorph" / "test.jsonl").read_text().splitlines()
+    assert len(table) + len(lines) == 6 and len(json.loads((out / "worldprediction" / "pp.json").read_text())["pixels"]) == 60
+    assert scores(worldprediction.main, "--data", out / "worldprediction" / "pp.json", "--frames", out / "worldprediction",
+                  "--generated", out / "worldprediction" / "generated", tmp_path / "w.json")["all"]["n"] == 360
+    for argv in (["--run", str(done), "--out", str(out)], ["--run", str(tmp_path), "--out", str(tmp_path / "new")]):
+        with pytest.raises(SystemExit) as stop:
+            export.main(argv)
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "w.json"]
 
 
 @pytest.mark.parametrize("argv, text", [(["--steps", "0"], "--steps"), (["--steps", "99"], "99 steps"), (["--run", "nowhere"], "nowhere")])
