@@ -21,7 +21,7 @@ Departures from the paper:
    alone it ignores a wrong line beside a right one, and Phase I then makes P worse (README). `--spoiled 0`: paper.
 5. `view="diff"` shows Q only the lines that change from x to y; the paper's Q reads both states: `view="full"`.
 6. Each step also raises the likelihood of a few rows of its warm-up (`grpo`, departure 6): without them Q forgets to refuse.
-7. Of images, "diff" lists the patches that change: place, code before, code after.
+7. Of images, "diff" lists the patches that change and those beside them: place, code before, code after.
 """
 import difflib
 

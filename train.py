@@ -47,8 +47,8 @@ def load_models(cfg, labelled, state_only):
     """(P, Q, tok). Tiny models get a tokenizer fitted on the run's own training text; images add their codes to any."""
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
     added = images.vocabulary(states)
-    if added and cfg.lora:
-        rundir.fail("--lora cannot learn the tokens of images, which are new to every model; leave it out")
+    if added and (cfg.lora or cfg.max_state):
+        rundir.fail("leave out --lora, which cannot learn the tokens of images, new to every model, and --max-state, which would cut images")
     if cfg.model != "tiny":
         try:
             P, tok = pretrained.load(cfg.model, torch.bfloat16 if cfg.lora and lm.HALF else torch.float32)   # a base does not learn
@@ -111,6 +111,17 @@ def roll_out(P, tok, steps, longest, run, book):
             "rollout_changed": [step["changed"] for step in scores] if book else None}
 
 
+def look(run, book, name, data, y_hat):
+    """Draw some predictions of frames; {"kinds": scores by kind of sentence, and of the kinds of motion together}."""
+    xs, zs, ys = map(list, zip(*data))
+    some = [i for i in range(len(data)) if xs[i] != ys[i]][:6]
+    x, y, predicted = (book.frames([states[i] for i in some]) for states in (xs, ys, y_hat))
+    run.picture(pictures.predictions, f"picture-{name.replace('/', '-')}.png", list(zip(x, [zs[i] for i in some], y, predicted)))
+    kinds = [pixels.kind(z) for z in zs]
+    return {"kinds": metrics.by_group(kinds, xs, y_hat, ys) | metrics.by_group(
+        ["motion" if kind in pixels.MOTION else "edits" for kind in kinds], xs, y_hat, ys)}
+
+
 def best_of_8(P, Q, tok, data, cfg, limits):
     """Test-time verification with the warm-up's models, in both directions."""
     xs, zs, ys = map(list, zip(*data))
@@ -167,10 +178,7 @@ def train(cfg):
             held_out["fwm"] = evaluate_P(P, tok, test, limits[0])
             held_out["fwm"][0].update(roll_out(P, tok, windows, limits[0], run, book))
             if book:
-                kinds = [pixels.kind(z) for _, z, _ in test]
-                for groups in (kinds, ["motion" if kind in pixels.MOTION else "edits" for kind in kinds]):
-                    held_out["fwm"][0].setdefault("kinds", {}).update(metrics.by_group(
-                        groups, [x for x, _, _ in test], held_out["fwm"][1], [y for _, _, y in test]))
+                held_out["fwm"][0].update(look(run, book, name, test, held_out["fwm"][1]))
         if what != "phase1" or "idm" not in held_out:
             held_out["idm"] = evaluate_Q(Q, tok, test, limits[1], cfg.view)
         scores = {side: score for side, (score, _) in held_out.items()}
@@ -180,10 +188,6 @@ def train(cfg):
         R = swirl_idm.logp(Q, tok, *([s[k] for s in few] for k in ("x", "z", "y_hat")), cfg.view)    # log Q(z | x, y_hat)
         for s, r in zip(few, R.tolist()):
             run.log("samples.jsonl", stage=name, **s, reward=r)
-        if book:
-            some = [s for s in samples if s["x"] != s["y"]][:6]
-            x, y, y_hat = (book.frames([s[k] for s in some]) for k in ("x", "y", "y_hat"))
-            run.picture(pictures.predictions, f"picture-{name.replace('/', '-')}.png", list(zip(x, [s["z"] for s in some], y, y_hat)))
         iteration = 0 if name == "sft" else int(name.removeprefix("iteration").split("/")[0])
         run.log("metrics.jsonl", phase="eval", stage=name, iteration=iteration, step=0, seconds=run.elapsed(), **scores)
         print(f"{name}: {rundir.show(scores)}  [{run.elapsed()/60:.1f} min]\n{rundir.show_sample(samples[0])}", flush=True)
@@ -288,6 +292,10 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
     frame = len(pretrained.frame(tok).head) + len(pretrained.frame(tok).tail) + 16
     n = {s: len(lm.encode(tok, "\n" + s)) for rows in (labelled, validation, state_only, test) for row in rows
          for s in (row[0], row[-1])}
+    shown = [images.patches(s) or [] for s in n if images.is_image(s)]
+    if shown and (len({len(patches) for patches in shown}) > 1 or len(shown) < len(n) or not set().union(*shown) <= set(tok.get_added_vocab())):
+        rundir.fail(f"{name}: where a state is an image, all are: {images.spell([['0', '1'], ['2', '3']])}, rows as long as columns, all of one "
+                    "size, every code seen in training")
     y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
     longest = max(n, key=n.get)
     marks = 6 * (1 + longest.count("\n")) + longest.count("<c") if cfg.view == "diff" else 0     # what Q reads beside codes and lines

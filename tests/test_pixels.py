@@ -196,14 +196,17 @@ def test_an_image_is_a_string_and_back():
         assert images.patches(broken) is None and images.codes(broken) is None
 
 
-def test_q_reads_the_patches_that_change_and_nothing_else(rows):
+def test_q_reads_the_patches_that_change_and_those_that_touch_them(rows):
     for x, _, y in rows:
-        after = images.patches(x)
+        now, shown = images.patches(x), []
         for r, c, old, new in re.findall(r"<(\d+),(\d+)>(<c\d+>)(<c\d+>)", images.diff(x, y)):
             i = 8 * int(r) + int(c)
-            assert after[i] == old != new
-            after[i] = new
-        assert after == images.patches(y) and swirl_idm.line_diff(x, y) == ([images.diff(x, y)] if x != y else [])
+            assert now[i] == old
+            now[i] = new
+            shown.append((int(r), int(c)))
+        assert now == images.patches(y) and swirl_idm.line_diff(x, y) == ([images.diff(x, y)] if x != y else [])
+        changed = [(i // 8, i % 8) for i in range(64) if images.patches(x)[i] != images.patches(y)[i]]
+        assert shown == [(r, c) for r in range(8) for c in range(8) if any(abs(r - a) + abs(c - b) <= 1 for a, b in changed)]
 
 
 def test_a_spoiled_image_has_one_wrong_patch(rows):
@@ -433,7 +436,7 @@ def test_a_run_of_pixels_leaves_scores_and_pictures(done):
     for stage in result["stages"]:
         assert len(stage["fwm"]["rollout"]) == 6 and all(0 <= score <= 100 for score in stage["fwm"]["rollout"])
         assert 0 <= stage["fwm"]["patches_changed"] <= 1
-    for name in ("picture-sft.png", "picture-iteration1-phase1.png", "picture-iteration1-phase2.png", "rollout.png", "rollout.gif"):
+    for name in ("picture-sft.png", "picture-iteration1-phase1.png", "rollout.png", "rollout.gif"):
         with Image.open(done / name) as picture:
             assert picture.size[0] > 200
     with Image.open(done / "rollout.gif") as film:                                 # frames that are alike are one, shown longer
@@ -441,6 +444,26 @@ def test_a_run_of_pixels_leaves_scores_and_pictures(done):
     steps = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
     assert all(row["truncated"] == 0 and row["gap"] < 1e-3 for row in steps if row["phase"] == "phase1" and row["reward"] is not None)
     assert len(images.Codebook.load(done / "codebook.npz").centres) > 50
+
+
+@pytest.mark.parametrize("spoil", [lambda s: s.replace("</image>", ""), lambda s: s.replace("<c", "<c999", 1), lambda s: "a text",
+                                   lambda s: "<image><c0></image>"])
+def test_a_file_of_images_is_checked(rows, tmp_path, capsys, spoil):
+    with open(tmp_path / "d.jsonl", "w") as file:
+        for i, (x, z, y) in enumerate(rows[:120]):
+            x = spoil(x) if i == 119 else x
+            file.write(json.dumps({"episode": f"{['train', 'train', 'dev', 'test'][i // 10 % 4]}-{i // 10}", "t": i, "x": x, "z": z, "y": y}) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "run"), *SMALL[4:]])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "every code seen in training" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["--lora", "4"], ["--max-state", "40"]])
+def test_flags_that_do_not_go_with_images(argv, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL, *argv, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "leave out" in capsys.readouterr().err
 
 
 def test_a_run_is_rolled_out_again(done, tmp_path, capsys):
