@@ -293,7 +293,7 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
     n = {s: len(lm.encode(tok, "\n" + s)) for rows in (labelled, validation, state_only, test) for row in rows
          for s in (row[0], row[-1])}
     shown = [images.patches(s) or [] for s in n if images.is_image(s)]
-    if shown and (len({len(patches) for patches in shown}) > 1 or len(shown) < len(n) or not set().union(*shown) <= set(tok.get_added_vocab())):
+    if shown and (not all(shown) or len({len(patches) for patches in shown}) > 1 or len(shown) < len(n) or not set().union(*shown) <= set(tok.get_added_vocab())):
         rundir.fail(f"{name}: where a state is an image, all are: {images.spell([['0', '1'], ['2', '3']])}, rows as long as columns, all of one "
                     "size, every code seen in training")
     y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
