@@ -43,6 +43,7 @@ class Config:
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions of the labelled half that choose checkpoints, at most (half of it at most)")
     max_state: int = setting(0, "longest state in tokens: a longer one loses its middle, in x and y alike (0: none is cut)")
+    vq: str = setting("", "of pixels: a VQ model of transformers (Emu3VQVAE, JanusVQVAE; a folder or Hub id) in place of the run's own codebook")
     # warm-up (SFT on the labelled half)
     warmup_steps: int = setting(2800, "steps a model at most")
     warmup_every: int = setting(100, "steps between validations; the best checkpoint is kept")

@@ -46,7 +46,7 @@ from settings import parse
 def load_models(cfg, labelled, state_only):
     """(P, Q, tok). Tiny models get a tokenizer fitted on the run's own training text; images add their codes to any."""
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
-    added = images.vocabulary(states)
+    added = images.vocabulary(states, getattr(codebook(cfg), "size", 0))
     if added and (cfg.lora or cfg.max_state):
         rundir.fail("leave out --lora, which cannot learn the tokens of images, new to every model, and --max-state, which would cut images")
     if cfg.model != "tiny":
@@ -102,7 +102,7 @@ def roll_out(P, tok, steps, longest, run, book):
     y_hat = rollout.rollout(lambda xs, zs: parallel.divide(lambda *rows: swirl_fwm.predict(P, tok, *rows, longest), xs, zs), steps, 6)
     if book:
         first = [[window[0][0], *(y for _, _, y in window)] for window in steps[:3]]
-        rows = [([z for _, z, _ in window], book.frames(truth), book.frames([row[i] for row in y_hat]))
+        rows = [([z for _, z, _ in window], images.frames(book, truth), images.frames(book, [row[i] for row in y_hat]))
                 for i, (window, truth) in enumerate(zip(steps, first))]
         run.picture(pictures.rollouts, "rollout.png", rows)
         run.picture(pictures.animation, "rollout.gif", [rows[0][1][0], *rows[0][2]])
@@ -115,7 +115,7 @@ def look(run, book, name, data, y_hat):
     """Draw some predictions of frames; {"kinds": scores by kind of sentence, and of the kinds of motion together}."""
     xs, zs, ys = map(list, zip(*data))
     some = [i for i in range(len(data)) if xs[i] != ys[i]][:6]
-    x, y, predicted = (book.frames([states[i] for i in some]) for states in (xs, ys, y_hat))
+    x, y, predicted = (images.frames(book, [states[i] for i in some]) for states in (xs, ys, y_hat))
     run.picture(pictures.predictions, f"picture-{name.replace('/', '-')}.png", list(zip(x, [zs[i] for i in some], y, predicted)))
     kinds = [pixels.kind(z) for z in zs]
     return {"kinds": metrics.by_group(kinds, xs, y_hat, ys) | metrics.by_group(
@@ -165,7 +165,7 @@ def train(cfg):
           f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes else ""))
 
     book = codebook(cfg)                                               # None for text
-    if book and parallel.rank() == 0:
+    if book and not cfg.vq and parallel.rank() == 0:
         with records.whole(run.dir / "codebook.npz") as file:
             book.save(file)
     windows = rollout.windows(shorten(tok, test_episodes(cfg), cfg.max_state), 6)[:max(4, len(test) // 10)]

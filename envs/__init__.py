@@ -31,10 +31,15 @@ def fit_codebook(env, seed, labelled, state_only):
     return images.Codebook.fit(np.stack(frames), pixels.PATCH, seed=seed)
 
 
+vq_model = functools.lru_cache(maxsize=1)(images.VQModel)
+
+
 def codebook(cfg):
-    """The image tokenizer of a world of frames, fitted on what it trains on; None for text."""
+    """The image tokenizer of a world of frames: fitted on what it trains on, or the one that was given; None for text."""
     if cfg.data or cfg.env != "pixels":
         return None
+    if cfg.vq:
+        return vq_model(cfg.vq)
     return fit_codebook(cfg.env, cfg.seed, *(shares(cfg)[split] for split in ("labelled", "state-only")))
 
 
@@ -43,8 +48,7 @@ def episodes(cfg, split):
     drawn, book = draw(cfg.env, cfg.seed, split, shares(cfg)[split]), codebook(cfg)
     if book is None:
         return drawn
-    spell = lambda frames: [images.spell(codes) for codes in book.encode(np.stack(frames))]
-    return [list(zip(spell(xs), zs, spell(ys))) for xs, zs, ys in (zip(*steps) for steps in drawn)]
+    return [list(zip(images.strings(book, xs), zs, images.strings(book, ys))) for xs, zs, ys in (zip(*steps) for steps in drawn)]
 
 
 def load_splits(cfg):

@@ -75,14 +75,15 @@ def is_token(token):
     return re.fullmatch(r"</?image>|<c\d+>|<\d+,\d+>", token) is not None
 
 
-def vocabulary(states):
-    """The tokens that images among the states need: marks, codes and places; [] if there are no images."""
+def vocabulary(states, size=0):
+    """The tokens that images among the states need: marks, codes (those that are there, and `size` at least) and places; [] if there are
+    no images."""
     images = [state for state in states if is_image(state)]
     if not images:
         return []
     n = max(image.count("<c") for image in images)
     top = max(int(code) for image in images for code in re.findall(r"<c(\d+)>", image))
-    return [IMAGE, END, *(f"<c{code}>" for code in range(top + 1)), *(place(i, n) for i in range(n))]
+    return [IMAGE, END, *(f"<c{code}>" for code in range(max(size, top + 1))), *(place(i, n) for i in range(n))]
 
 
 # ---- Frames and codes --------------------------------------------------------------------------------------------------
@@ -101,11 +102,21 @@ def distinct(points):
     return points[first], back, count
 
 
+def strings(book, frames):
+    """The image strings of frames."""
+    return [spell(codes) for codes in book.encode(np.stack(frames))]
+
+
+def frames(book, states):
+    """(N, H, W, 3) of image strings."""
+    return book.decode(np.stack([codes(state) for state in states]))
+
+
 class Codebook:
     """k-means on patches: codes are the rows of `centres` (K, patch * patch * 3), uint8."""
 
     def __init__(self, centres):
-        self.centres = centres
+        self.centres, self.size = centres, len(centres)
         self.patch = round((centres.shape[1] / 3) ** 0.5)
 
     @classmethod
@@ -147,10 +158,6 @@ class Codebook:
         parts = self.centres[codes].reshape(N, rows, columns, self.patch, self.patch, 3)
         return parts.swapaxes(2, 3).reshape(N, rows * self.patch, columns * self.patch, 3)
 
-    def frames(self, states):
-        """(N, H, W, 3) pictures of image strings."""
-        return self.decode(np.stack([codes(state) for state in states]))
-
     def save(self, file):
         """To an open binary file or a path that ends in .npz."""
         np.savez_compressed(file, centres=self.centres)
@@ -170,16 +177,20 @@ class VQModel:
         if kind not in classes:
             raise ValueError(f"{name}: a {kind} cannot encode and decode here; give one of {', '.join(classes)}")
         self.model = classes[kind].from_pretrained(name, use_safetensors=True).eval()
+        self.size = self.model.quantize.embedding.num_embeddings
         self.sizes = kind == "emu3_vqgan"                                          # it wants to be told the frames' sizes
 
     def encode(self, frames):
         import torch
-        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 3, H, W) in [-1, 1]
-        with torch.no_grad():
-            out = self.model.encode(pixels, *([torch.tensor(pixels.shape[2:]).expand(len(pixels), 2)] if self.sizes else []))
-        codes = torch.stack(list(out.image_tokens)) if self.sizes else out.image_tokens
-        side = round((codes.numel() / len(frames)) ** 0.5)
-        return codes.reshape(len(frames), side, side).numpy()
+        out = []
+        for part in np.array_split(frames, -(-len(frames) // 16)):
+            pixels = torch.from_numpy(part).permute(0, 3, 1, 2).float() / 127.5 - 1            # (n, 3, H, W) in [-1, 1]
+            with torch.no_grad():
+                codes = self.model.encode(pixels, *([torch.tensor(pixels.shape[2:]).expand(len(part), 2)] if self.sizes else [])).image_tokens
+            codes = torch.stack(list(codes)) if self.sizes else codes
+            side = round((codes.numel() / len(part)) ** 0.5)
+            out.append(codes.reshape(len(part), side, side).numpy())
+        return np.concatenate(out)
 
     def decode(self, codes):
         import torch

@@ -21,7 +21,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from envs import images, pixels, records
+from envs import codebook, images, pixels, records
 from evals import common, rollout
 
 T = 6
@@ -92,12 +92,12 @@ def main(argv=None):
         run = common.open_run(args.run)
         if not images.is_image(run.test[0][0]):
             raise records.BadData(f"--run {args.run}: its states are texts; give a run of --env pixels")
-        book = images.Codebook.load(Path(args.run) / "codebook.npz")
+        frames = lambda states: images.frames(codebook(run.cfg), states)
         xs, zs, ys = zip(*run.test)
-        rows = list(zip(book.frames(xs), zs, book.frames(ys), book.frames(run.predict(xs, zs))))
+        rows = list(zip(frames(xs), zs, frames(ys), frames(run.predict(xs, zs))))
         steps = rollout.windows(run.episodes, T)
         y_hat = rollout.rollout(run.predict, steps, T)
-        episodes = [([z for _, z, _ in window], book.frames([window[0][0], *(y for _, _, y in window)]), book.frames([row[i] for row in y_hat]))
+        episodes = [([z for _, z, _ in window], frames([window[0][0], *(y for _, _, y in window)]), frames([row[i] for row in y_hat]))
                     for i, window in enumerate(steps)]
         motion = [row for row in rows if pixels.kind(row[1]) in pixels.MOTION]
         for write, some, name in ((write_aurora, [row for row in rows if pixels.kind(row[1]) not in pixels.MOTION], "aurora"),

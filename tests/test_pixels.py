@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import envs
 import lm
 import pictures
 import swirl_fwm
@@ -176,15 +177,10 @@ def test_a_codebook_is_saved_and_found_again(book, tmp_path):
     assert np.array_equal(images.Codebook.load(tmp_path / "codebook.npz").centres, book.centres)
 
 
-def strings(book, steps):
-    spell = lambda frames: [images.spell(codes) for codes in book.encode(np.stack(frames))]
-    xs, zs, ys = zip(*steps)
-    return list(zip(spell(xs), zs, spell(ys)))
-
-
 @pytest.fixture(scope="module")
 def rows(episodes, book):
-    return [row for steps in episodes for row in strings(book, steps)]
+    xs, zs, ys = zip(*(row for steps in episodes for row in steps))
+    return list(zip(images.strings(book, xs), zs, images.strings(book, ys)))
 
 
 def test_an_image_is_a_string_and_back():
@@ -346,10 +342,10 @@ def test_a_sheet_holds_the_frames_as_they_are_and_red_where_they_differ(episodes
 # ---- Real tokenizers of images -----------------------------------------------------------------------------------------
 
 
-def vq(kind, folder):
+def vq(kind, folder, levels=3):
     import transformers
     torch.manual_seed(0)
-    same = dict(base_channels=32, channel_multiplier=[1, 1, 1], num_res_blocks=1, latent_channels=8, embed_dim=8)
+    same = dict(base_channels=32, channel_multiplier=[1] * levels, num_res_blocks=1, latent_channels=8, embed_dim=8)
     if kind == "emu3":
         model = transformers.Emu3VQVAE(transformers.Emu3VQVAEConfig(codebook_size=32, hidden_size=32, temporal_downsample_factor=4,
                                                                    attn_resolutions=[], **same))
@@ -374,6 +370,21 @@ def test_a_vq_model_stands_behind_the_same_two_calls(kind, episodes, tmp_path):
         back = model.decode(own.view(1, 8, 8) if kind == "emu3" else own.view(1, 64))
     assert np.array_equal(own.reshape(8, 8).numpy(), codes[0])
     assert np.abs((back[0].permute(1, 2, 0).clamp(-1, 1).numpy() + 1) * 127.5 - decoded[0]).max() < 1
+
+
+def test_a_world_is_read_through_a_vq_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(envs, "TEST", 2)
+    vq("janus", tmp_path, levels=5)                                                # a code for 16 pixels, 64 a frame
+    cfg = train.parse(["--env", "pixels", "--episodes", "4", "--vq", str(tmp_path)])
+    labelled, validation, state_only, test = envs.load_splits(cfg)
+    assert {len(images.patches(s)) for x, _, y in labelled + test for s in (x, y)} == {64}
+    P, Q, tok = train.load_models(cfg, labelled, state_only)
+    assert {f"<c{i}>" for i in range(32)} <= set(tok.get_added_vocab()) and envs.codebook(cfg).size == 32
+    assert images.frames(envs.codebook(cfg), [test[0][0]]).shape == (1, 128, 128, 3)
+
+
+def test_state_only_episodes_carry_no_sentence():
+    assert all(z is None for steps in envs.draw("pixels", 0, "state-only", 2) for _, z, _ in steps)
 
 
 def test_a_model_that_cannot_decode_is_refused(tmp_path):
