@@ -39,7 +39,10 @@ def codebook(cfg):
     if cfg.data or cfg.env != "pixels":
         return None
     if cfg.vq:
-        return vq_model(cfg.vq)
+        try:
+            return vq_model(cfg.vq)
+        except Exception as e:                                                     # whatever a damaged folder makes the loaders raise
+            raise records.BadData(f"--vq {cfg.vq}: {str(e).partition(chr(10))[0]}; give a folder or Hub id with safetensors") from None
     return fit_codebook(cfg.env, cfg.seed, *(shares(cfg)[split] for split in ("labelled", "state-only")))
 
 

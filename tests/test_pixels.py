@@ -16,7 +16,7 @@ import swirl_fwm
 import swirl_idm
 import tiny
 import train
-from envs import images, pixels
+from envs import images, pixels, records
 from envs.pixels import Room, Toy, step
 from evals import aurora, bytemorph, export, metrics, rollout, visual, worldprediction
 
@@ -392,6 +392,9 @@ def test_a_model_that_cannot_decode_is_refused(tmp_path):
     ChameleonVQVAEConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="emu3_vqgan"):
         images.VQModel(tmp_path)
+    for name in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(records.BadData, match="--vq"):
+            envs.codebook(train.parse(["--env", "pixels", "--vq", str(name)]))
 
 
 # ---- In the benchmarks' own formats ------------------------------------------------------------------------------------
