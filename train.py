@@ -210,7 +210,7 @@ def train(cfg):
     if "best_of_8" not in run.progress["baselines"]:
         since = time.time()
         part = parallel.agree(min(1, 0.02 * budget / run.progress["eval_seconds"]))              # sampling 8 is dear
-        few = test[:max(20, int(len(test) * part))]
+        few = test[:max(10, int(len(test) * part))]
         run.progress["baselines"] = {"copy_x": metrics.copy_x([x for x, _, _ in test], [y for _, _, y in test]),
                                      "best_of_8": best_of_8(P, Q, tok, few, cfg, limits)}
         run.spend("eval", since)
