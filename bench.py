@@ -63,12 +63,11 @@ def make_work(B, P, V):
 def ours(policy, ref, Q, prompts, z, T, G):
     optimizers, cfg = lm.make_optimizers(policy, LR, muon=False), grpo.GRPO(group_size=G, max_new=T, beta=BETA, kl="loss", lr=LR)
     gen = torch.Generator().manual_seed(0)
-    policy.allowed = ref.allowed = torch.arange(policy.config.vocab_size)[None] != EOS
 
     def reward(owner, rows):
         return lm.score(Q, prompts, [r + z for r in rows], owner, [len(z)] * len(rows))
 
-    return lambda: grpo.step(policy, ref, optimizers, prompts, reward, cfg, EOS, gen)
+    return lambda: grpo.step(policy, ref, optimizers, prompts, reward, cfg, -1, gen)        # no token ends a row: T each
 
 
 def plain(policy, ref, Q, prompts, z, T, G):

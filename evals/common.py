@@ -16,7 +16,7 @@ Notes:
   2. x of LLaMA-Factory's rows is not taken from "prompt": that holds instructions and z as well.
   3. copy-x and changed-only need an x in every scored pair of a split; else they are null. Presets are never mixed: a report
      has one, and names it, as it names the encoder, the layer and the stemmer.
-  4. The scorers need the standard library alone; --run and --encoder also torch and transformers.
+  4. The scorers need no torch; --run and --encoder do.
 """
 import argparse
 import json

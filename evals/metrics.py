@@ -1,7 +1,7 @@
 """The text scores that every table here shares: exact match, BLEU-4, ROUGE-L, and the copy-x baseline.
 
 Claim: these few pure functions on strings give the numbers of nltk (`sentence_bleu`, `corpus_bleu`) and of
-rouge-score 0.1.2 to 1e-9, with the standard library alone. The argument order is (prediction, reference)
+rouge-score 0.1.2 to 1e-9, in plain Python. The argument order is (prediction, reference)
 EVERYWHERE; nltk and rouge_score take the reference first. Nothing is stripped or normalised before comparing.
 
     BLEU    = BP * exp(mean over n = 1..4 of log p_n)

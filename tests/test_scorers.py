@@ -209,7 +209,7 @@ def test_as_a_command(name, tmp_path):
 
 def test_no_scorer_needs_torch_for_pairs(tmp_path):
     file = write(tmp_path / "pairs.jsonl", [dict(prediction="a", reference="a")])
-    code = ("import sys; sys.modules['torch'] = sys.modules['numpy'] = None; from evals import scienceworld; "
+    code = ("import sys; sys.modules['torch'] = sys.modules['transformers'] = None; from evals import scienceworld; "
             f"scienceworld.main(['--pairs', {file!r}])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "100.00" in done.stdout
