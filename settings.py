@@ -16,6 +16,10 @@ PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, 
 LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 
 
+# The pixels world, a tiny model: with a weight decay of 1 it stops learning after 200 steps
+PIXELS = {"warmup_decay": 0.1}
+
+
 def setting(default, text, **extra):
     return dataclasses.field(default=default, metadata={"help": text, **extra})
 
@@ -99,6 +103,8 @@ def parse(argv=None):
     given = parser.parse_args(argv)
     if given.model != "tiny":
         parser.set_defaults(**PRETRAINED | (LORA if given.lora else {}))
+    elif given.env == "pixels" and not given.data:
+        parser.set_defaults(**PIXELS)
     cfg = Config(**vars(parser.parse_args(argv)))
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,

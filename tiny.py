@@ -22,9 +22,8 @@ def make_tokenizer(texts, vocab_size=1024):
                                    clean_up_tokenization_spaces=False)
 
 
-def make_model(tokenizer, width=128, layers=4, heads=4, context=2048, seed=0, period=0):
-    """A small Llama (about 1M parameters) with random weights and an induction head, or, if there is a `period`, heads that copy by
-    place: nothing is downloaded."""
+def make_model(tokenizer, width=128, layers=4, heads=4, context=2048, seed=0, induction=True):
+    """A small Llama (about 1M parameters) with random weights and an induction head: nothing is downloaded."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
@@ -32,9 +31,7 @@ def make_model(tokenizer, width=128, layers=4, heads=4, context=2048, seed=0, pe
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)).eval()
-    if period:
-        write_copy_heads(model, period)
-    elif layers > 1:
+    if induction and layers > 1:
         write_induction_head(model)
     return model
 
@@ -64,14 +61,30 @@ def write_induction_head(model, previous=8.0, match=4.0, gain=2.0, scale=0.1):
 
 
 @torch.no_grad()
-def write_copy_heads(model, period, sharp=8.0, scale=0.1):
-    """For images, where the same code stands in many places: all heads of layer 0 attend to what stood `period` - 1 tokens ago, which is what the
-    next token was in the picture before, and copy it. All of it stays trainable. As in `write_induction_head`, constant queries and
-    keys (biases) are turned apart by RoPE."""
+def write_copy_heads(model, codes, period, features=None, sharp=8.0, scale=0.1):
+    """For images, where the same code stands in many places: heads that look at the patch where the next token stood in the picture before, and
+    at those beside, above and below it, as a convolution does. Only the first goes to the output: an untrained model copies. All of it
+    stays trainable. As in `write_induction_head`, constant queries and keys (biases) are turned apart by RoPE.
+
+    codes: (K,) ids of the code tokens; period: tokens from a patch of x to the same one of y; features: (K, F) what patches look like,
+    so that like patches have like embeddings, as those of a VQ model do (random without them).
+    """
     W, D, E = model.config.hidden_size, model.model.layers[0].self_attn.head_dim, model.model.embed_tokens.weight
-    attention, turn = model.model.layers[0].self_attn, (period - 1) * model.model.rotary_emb.inv_freq.to(E)       # (D/2,)
+    line = round((period - 3) ** 0.5)                                              # patches of a row: <image>, </image> and a line break are no patches
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    basis = lambda: torch.linalg.qr(torch.randn(W, D))[0].to(E)                    # (W, D) orthonormal columns
+    seen = basis()                                                                 # all that a code says is in D dimensions: a head can carry it
     E.normal_(0, scale)
-    attention.k_proj.bias.copy_(sharp * torch.cat([torch.ones_like(turn), torch.zeros_like(turn)]).repeat(W // D))
-    attention.q_proj.bias.copy_(sharp * torch.cat([turn.cos(), -turn.sin()]).repeat(W // D))
-    attention.v_proj.weight.copy_(torch.eye(W))
-    attention.o_proj.weight.copy_(2 * scale * torch.eye(W))
+    unit = lambda rows: torch.nn.functional.normalize(rows, dim=1)
+    told = unit(torch.randn(len(codes), D))
+    if features is not None:
+        told[:, :features.shape[1]] += unit(features.to(E))                        # half of it: like patches must still differ
+    told = unit(told) @ seen.T                                                     # (K, W)
+    E[codes] = scale * told / told.std()
+    for layer, head, distance, out in ((first, 0, period - 1, 3 * scale * seen), (first, 1, period, 2 * scale * basis()),
+                                       (first, 2, period - 2, 2 * scale * basis()), (first, 3, period - 1 + line, 2 * scale * basis()),
+                                       (second, 0, period - 1 - line, 2 * scale * basis())):
+        turn, part = distance * model.model.rotary_emb.inv_freq.to(E), slice(head * D, head * D + D)      # (D/2,)
+        layer.k_proj.bias[part] = sharp * torch.cat([torch.ones_like(turn), torch.zeros_like(turn)])
+        layer.q_proj.bias[part] = sharp * torch.cat([turn.cos(), -turn.sin()])
+        layer.v_proj.weight[part], layer.o_proj.weight[:, part] = seen.T, out

@@ -46,7 +46,8 @@ from settings import parse
 def load_models(cfg, labelled, state_only):
     """(P, Q, tok). Tiny models get a tokenizer fitted on the run's own training text; images add their codes to any."""
     states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
-    added = images.vocabulary(states, getattr(codebook(cfg), "size", 0))
+    book = codebook(cfg)
+    added = images.vocabulary(states, book.size if book else 0)
     if added and (cfg.lora or cfg.max_state):
         rundir.fail("leave out --lora, which cannot learn the tokens of images, new to every model, and --max-state, which would cut images")
     if cfg.model != "tiny":
@@ -66,7 +67,10 @@ def load_models(cfg, labelled, state_only):
     tok = tiny.make_tokenizer(["\n" + s for s in states if not added] + [" " + z for _, z, _ in labelled]
                               + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
     tok.add_tokens(added)
-    P = tiny.make_model(tok, seed=cfg.seed, period=len(lm.encode(tok, "\n" + states[0])) if added else 0)
+    P = tiny.make_model(tok, seed=cfg.seed, induction=not added)
+    if added:
+        codes = tok.convert_tokens_to_ids([token for token in added if token.startswith("<c")])
+        tiny.write_copy_heads(P, codes, len(lm.encode(tok, "\n" + states[0])), torch.tensor(book.features()) if hasattr(book, "features") else None)
     P, Q = adapters.pair(P, cfg.lora) if cfg.lora else (P, tiny.make_model(tok, seed=cfg.seed))    # one start, as in the paper
     return P, Q, tok
 
@@ -108,7 +112,7 @@ def roll_out(P, tok, steps, longest, run, book):
         run.picture(pictures.animation, "rollout.gif", [rows[0][1][0], *rows[0][2]])
     scores = rollout.score(y_hat, steps)
     return {"rollout": [step["score"] for step in scores], "rollout_exact": [step["exact"] for step in scores],
-            "rollout_changed": [step["changed"] for step in scores] if book else None}
+            "rollout_changed": [step["changed"] for step in scores]}
 
 
 def look(run, book, name, data, y_hat):

@@ -140,10 +140,17 @@ class Codebook:
                 centres[k] = np.average(values[nearest == k], axis=0, weights=count[nearest == k])
         return cls(np.rint(centres).astype(np.uint8))
 
+    def features(self, n=32):
+        """(K, n) what each centre looks like: the n chief directions in which their 4x4 thumbnails differ."""
+        size = self.patch // 4
+        small = self.centres.astype(np.float32).reshape(self.size, 4, size, 4, size, 3).mean((2, 4)).reshape(self.size, -1)
+        left, length, _ = np.linalg.svd(small - small.mean(0), full_matrices=False)
+        return (left * length)[:, :n]
+
     def nearest(self, points):
-        """(n,) the code of each of (n, D) patches."""
-        centres = self.centres.astype(np.float32)
-        return np.concatenate([((centres ** 2).sum(1) - 2 * part.astype(np.float32) @ centres.T).argmin(1)
+        """(n,) the code of each of (n, D) patches. In float64, where whole numbers are exact: a tie falls alike in every batch."""
+        centres = self.centres.astype(float)
+        return np.concatenate([((centres ** 2).sum(1) - 2 * part.astype(float) @ centres.T).argmin(1)
                                for part in np.array_split(points, max(1, len(points) // 4096))])
 
     def encode(self, frames):

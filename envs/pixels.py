@@ -38,8 +38,9 @@ from typing import NamedTuple
 import numpy as np
 
 STEPS = 10
-EPISODES = 100      # to train on, unless --episodes says else
+EPISODES = 160      # to train on, unless --episodes says else
 SLIP = 0.04         # share of sentences given without a look at the room
+BACK = 0.8          # share of near views that end at once: from near a toy has other codes, each to be learnt anew
 CELL, PATCH = 32, 16                                                               # pixels of a cell seen from near, of a patch
 COLUMNS, HIGH = 4, 3                                                               # the stage, in cells
 HOME = 3, 2                                                                        # the row and column of its top left on the wall
@@ -50,7 +51,7 @@ WALL, FLOOR, BOARD, SKIN, SHIRT, DARK, CLOTH = (
     (236, 230, 218), (176, 136, 96), (120, 84, 56), (232, 184, 148), (120, 70, 150), (50, 46, 60), (150, 40, 70))
 
 # How often a sentence of each kind is given.
-HABITS = {"camera zoom": 2, "camera motion": 4, "object motion": 4, "human motion": 4, "interaction": 4,
+HABITS = {"camera zoom": 1, "camera motion": 4, "object motion": 4, "human motion": 4, "interaction": 4,
           "add": 1, "remove": 1, "recolour": 2, "put": 3, "rotate": 1}
 MOTION = ("camera zoom", "camera motion", "object motion", "human motion", "interaction")       # ByteMorph's; the others are AURORA's
 
@@ -69,7 +70,7 @@ class Room:
     """Where everything is. Two rooms that look the same may differ behind the curtain alone."""
 
     def __init__(self, rng):
-        self.near, self.camera = rng.random() < 0.6, HOME                          # the stage's place in the picture, when out
+        self.near, self.camera = False, HOME                                       # the stage's place in the picture, when out
         self.figure, *free = rng.sample(range(COLUMNS), COLUMNS)
         self.curtain = free.pop() if rng.random() < 0.5 else None
         self.up, self.kneels, self.held = {"left": False, "right": False}, False, None
@@ -233,6 +234,8 @@ def sentences(room):
 def propose(room, x, rng):
     """(sentence, room after it, its frame): a kind by its habit, of it a sentence that changes the picture x; now and then any."""
     said, slip = sentences(room), rng.random() < SLIP
+    if room.near and rng.random() < BACK:
+        said = {kind: ["zoom out"] if kind == "camera zoom" else [] for kind in said}
     kinds = [kind for kind in HABITS if said[kind]]
     while True:
         kind = rng.choices(kinds, [HABITS[kind] for kind in kinds])[0]
