@@ -11,9 +11,9 @@ TEST = 60                                                                       
 
 
 @functools.lru_cache(maxsize=8)
-def draw(env, seed, split, n):
+def draw(episode, seed, split, n):
     """[episode]: n of them, lists of (x, z, y); z is None in those that are state-only, so that no code can peek."""
-    drawn = [WORLDS[env].episode(random.Random(f"{seed} {split} {i}")) for i in range(n)]
+    drawn = [episode(random.Random(f"{seed} {split} {i}")) for i in range(n)]
     return drawn if split != "state-only" else [[(x, None, y) for x, _, y in steps] for steps in drawn]
 
 
@@ -26,7 +26,7 @@ def shares(cfg):
 
 @functools.lru_cache(maxsize=2)
 def fit_codebook(env, seed, labelled, state_only):
-    frames = [frame for split, n in (("labelled", labelled), ("state-only", state_only)) for steps in draw(env, seed, split, n)
+    frames = [frame for split, n in (("labelled", labelled), ("state-only", state_only)) for steps in draw(WORLDS[env].episode, seed, split, n)
               for x, _, y in steps for frame in (x, y)]
     return images.Codebook.fit(np.stack(frames), pixels.PATCH, seed=seed)
 
@@ -48,7 +48,7 @@ def codebook(cfg):
 
 def episodes(cfg, split):
     """[episode] of a world, with its states as strings."""
-    drawn, book = draw(cfg.env, cfg.seed, split, shares(cfg)[split]), codebook(cfg)
+    drawn, book = draw(WORLDS[cfg.env].episode, cfg.seed, split, shares(cfg)[split]), codebook(cfg)
     if book is None:
         return drawn
     return [list(zip(images.strings(book, xs), zs, images.strings(book, ys))) for xs, zs, ys in (zip(*steps) for steps in drawn)]

@@ -405,7 +405,7 @@ def test_a_world_is_read_through_a_vq_model(tmp_path, monkeypatch):
 
 
 def test_state_only_episodes_carry_no_sentence():
-    assert all(z is None for steps in envs.draw("pixels", 0, "state-only", 2) for _, z, _ in steps)
+    assert all(z is None for steps in envs.draw(pixels.episode, 0, "state-only", 2) for _, z, _ in steps)
 
 
 def test_a_model_that_cannot_decode_is_refused(tmp_path):
