@@ -6,6 +6,8 @@ import textwrap
 
 import numpy as np
 
+from envs import records
+
 GAP, LINE = 6, 12                                                                  # pixels between cells, of a line of text
 
 
@@ -58,6 +60,5 @@ def animation(frames, path):
 
 
 def save(path, picture, kind, **how):
-    from envs import records
     with records.whole(path) as file:
         picture.save(file, kind, **how)

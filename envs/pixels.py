@@ -105,7 +105,7 @@ SIDE = {"left": -1, "right": 1}
 def step(room, sentence):
     """The room after the sentence; the same one if that cannot be done."""
     new = copy.deepcopy(room)
-    return new if act(new, sentence.removeprefix("the ").split()) else room
+    return new if act(new, sentence.split()) else room
 
 
 def act(room, words):

@@ -33,28 +33,27 @@ def write_image(path, frame):
     Image.fromarray(frame).save(path)
 
 
-def write_aurora(rows, out):
-    """rows: [(x, z, y, y_hat)], pictures but for z. test.json, images/ and generated/fullset/TASK/."""
-    table = []
+def write_edits(rows, out, prefix=""):
+    """The pictures that AURORA and ByteMorph both want, of rows [(x, z, y, y_hat)], pictures but for z: images/ and generated/fullset/KIND/.
+    Yields (name, kind, z, path of x, path of y), the paths from `out`."""
     for i, (x, z, y, y_hat) in enumerate(rows):
-        task, name = pixels.kind(z), f"aurora_{i:05d}.png"
-        write_image(out / "images" / f"x_{name}", x)
-        write_image(out / "images" / f"y_{name}", y)
-        write_image(out / "generated" / "fullset" / task / name, y_hat)
-        table.append({"task": task, "input": f"images/x_{name}", "output": f"images/y_{name}", "instruction": z})
+        name, kind = f"{prefix}{i:05d}", pixels.kind(z)
+        paths = [f"images/{side}-{name}.png" for side in ("x", "y")]
+        for path, frame in zip([*paths, f"generated/fullset/{kind}/{name}.png"], (x, y, y_hat)):
+            write_image(out / path, frame)
+        yield name, kind, z, *paths
+
+
+def write_aurora(rows, out):
+    """test.json and the pictures of `write_edits`."""
+    table = [{"task": kind, "input": x, "output": y, "instruction": z} for _, kind, z, x, y in write_edits(rows, out, "aurora_")]
     (out / "test.json").write_text(json.dumps(table, indent=1))
 
 
 def write_bytemorph(rows, out):
-    """As `write_aurora`: test.jsonl, images/ and generated/fullset/TYPE/."""
-    table = []
-    for i, (x, z, y, y_hat) in enumerate(rows):
-        kind, name = pixels.kind(z), f"{i:05d}"
-        write_image(out / "images" / f"x-{name}.png", x)
-        write_image(out / "images" / f"y-{name}.png", y)
-        write_image(out / "generated" / "fullset" / kind / f"{name}.png", y_hat)
-        table.append({"edit_type": kind, "image_id": name, "src_img": f"images/x-{name}.png", "tgt_img": f"images/y-{name}.png",
-                      "edit_prompt": z, "edit_prompt_rewrite_instruction": z})
+    """test.jsonl and the pictures of `write_edits`."""
+    table = [{"edit_type": kind, "image_id": name, "src_img": x, "tgt_img": y, "edit_prompt": z, "edit_prompt_rewrite_instruction": z}
+             for name, kind, z, x, y in write_edits(rows, out)]
     (out / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
 
 

@@ -13,11 +13,10 @@ Notes
 2. One window an episode: its first T steps, of which each begins where the last one ended. Shorter episodes are left out.
 """
 import argparse
-import json
 import sys
 
-from envs import images
-from evals import metrics
+from envs import images, records
+from evals import common, metrics
 
 
 def windows(episodes, T):
@@ -66,13 +65,12 @@ def main(argv=None):
     parser.add_argument("--actions", choices=("true", "idm"), default="true", help="the true ones, or those that Q reads")
     parser.add_argument("--steps", type=int, default=6, help="T [6]")
     parser.add_argument("--json", help="write the scores there")
-    from evals import common
-    from envs import records
     parser.error = records.fail
     args = parser.parse_args(argv)
     if args.steps < 1:
         records.fail(f"--steps cannot be {args.steps}; give at least 1")
     try:
+        common.check_json(args.json)
         run = common.open_run(args.run)
         steps = windows(run.episodes, args.steps)
         if not steps:
@@ -84,8 +82,7 @@ def main(argv=None):
                 "copy x": score(rollout(lambda xs, zs: xs, steps, args.steps), steps)}
         print(f"{len(steps)} episodes, actions: {args.actions}\n{show(rows)}")
         if args.json:
-            with records.whole(args.json) as new:
-                new.write(json.dumps({"n": len(steps), "actions": args.actions, "scores": rows}, indent=1).encode())
+            common.write_json(args.json, {"benchmark": "rollout", "n": len(steps), "actions": args.actions, "scores": rows})
     except records.BadData as e:
         records.fail(e)
     return 0

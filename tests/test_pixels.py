@@ -525,6 +525,13 @@ def test_a_run_is_exported_whole_or_not_at_all(done, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "w.json"]
 
 
+def test_a_rollout_overwrites_nothing_of_the_users(done, tmp_path):
+    (tmp_path / "mine.json").write_text("[1]")
+    with pytest.raises(SystemExit) as stop:
+        rollout.main(["--run", str(done), "--json", str(tmp_path / "mine.json")])
+    assert stop.value.code == 2 and (tmp_path / "mine.json").read_text() == "[1]"
+
+
 @pytest.mark.parametrize("argv, text", [(["--steps", "0"], "--steps"), (["--steps", "99"], "99 steps"), (["--run", "nowhere"], "nowhere")])
 def test_bad_input_of_rollout_is_one_line(done, argv, text, capsys):
     with pytest.raises(SystemExit) as stop:
