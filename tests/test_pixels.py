@@ -12,6 +12,7 @@ import torch
 import envs
 import lm
 import pictures
+import rundir
 import swirl_fwm
 import swirl_idm
 import tiny
@@ -404,6 +405,14 @@ def test_a_world_is_read_through_a_vq_model(tmp_path, monkeypatch):
     assert images.frames(envs.codebook(cfg), [test[0][0]]).shape == (1, 128, 128, 3)
 
 
+def test_the_vocabulary_holds_every_code_of_the_book_and_those_that_are_there():
+    image = images.spell([["0", "7"], ["2", "3"]])
+    for size, top in ((0, 7), (5, 7), (12, 11)):
+        got = images.vocabulary([image, "a text"], size)
+        assert got == ["<image>", "</image>", *(f"<c{i}>" for i in range(top + 1)), "<0,0>", "<0,1>", "<1,0>", "<1,1>"]
+    assert images.vocabulary(["a text"], 12) == []
+
+
 def test_state_only_episodes_carry_no_sentence():
     assert all(z is None for steps in envs.draw(pixels.episode, 0, "state-only", 2) for _, z, _ in steps)
 
@@ -479,6 +488,15 @@ def test_a_run_of_pixels_leaves_scores_and_pictures(done):
     steps = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
     assert all(row["truncated"] == 0 and row["gap"] < 1e-3 for row in steps if row["phase"] == "phase1" and row["reward"] is not None)
     assert len(images.Codebook.load(done / "codebook.npz").centres) > 50
+
+
+def test_the_table_of_a_run_of_pixels_holds_its_own_columns(done, capsys):
+    result = json.loads((done / "results.json").read_text())
+    result["stages"][-1]["fwm"].update(patches_changed=0.1234, kinds={"motion": {"patches_changed": 0.2345}}, rollout_changed=[0.9] * 5 + [0.3456])
+    rundir.report(result)
+    head, *_, last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ") or line.startswith("swirl")]
+    assert [head.split("%")[i].strip() for i in (2, 3, 4)] == ["patches", "motion", "T = 6"] and "BLEU" not in head
+    assert last.split()[3:6] == ["12.34", "23.45", "34.56"]
 
 
 @pytest.mark.parametrize("spoil", [lambda s: s.replace("</image>", ""), lambda s: s.replace("<c", "<c999", 1), lambda s: "a text",

@@ -111,6 +111,14 @@ def test_a_cut_run_resumes_from_the_last_finished_stage(done, tmp_path, monkeypa
     assert a == b                                              # nothing depends on where it was cut
 
 
+def test_a_run_may_resume_with_another_micro_batch_and_with_nothing_else(tmp_path, capsys):
+    start = lambda *argv: train.rundir.Run(train.parse([*SMALL, *argv, "--out", str(tmp_path / "run")]), 0.0)
+    start(), start("--tokens", "77")
+    with pytest.raises(SystemExit):
+        start("--batch", "3")
+    assert "batch=" in capsys.readouterr().err
+
+
 def test_the_warm_up_keeps_the_best_running_mean_and_ends_when_no_better_one_comes(monkeypatch, capsys):
     model, raw, seen, scores = tiny_llama(9, 0), [], [], iter([0.1, 0.5, 0.4, 0.5])
     step = lm.optimizer_step
