@@ -385,7 +385,7 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
 
 def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
     gen = torch.Generator(Q.device).manual_seed(cfg.seed)
-    rng, n = random.Random(cfg.seed), min(256, len(state_only), len(labelled))
+    rng, n = random.Random(cfg.seed), min(256, max(20, len(test) // 2), len(state_only), len(labelled))   # half an evaluation, as `time_share` plans
     some, true = rng.sample(state_only, n), [z for _, z, _ in rng.sample(labelled, n)]
     z_hat = [swirl_idm.read(tok, row) for row in lm.sample_all(
         Q, [swirl_idm.prompt(tok, x, y, cfg.view) for x, y in some], 1, limits[1], tok.eos_token_id, gen)]
