@@ -50,6 +50,7 @@ def test_results_hold_every_field_of_the_contract(done):
     assert [s["name"] for s in r["stages"]] == ["sft", "iteration1/phase1", "iteration1/phase2", "swirl"]
     for scores in [*r["stages"], r["baselines"]["best_of_8"]]:
         assert FWM <= set(scores["fwm"]) and IDM <= set(scores["idm"]) and scores["fwm"]["n"] == 6
+    assert all(len(s["fwm"]["rollout"]) == 6 for s in r["stages"])
     assert r["baselines"]["copy_x"]["exact_changed"] == 0
     assert {"unique", "mean_length", "true_mean_length"} <= set(r["collapse"])
     assert r["sizes"]["parameters"] > 1e5 and r["sizes"]["peak_rss_mb"] > 100
