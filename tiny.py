@@ -61,26 +61,36 @@ def write_induction_head(model, previous=8.0, match=4.0, gain=2.0, scale=0.1):
 
 
 @torch.no_grad()
-def write_copy_heads(model, codes, period, features=None, sharp=8.0, scale=0.1):
+def embed_images(model, codes, places, features=None, scale=0.1):
+    """Embeddings of the tokens of images that say what they mean, as those of a VQ model and of a vision model's positions do, in a random
+    basis: codes (K,) ids, of which half is what the patch looks like (features (K, F); random without them), all of it in the D dimensions
+    of `seen` (W, D), which is returned: one head can carry it. places (n * n,) ids, row by row: what row and what column."""
+    W, D, E = model.config.hidden_size, model.model.layers[0].self_attn.head_dim, model.model.embed_tokens.weight
+    unit = lambda rows: torch.nn.functional.normalize(rows, dim=1)
+    E.normal_(0, scale)
+    seen = torch.linalg.qr(torch.randn(W, D))[0].to(E)                             # orthonormal columns
+    told = unit(torch.randn(len(codes), D))
+    if features is not None:
+        told[:, :features.shape[1]] += unit(features.to(told))                     # half of it: like patches must still differ
+    E[codes] = scale * W ** 0.5 * (unit(told).to(E) @ seen.T)
+    side = round(len(places) ** 0.5)
+    rows, columns = unit(torch.randn(2, side, W).flatten(0, 1)).view(2, side, W).to(E)
+    E[places] = scale * (W / 2) ** 0.5 * (rows[:, None] + columns).flatten(0, 1)   # two unit vectors, roughly at right angles
+    return seen
+
+
+@torch.no_grad()
+def write_copy_heads(model, seen, period, sharp=8.0, scale=0.1):
     """For images, where the same code stands in many places: heads that look at the patch where the next token stood in the picture before, and
     at those beside, above and below it, as a convolution does. Only the first goes to the output: an untrained model copies. All of it
     stays trainable. As in `write_induction_head`, constant queries and keys (biases) are turned apart by RoPE.
 
-    codes: (K,) ids of the code tokens; period: tokens from a patch of x to the same one of y; features: (K, F) what patches look like,
-    so that like patches have like embeddings, as those of a VQ model do (random without them).
+    seen: of `embed_images`; period: tokens from a patch of x to the same one of y.
     """
     W, D, E = model.config.hidden_size, model.model.layers[0].self_attn.head_dim, model.model.embed_tokens.weight
     line = round((period - 3) ** 0.5)                                              # patches of a row: <image>, </image> and a line break are no patches
     first, second = (layer.self_attn for layer in model.model.layers[:2])
     basis = lambda: torch.linalg.qr(torch.randn(W, D))[0].to(E)                    # (W, D) orthonormal columns
-    seen = basis()                                                                 # all that a code says is in D dimensions: a head can carry it
-    E.normal_(0, scale)
-    unit = lambda rows: torch.nn.functional.normalize(rows, dim=1)
-    told = unit(torch.randn(len(codes), D))
-    if features is not None:
-        told[:, :features.shape[1]] += unit(features.to(E))                        # half of it: like patches must still differ
-    told = unit(told) @ seen.T                                                     # (K, W)
-    E[codes] = scale * told / told.std()
     for layer, head, distance, out in ((first, 0, period - 1, 3 * scale * seen), (first, 1, period, 2 * scale * basis()),
                                        (first, 2, period - 2, 2 * scale * basis()), (first, 3, period - 1 + line, 2 * scale * basis()),
                                        (second, 0, period - 1 - line, 2 * scale * basis())):

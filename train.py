@@ -17,6 +17,7 @@ a phase that validates clearly worse than its start, on labelled rows, is undone
 """
 import platform
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -67,11 +68,14 @@ def load_models(cfg, labelled, state_only):
     tok = tiny.make_tokenizer(["\n" + s for s in states if not added] + [" " + z for _, z, _ in labelled]
                               + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
     tok.add_tokens(added)
-    P = tiny.make_model(tok, seed=cfg.seed, induction=not added)
+    P, Q = (tiny.make_model(tok, seed=cfg.seed, induction=not added or side == "Q") for side in "PQ")      # one start, as in the paper
     if added:
-        codes = tok.convert_tokens_to_ids([token for token in added if token.startswith("<c")])
-        tiny.write_copy_heads(P, codes, len(lm.encode(tok, "\n" + states[0])), torch.tensor(book.features()) if hasattr(book, "features") else None)
-    P, Q = adapters.pair(P, cfg.lora) if cfg.lora else (P, tiny.make_model(tok, seed=cfg.seed))    # one start, as in the paper
+        ids = lambda mark: tok.convert_tokens_to_ids([token for token in added if re.match(mark, token)])
+        looks = torch.tensor(book.features()) if hasattr(book, "features") else None
+        seen = [tiny.embed_images(model, ids("<c"), ids(r"<\d"), looks) for model in (P, Q)][0]
+        tiny.write_copy_heads(P, seen, len(lm.encode(tok, "\n" + states[0])))
+    if cfg.lora:
+        P, Q = adapters.pair(P, cfg.lora)
     return P, Q, tok
 
 

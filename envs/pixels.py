@@ -20,6 +20,7 @@ Rules
  5. "zoom in" shows the four columns at twice the size, "zoom out" all of the wall with them in its middle. A camera that is out can pan and
     tilt by a cell: all that is seen moves the other way.
  6. No two toys look the same, up to a turn. What cannot be done (moving a ball against the figure) changes nothing.
+ 7. What a sentence does is said in one way: "move A left", not "put A on B" of the B that stands there. Else nobody could read which.
 
 To add an action: a case in `step`, and its sentence with its kind in `sentences`.
 
@@ -104,7 +105,8 @@ SIDE = {"left": -1, "right": 1}
 
 def step(room, sentence):
     """The room after the sentence; the same one if that cannot be done."""
-    new = copy.deepcopy(room)
+    new = copy.copy(room)
+    new.up, new.piles = dict(room.up), [list(pile) for pile in room.piles]
     return new if act(new, sentence.split()) else room
 
 
@@ -214,6 +216,7 @@ def put(room, name, where, other):
 def sentences(room):
     """{kind: sentences} that name what is there, whether they can be done or not."""
     names, sides = [toy.name for toy in room.toys()], ("left", "right")
+    seen = [toy.name for column, pile in enumerate(room.piles) for toy in pile if column != room.curtain]
     held = [room.held.name] if room.held else []
     return {
         "camera zoom": ["zoom in", "zoom out"],
@@ -226,22 +229,24 @@ def sentences(room):
         "add": [f"add a {colour} {shape} {side}" for colour in COLOURS for shape in SHAPES for side in sides],
         "remove": [f"remove {name}" for name in names],
         "recolour": [f"paint {name} {colour}" for name in names for colour in COLOURS],
-        "put": [f"put {a} {where} {b}" for a in names for b in names if a != b for where in ("left of", "right of", "on", "under")],
+        "put": [f"put {a} {where} {b}" for where in ("on", "under", "left of", "right of") for a in names for b in seen if a != b],
         "rotate": [f"rotate {name}" for name in names if name.endswith("cone")],
     }
 
 
 def propose(room, x, rng):
-    """(sentence, room after it, its frame): a kind by its habit, of it a sentence that changes the picture x; now and then any."""
+    """(sentence, room after it, its frame): a kind by its habit, of it a sentence that changes the picture x in a way that none before
+    it does (`move` is before `put`); now and then any."""
     said, slip = sentences(room), rng.random() < SLIP
     if room.near and rng.random() < BACK:
         said = {kind: ["zoom out"] if kind == "camera zoom" else [] for kind in said}
     kinds = [kind for kind in HABITS if said[kind]]
     while True:
         kind = rng.choices(kinds, [HABITS[kind] for kind in kinds])[0]
+        ways = (said["object motion"] if kind == "put" else []) + said[kind]
         for z in rng.sample(said[kind], len(said[kind])):
             new = step(room, z)
-            if slip or new is not room:
+            if slip or new is not room and z == next(way for way in ways if vars(step(room, way)) == vars(new)):
                 y = draw(new)
                 if slip or not np.array_equal(x, y):
                     return z, new, y

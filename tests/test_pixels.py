@@ -143,6 +143,23 @@ def book(episodes):
     return images.Codebook.fit(np.stack([f for steps in episodes for x, _, y in steps for f in (x, y)]), pixels.PATCH)
 
 
+def test_a_change_has_one_sentence(monkeypatch):
+    monkeypatch.setattr(pixels, "SLIP", 0)
+    seen = {}
+    for seed in range(40):
+        rng = random.Random(seed)
+        now = Room(rng)
+        for _ in range(10):
+            z, after, y = pixels.propose(now, pixels.draw(now), rng)
+            seen.setdefault((repr(vars(now)), repr(vars(after))), set()).add(z)
+            now = after
+    assert all(len(zs) == 1 for zs in seen.values())
+    start = room([[], ["red ball"], ["blue box"], []], near=False)
+    said = {pixels.propose(start, pixels.draw(start), random.Random(seed))[0] for seed in range(300)}
+    assert {"move the red ball right", "put the red ball right of the blue box", "put the red ball under the blue box"} <= said
+    assert "put the red ball on the blue box" not in said
+
+
 def test_episodes_are_chains_of_changes(episodes):
     for steps in episodes:
         assert len(steps) >= 8 and all(np.array_equal(a[2], b[0]) for a, b in zip(steps, steps[1:]))
@@ -237,6 +254,19 @@ def test_a_patch_is_one_token_and_y_stands_a_fixed_way_behind_x(rows, pixel_tok)
         assert swirl_fwm.read(pixel_tok, swirl_fwm.target(pixel_tok, y)) == y
 
 
+def test_codes_and_places_are_embedded_by_their_meaning(pixel_tok, book):
+    P = copying(pixel_tok, torch.tensor(book.features()))
+    E = torch.nn.functional.normalize(P.get_input_embeddings().weight.detach(), dim=1)
+    at = lambda *tokens: E[pixel_tok.convert_tokens_to_ids(list(tokens))]
+    a, row, column, far = at("<2,3>", "<2,6>", "<5,3>", "<5,6>")
+    assert 0.3 < a @ row < 0.7 and 0.3 < a @ column < 0.7 and abs(a @ far) < 0.3      # half of it is shared
+    codes, looks = at(*(f"<c{i}>" for i in range(book.size))), torch.tensor(book.features())
+    looks = torch.nn.functional.normalize(looks, dim=1)
+    i, j = torch.triu_indices(book.size, book.size, 1)
+    assert torch.corrcoef(torch.stack([(codes @ codes.T)[i, j], (looks @ looks.T)[i, j]]))[0, 1] > 0.6
+    assert (codes @ codes.T)[i, j].max() < 0.99
+
+
 def test_p_draws_an_image_and_q_words_whatever_the_weights(rows, pixel_tok):
     P = tiny.make_model(pixel_tok, width=32, layers=2)                             # random but for the induction head: it knows nothing
     x, z, y = rows[0]
@@ -254,14 +284,15 @@ def test_p_draws_an_image_and_q_words_whatever_the_weights(rows, pixel_tok):
     assert total.sum() == sum(t.startswith("<c") for t in map(pixel_tok.convert_ids_to_tokens, images_ids))
 
 
-def copying(tok, features):
+def copying(tok, features=None):
     P = tiny.make_model(tok, induction=False)
-    tiny.write_copy_heads(P, tok.convert_tokens_to_ids(sorted(t for t in tok.get_added_vocab() if t.startswith("<c"))), 67, features)
+    ids = lambda mark: [i for i, t in sorted((i, t) for t, i in tok.get_added_vocab().items()) if re.match(mark, t)]
+    tiny.write_copy_heads(P, tiny.embed_images(P, ids("<c"), ids(r"<\d"), features), 67)
     return P
 
 
 def test_logp_is_the_same_whatever_else_is_in_the_batch(rows, pixel_tok):
-    P = copying(pixel_tok, None)
+    P = copying(pixel_tok)
     train.restrict(P, copy.deepcopy(P), pixel_tok, rows[0][0])
     xs, zs, ys = map(list, zip(*rows[:6]))
     alone = [swirl_fwm.logp(P, pixel_tok, [x], [z], [y]).item() for x, z, y in rows[:6]]
@@ -270,9 +301,7 @@ def test_logp_is_the_same_whatever_else_is_in_the_batch(rows, pixel_tok):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_heads_that_copy_by_place(rows, pixel_tok, book, known):
-    codes = pixel_tok.convert_tokens_to_ids([f"<c{i}>" for i in range(book.size)])
-    P = tiny.make_model(pixel_tok, induction=False)
-    tiny.write_copy_heads(P, codes, 67, torch.tensor(book.features()) if known else None)
+    P = copying(pixel_tok, torch.tensor(book.features()) if known else None)
     train.restrict(P, copy.deepcopy(P), pixel_tok, rows[0][0])
     xs, zs, _ = map(list, zip(*rows[::15]))
     right = metrics.right_patches(swirl_fwm.predict(P, pixel_tok, xs, zs, 80), xs)
@@ -282,7 +311,7 @@ def test_heads_that_copy_by_place(rows, pixel_tok, book, known):
 
 
 def test_the_heads_look_at_the_patch_and_at_those_around_it(rows, pixel_tok):
-    P = copying(pixel_tok, None)
+    P = copying(pixel_tok)
     P.set_attn_implementation("eager")
     x, z, y = rows[0]
     prompt, i = swirl_fwm.prompt(pixel_tok, x, z), 8 * 3 + 4                       # the patch in row 3, column 4
