@@ -16,8 +16,9 @@ PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, 
 LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 
 
-# The pixels world, a tiny model: with a weight decay of 1 it stops learning after 200 steps
-PIXELS = {"warmup_decay": 0.1}
+# The pixels world, a tiny model. With a weight decay of 1 it stops learning after 200 steps. A spoiled frame is wrong in one patch of 64: where half
+# of its rows are such, Q refuses a quarter of the true ones
+PIXELS = {"warmup_decay": 0.1, "spoiled": 0.4, "patience": 6, "minutes": 15.0}
 
 
 def setting(default, text, **extra):
@@ -39,7 +40,7 @@ class Config:
     shard: bool = setting(False, "under torchrun: FSDP2, masters and moments in shards (parallel.py)")
     tokens: int = setting(0, "tokens of a micro-batch: memory, not the gradient, depends on it (0: 1024 on a CPU, 16384 on a GPU; for a "
                           "pretrained model: 1024, see `python adapters.py`)")
-    minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, else none)")
+    minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, 15 for pixels, else none)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
     episodes: int = setting(0, "training episodes of a built-in world (0: its EPISODES): half keep their actions, half are "

@@ -21,7 +21,7 @@ Departures from the paper:
    alone it ignores a wrong line beside a right one, and Phase I then makes P worse (README). `--spoiled 0`: paper.
 5. `view="diff"` shows Q only the lines that change from x to y; the paper's Q reads both states: `view="full"`.
 6. Each step also raises the likelihood of a few rows of its warm-up (`grpo`, departure 6): without them Q forgets to refuse.
-7. Of images, "diff" lists the patches that change and those beside them: place, code before, code after.
+7. Of images, "diff" lists the patches that change (place, code before, code after), then those beside them (place, code).
 """
 import difflib
 
@@ -37,9 +37,9 @@ from pretrained import frame
 # --- Q as a language model ----------------------------------------------------------------------------------------------
 
 def line_diff(x, y):
-    """The lines that x loses ("- ") and that y gains ("+ "), in order; of images, one line of what changes. A function of x and y alone."""
+    """The lines that x loses ("- ") and that y gains ("+ "), in order; of images, a line of what changes and one of what is beside. A function of x and y alone."""
     if images.is_image(x):
-        return [images.diff(x, y)] if x != y else []
+        return images.diff(x, y) if x != y else []
     a, b = x.split("\n"), y.split("\n")
     out = []
     for tag, i, j, k, l in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():

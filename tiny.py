@@ -74,8 +74,10 @@ def embed_images(model, codes, places, features=None, scale=0.1):
         told[:, :features.shape[1]] += unit(features.to(told))                     # half of it: like patches must still differ
     E[codes] = scale * W ** 0.5 * (unit(told).to(E) @ seen.T)
     side = round(len(places) ** 0.5)
-    rows, columns = unit(torch.randn(2, side, W).flatten(0, 1)).view(2, side, W).to(E)
-    E[places] = scale * (W / 2) ** 0.5 * (rows[:, None] + columns).flatten(0, 1)   # two unit vectors, roughly at right angles
+    angle = torch.linspace(0, torch.pi / 2, side)[:, None] * torch.tensor([1.0, 2, 4, 8])       # (side, 4) near places are alike
+    wave = unit(torch.cat([angle.cos(), angle.sin()], 1) / torch.tensor([1.0, 2, 4, 8] * 2) ** 0.5)      # (side, 8)
+    rows, columns = (wave @ torch.linalg.qr(torch.randn(W, 16))[0].T.view(2, 8, W)).to(E)       # (side, W) each, at right angles
+    E[places] = scale * (W / 2) ** 0.5 * (rows[:, None] + columns).flatten(0, 1)
     return seen
 
 

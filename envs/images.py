@@ -48,15 +48,17 @@ def place(i, n):
 
 
 def diff(x, y):
-    """What Q reads: place, code before, code after of each patch that changes, and of those above, below and beside it: what a toy was put
-    on does not change. A function of x and y alone."""
+    """What Q reads, two lines: place, code before, code after of each patch that changes; place and code of those above, below and beside
+    them: what a toy was put on does not change. A function of x and y alone."""
     before, after = patches(x), patches(y)
     if before is None or after is None or len(before) != len(after):
-        return x + y                                                               # no picture is predicted: the whole of both
-    side = round(len(after) ** 0.5)
-    changed = {divmod(i, side) for i, (a, b) in enumerate(zip(before, after)) if a != b}
-    shown = {(r + dr, c + dc) for r, c in changed for dr, dc in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))}
-    return "".join(place(i, len(after)) + a + b for i, (a, b) in enumerate(zip(before, after)) if divmod(i, side) in shown)
+        return [x, y]                                                              # no picture is predicted: the whole of both
+    n, side = len(after), round(len(after) ** 0.5)
+    changed = [i for i in range(n) if before[i] != after[i]]
+    at = {divmod(i, side) for i in changed}
+    beside = {(r + dr, c + dc) for r, c in at for dr, dc in ((-1, 0), (1, 0), (0, -1), (0, 1))} - at
+    return ["".join(place(i, n) + before[i] + after[i] for i in changed),
+            "".join(place(i, n) + after[i] for i in range(n) if divmod(i, side) in beside)]
 
 
 def lines(image):

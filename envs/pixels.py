@@ -5,8 +5,8 @@ into codes, so that P and Q read and write pictures as they do text. The room ha
 is a figure's with joints in its arms and knees, and half of the rooms have a curtain that hides a column.
 
     zoom in                       pan left                  tilt up                                  camera zoom, camera motion
-    move the red ball left        rotate the green cone     remove the blue box
-    add a yellow star left        paint the red ball blue   put the red ball on the blue box         object motion, and AURORA's
+    move the red ball left        rotate the yellow cone    remove the blue box
+    add a yellow box left         paint the red ball blue   put the red ball on the blue box         object motion, and AURORA's
     raise the left arm            kneel                     walk right                               human motion
     pick up the red ball          put it down left          push the blue box right                  interaction
 
@@ -46,8 +46,8 @@ CELL, PATCH = 32, 16                                                            
 COLUMNS, HIGH = 4, 3                                                               # the stage, in cells
 HOME = 3, 2                                                                        # the row and column of its top left on the wall
 
-COLOURS = {"red": (214, 58, 52), "green": (62, 158, 78), "blue": (52, 96, 200), "yellow": (240, 190, 40)}
-SHAPES = ("ball", "box", "star", "cone")
+COLOURS = {"red": (214, 58, 52), "blue": (52, 96, 200), "yellow": (240, 190, 40)}
+SHAPES = ("ball", "box", "cone")
 WALL, FLOOR, BOARD, SKIN, SHIRT, DARK, CLOTH = (
     (236, 230, 218), (176, 136, 96), (120, 84, 56), (232, 184, 148), (120, 70, 150), (50, 46, 60), (150, 40, 70))
 
@@ -318,13 +318,12 @@ def toy_tile(toy):
     colour = np.array(COLOURS[toy.colour])
     light, dark = 0.55 * colour + 0.45 * 255, 0.65 * colour
     square = lambda a, d: np.maximum(abs(a), abs(d))
-    spikes = lambda a, d: np.hypot(a, d) / (0.72 + 0.28 * np.cos(5 * np.arctan2(a, -d)))
 
     def cone(a, d):                                                                # its tip up, right, down or left
         for _ in range(toy.turn):
             a, d = d, -a
         return np.maximum(d, (2 * abs(a) - d) / 5 ** 0.5)
-    size, shape = {"ball": (14, np.hypot), "box": (14, square), "star": (15, spikes), "cone": (12, cone)}[toy.shape]
+    size, shape = {"ball": (14, np.hypot), "box": (14, square), "cone": (12, cone)}[toy.shape]
     fill(dark, lambda a, d: shape(a, d) - size)
     fill(colour, lambda a, d: shape(a, d) - size + 2.5)
     if toy.shape == "ball":

@@ -34,7 +34,7 @@ def piles(room):
     return [[f"{toy.colour} {toy.shape}" for toy in pile] for pile in room.piles]
 
 
-A, B, C = "red ball", "blue box", "green star"
+A, B, C = "red ball", "blue box", "yellow cone"
 
 
 @pytest.mark.parametrize("before, z, after", [
@@ -46,13 +46,13 @@ A, B, C = "red ball", "blue box", "green star"
     ([[], [A], [], [B]], "put the red ball left of the blue box", [[], [], [A], [B]]),
     ([[], [A], [B], []], "put the red ball right of the blue box", [[], [], [B], [A]]),
     ([[], [A], [B], []], "put the red ball on the blue box", [[], [], [B, A], []]),
-    ([[], [A], [B, C], []], "put the red ball on the blue box", None),                           # the star stands there
+    ([[], [A], [B, C], []], "put the red ball on the blue box", None),                           # the cone stands there
     ([[], [A, B], [], []], "put the red ball on the blue box", [[], [B, A], [], []]),
-    ([[], [A], [B, C], []], "put the red ball under the green star", [[], [], [B, A, C], []]),
-    ([[], [A, B, C], [], []], "put the green star under the red ball", [[], [C, A, B], [], []]),
+    ([[], [A], [B, C], []], "put the red ball under the yellow cone", [[], [], [B, A, C], []]),
+    ([[], [A, B, C], [], []], "put the yellow cone under the red ball", [[], [C, A, B], [], []]),
     ([[], [A, B], [], []], "remove the red ball", [[], [B], [], []]),
-    ([[], [A, B, C], [], []], "add a yellow cone left", [[], [A, B, C], ["yellow cone"], []]),
-    ([[], [A], [], []], "add a yellow cone right", [[], [A], [], ["yellow cone"]]),
+    ([[], [A, B, C], [], []], "add a yellow ball left", [[], [A, B, C], ["yellow ball"], []]),
+    ([[], [A], [], []], "add a yellow cone right", [[], [A], [], [C]]),
     ([[], [A], [], []], "add a red ball left", None),
     ([[], [A], [], []], "paint the red ball blue", [[], ["blue ball"], [], []]),
     ([[], [A, "blue ball"], [], []], "paint the red ball blue", None),                           # two would look the same
@@ -212,15 +212,19 @@ def test_an_image_is_a_string_and_back():
 
 def test_q_reads_the_patches_that_change_and_those_that_touch_them(rows):
     for x, _, y in rows:
-        now, shown = images.patches(x), []
-        for r, c, old, new in re.findall(r"<(\d+),(\d+)>(<c\d+>)(<c\d+>)", images.diff(x, y)):
-            i = 8 * int(r) + int(c)
-            assert now[i] == old
-            now[i] = new
-            shown.append((int(r), int(c)))
-        assert now == images.patches(y) and swirl_idm.line_diff(x, y) == ([images.diff(x, y)] if x != y else [])
-        changed = [(i // 8, i % 8) for i in range(64) if images.patches(x)[i] != images.patches(y)[i]]
-        assert shown == [(r, c) for r in range(8) for c in range(8) if any(abs(r - a) + abs(c - b) <= 1 for a, b in changed)]
+        now, then = images.patches(x), images.patches(y)
+        if x == y:
+            assert swirl_idm.line_diff(x, y) == []
+            continue
+        first, second = swirl_idm.line_diff(x, y)
+        changed = {(int(r), int(c)): codes for r, c, *codes in re.findall(r"<(\d+),(\d+)>(<c\d+>)(<c\d+>)", first)}
+        beside = {(int(r), int(c)): code for r, c, code in re.findall(r"<(\d+),(\d+)>(<c\d+>)", second)}
+        assert "".join(images.place(8 * r + c, 64) + "".join(codes) for (r, c), codes in sorted(changed.items())) == first
+        assert "".join(images.place(8 * r + c, 64) + code for (r, c), code in sorted(beside.items())) == second
+        assert changed == {(i // 8, i % 8): [now[i], then[i]] for i in range(64) if now[i] != then[i]}
+        assert beside == {(r, c): now[8 * r + c] for r in range(8) for c in range(8)
+                          if (r, c) not in changed and any(abs(r - a) + abs(c - b) == 1 for a, b in changed)}
+    assert swirl_idm.line_diff(x, "<image><c1></image>") == [x, "<image><c1></image>"] and swirl_idm.line_diff("<image>", "<image>") == []
 
 
 def test_a_spoiled_image_has_one_wrong_patch(rows):
@@ -258,8 +262,8 @@ def test_codes_and_places_are_embedded_by_their_meaning(pixel_tok, book):
     P = copying(pixel_tok, torch.tensor(book.features()))
     E = torch.nn.functional.normalize(P.get_input_embeddings().weight.detach(), dim=1)
     at = lambda *tokens: E[pixel_tok.convert_tokens_to_ids(list(tokens))]
-    a, row, column, far = at("<2,3>", "<2,6>", "<5,3>", "<5,6>")
-    assert 0.3 < a @ row < 0.7 and 0.3 < a @ column < 0.7 and abs(a @ far) < 0.3      # half of it is shared
+    a, beside, column, row, far = at("<2,3>", "<2,4>", "<7,3>", "<2,7>", "<7,7>")
+    assert a @ beside > 0.7 > a @ column > 0.3 and 0.7 > a @ row > 0.3 > a @ far        # half of it is shared; near places are alike
     codes, looks = at(*(f"<c{i}>" for i in range(book.size))), torch.tensor(book.features())
     looks = torch.nn.functional.normalize(looks, dim=1)
     i, j = torch.triu_indices(book.size, book.size, 1)
