@@ -73,9 +73,9 @@ def embed_images(model, codes, places, features=None, scale=0.1):
     if features is not None:
         told[:, :features.shape[1]] += unit(features.to(told))                     # half of it: like patches must still differ
     E[codes] = scale * W ** 0.5 * (unit(told).to(E) @ seen.T)
-    side = round(len(places) ** 0.5)
-    angle = torch.linspace(0, torch.pi / 2, side)[:, None] * torch.tensor([1.0, 2, 4, 8])       # (side, 4) near places are alike
-    wave = unit(torch.cat([angle.cos(), angle.sin()], 1) / torch.tensor([1.0, 2, 4, 8] * 2) ** 0.5)      # (side, 8)
+    side, octave = round(len(places) ** 0.5), torch.tensor([1.0, 2, 4, 8])
+    angle = torch.linspace(0, torch.pi / 2, side)[:, None] * octave                # (side, 4) near places are alike
+    wave = unit(torch.cat([angle.cos(), angle.sin()], 1) / octave.repeat(2) ** 0.5)             # (side, 8)
     rows, columns = (wave @ torch.linalg.qr(torch.randn(W, 16))[0].T.view(2, 8, W)).to(E)       # (side, W) each, at right angles
     E[places] = scale * (W / 2) ** 0.5 * (rows[:, None] + columns).flatten(0, 1)
     return seen

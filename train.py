@@ -17,7 +17,6 @@ a phase that validates clearly worse than its start, on labelled rows, is undone
 """
 import platform
 import random
-import re
 import sys
 import time
 from pathlib import Path
@@ -68,11 +67,11 @@ def load_models(cfg, labelled, state_only):
     tok = tiny.make_tokenizer(["\n" + s for s in states if not added] + [" " + z for _, z, _ in labelled]
                               + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
     tok.add_tokens(added)
-    P, Q = (tiny.make_model(tok, seed=cfg.seed, induction=not added or side == "Q") for side in "PQ")      # one start, as in the paper
+    P, Q = tiny.make_model(tok, seed=cfg.seed, induction=not added), tiny.make_model(tok, seed=cfg.seed)      # of texts one start, as in the paper
     if added:
-        ids = lambda mark: tok.convert_tokens_to_ids([token for token in added if re.match(mark, token)])
+        codes, places = (tok.convert_tokens_to_ids([token for token in added if mark in token]) for mark in ("<c", ","))
         looks = torch.tensor(book.features()) if hasattr(book, "features") else None
-        seen = [tiny.embed_images(model, ids("<c"), ids(r"<\d"), looks) for model in (P, Q)][0]
+        seen, _ = (tiny.embed_images(model, codes, places, looks) for model in (P, Q))
         tiny.write_copy_heads(P, seen, len(lm.encode(tok, "\n" + states[0])))
     if cfg.lora:
         P, Q = adapters.pair(P, cfg.lora)

@@ -16,7 +16,8 @@ Rules
  2. "put A left of B" (right of, on, under): the column beside B's, the top of B's pile, or below B, which lifts all above.
  3. The figure walks to a free column beside it. It pushes a single toy beside it if that finds room, and follows. It picks up the top toy
     of a pile beside it and holds it over its head; then its arms are up, and it neither kneels nor lowers them.
- 4. What stands behind the curtain is not seen, but named it can be moved: it comes out. The figure does not go there.
+ 4. What stands behind the curtain is not seen, but named it can be moved: it comes out. Nothing is put beside it by name. The figure does not
+    go there.
  5. "zoom in" shows the four columns at twice the size, "zoom out" all of the wall with them in its middle. A camera that is out can pan and
     tilt by a cell: all that is seen moves the other way.
  6. No two toys look the same, up to a turn. What cannot be done (moving a ball against the figure) changes nothing.

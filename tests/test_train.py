@@ -27,6 +27,9 @@ def test_a_pretrained_model_is_spared_the_tricks_of_tiny_ones():
     assert (cfg.warmup_decay, cfg.replay, cfg.muon, cfg.undo, cfg.minutes) == (0.0, 0, False, 1.0, None) and ours.warmup_decay == 0.1
     assert cfg.patience < train.parse([]).patience
     assert train.parse([]).warmup_decay == 1 and train.parse([]).replay == 8
+    pixels, texts = train.parse(["--env", "pixels", "--patience", "7"]), train.parse(["--env", "pixels", "--data", "some.jsonl"])
+    assert (pixels.warmup_decay, pixels.spoiled, pixels.patience, pixels.minutes) == (0.1, 0.4, 7, 15)
+    assert (texts.warmup_decay, texts.spoiled, texts.minutes) == (1, 1, 10)
     with pytest.raises(SystemExit):
         train.parse(["--replay", "-1"])
 
