@@ -26,7 +26,7 @@ def batches(rows, size, rng):
         order = order[size:]
 
 
-def warm_up(model, name, rows, size, validate, cfg, run, seconds):
+def warm_up(model, name, rows, size, decay, validate, cfg, run, seconds):
     """SFT: raise log p(target | prompt) of rows [(prompt, target)], `size` a step, until `patience` validations in a row
     bring no better one, or `warmup_steps`, or `seconds`, are over. The best checkpoint is kept.
 
@@ -34,7 +34,7 @@ def warm_up(model, name, rows, size, validate, cfg, run, seconds):
     rate would end, at every step. So it shows when more steps would not help; a flat end of a falling rate does not.
     """
     begin, batch = time.time(), batches(rows, size, random.Random(cfg.seed))
-    optimizers = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon, cfg.warmup_decay)
+    optimizers = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon, decay)
     mean, best, best_at, weights, ended, step = lm.freeze(model), -1e9, 0, None, "", 0
     bar = tqdm(total=cfg.warmup_steps, desc=f"warm-up {name}", leave=False, disable=parallel.rank() > 0 or None)
     while not ended:

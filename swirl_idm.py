@@ -21,7 +21,8 @@ Departures from the paper:
    alone it ignores a wrong line beside a right one, and Phase I then makes P worse (README). `--spoiled 0`: paper.
 5. `view="diff"` shows Q only the lines that change from x to y; the paper's Q reads both states: `view="full"`.
 6. Each step also raises the likelihood of a few rows of its warm-up (`grpo`, departure 6): without them Q forgets to refuse.
-7. Of images, "diff" lists the patches that change (place, code before, code after), then those beside them (place, code).
+7. Of images, "diff" lists the patches that change (place, code before, code after), then those beside them (place, code), after a
+   shift of the whole if the camera moved (`envs/images.py`); a patch, or two side by side, stand for a wrong line.
 """
 import difflib
 
@@ -56,11 +57,12 @@ def spoil(x, y, other, rng):
     another state; where y changes several lines, a quarter of the time one of them is, and a quarter of the time one of them
     stays as it was in x. None if nothing changes from x to y (the wrong line alone could be a true change) or no line can
     be exchanged."""
-    lines, join = (images.lines, images.join) if images.is_image(x) else (lambda state: state.split("\n"), "\n".join)
-    before, after = lines(x), lines(y)
+    if images.is_image(x):
+        return images.spoil(x, y, other, rng)
+    before, after = x.split("\n"), y.split("\n")
     changed = [i for i, (old, new) in enumerate(zip(before, after)) if old != new] if len(before) == len(after) else []
     like = {}                                                                      # lines of the other state by their first word
-    for line in lines(other):
+    for line in other.split("\n"):
         like.setdefault(line.split(" ")[0], []).append(line)
     take = lambda some: [(i, line) for i in some for line in like.get(after[i].split(" ")[0], ())
                          if line not in (after[i], *before[i:i + 1])]
@@ -70,7 +72,7 @@ def spoil(x, y, other, rng):
     if x == y or not options:
         return None
     i, line = rng.choice(rng.choice(options))
-    return join(after[:i] + [line] + after[i + 1:])
+    return "\n".join(after[:i] + [line] + after[i + 1:])
 
 
 def warmup_rows(tok, labelled, view, spoiled, rng, times=8):

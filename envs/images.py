@@ -48,28 +48,49 @@ def place(i, n):
 
 
 def diff(x, y):
-    """What Q reads, two lines: place, code before, code after of each patch that changes; place and code of those above, below and beside
-    them: what a toy was put on does not change. A function of x and y alone."""
+    """What Q reads, two lines, column by column: place, code before, code after of each patch that changes; place and code of those above, below
+    and beside them: what a toy was put on does not change. If a shift of the whole of x by one patch (its border repeated) leaves less than half
+    of that list, as when a camera moves, the line begins with two places, from where to where, and x is taken as shifted: a video's codec does
+    the same. A function of x and y alone."""
     before, after = patches(x), patches(y)
     if before is None or after is None or len(before) != len(after):
         return [x, y]                                                              # no picture is predicted: the whole of both
     n, side = len(after), round(len(after) ** 0.5)
-    changed = [i for i in range(n) if before[i] != after[i]]
+    wide = np.pad(np.array(before).reshape(side, side), 1, "edge")
+    shifts = {(r, c): wide[1 - r:1 - r + side, 1 - c:1 - c + side].ravel().tolist() for r, c in ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))}
+    left = {way: sum(old != new for old, new in zip(codes, after)) * (1 if any(way) else 0.5) for way, codes in shifts.items()}
+    r, c = min(left, key=left.get)                                                 # of equals the first
+    before = shifts[r, c]
+    columns = sorted(range(n), key=lambda i: (i % side, i))                        # left and right are what most sentences tell
+    changed = [i for i in columns if before[i] != after[i]]
     at = {divmod(i, side) for i in changed}
     beside = {(r + dr, c + dc) for r, c in at for dr, dc in ((-1, 0), (1, 0), (0, -1), (0, 1))} - at
-    return ["".join(place(i, n) + before[i] + after[i] for i in changed),
-            "".join(place(i, n) + after[i] for i in range(n) if divmod(i, side) in beside)]
+    shift = place(side + 1, n) + place(side * (1 + r) + 1 + c, n) if r or c else ""
+    return [shift + "".join(place(i, n) + before[i] + after[i] for i in changed),
+            "".join(place(i, n) + after[i] for i in columns if divmod(i, side) in beside)]
 
 
-def lines(image):
-    """["<0,0> <c12>", ..]: the patches as `swirl_idm.spoil` takes lines, with the place as their first word."""
-    found = patches(image)
-    return [f"{place(i, len(found))} {code}" for i, code in enumerate(found)]
-
-
-def join(lines):
-    """The image of such lines."""
-    return IMAGE + "".join(line.split(" ")[1] for line in lines) + END
+def spoil(x, y, other, rng):
+    """The image y as a careless P would draw it: one that should have stayed or one that changes has another code, of x, y or `other`; one that
+    changes stays as it was; or one that changes and one beside it are exchanged. None if nothing changes or that cannot be done."""
+    before, after = patches(x), patches(y)
+    n, side = len(after), round(len(after) ** 0.5)
+    changed = [i for i in range(n) if before[i] != after[i]]
+    if not changed:
+        return None
+    way = rng.choice(("swap", "swap", "stray", "stray", "change", "stay") if len(changed) > 1 else ("swap", "stray", "stray"))
+    i = rng.choice([i for i in range(n) if i not in changed] or changed) if way == "stray" else rng.choice(changed)
+    if way == "swap":
+        near = [j for j in range(n) if abs(i // side - j // side) + abs(i % side - j % side) == 1 and after[i] != after[j]]
+        if near:
+            j = rng.choice(near)
+            after[i], after[j] = after[j], after[i]
+    elif way == "stay":
+        after[i] = before[i]
+    else:
+        after[i] = rng.choice([code for code in sorted({*before, *after, *patches(other)}) if code not in (before[i], after[i])] or [after[i]])
+    bad = IMAGE + "".join(after) + END
+    return bad if bad != y else None
 
 
 def is_token(token):

@@ -2,25 +2,26 @@
 
 A frame is an array (128, 128, 3) of uint8, an action is a sentence, and the next frame is the room after it. `images.py` turns frames
 into codes, so that P and Q read and write pictures as they do text. The room has four columns. Toys stand in them in piles, one column
-is a figure's with joints in its arms and knees, and half of the rooms have a curtain that hides a column.
+is a figure's with joints in its arms and knees, half of the rooms have a curtain that hides a column, and above there is a window.
 
     zoom in                       pan left                  tilt up                                  camera zoom, camera motion
     move the red ball left        rotate the yellow cone    remove the blue box
-    add a yellow box left         paint the red ball blue   put the red ball on the blue box         object motion, and AURORA's
+    add a yellow box              paint the red ball blue   put the red ball on the blue box         object motion, and AURORA's
     raise the left arm            kneel                     walk right                               human motion
     pick up the red ball          put it down left          push the blue box right                  interaction
 
 Rules
  1. Toys fall: one that is moved, put or added comes to rest on top of its column's pile, and what stood on a toy that left comes down by
-    one. A pile holds three. "left" and "right" are the viewer's; to add one left is to add it to the leftmost column that has room.
+    one. A pile holds three. "left" and "right" are the viewer's. One that is added comes to the leftmost column that has room.
  2. "put A left of B" (right of, on, under): the column beside B's, the top of B's pile, or below B, which lifts all above.
  3. The figure walks to a free column beside it. It pushes a single toy beside it if that finds room, and follows. It picks up the top toy
     of a pile beside it and holds it over its head; then its arms are up, and it neither kneels nor lowers them.
  4. What stands behind the curtain is not seen, but named it can be moved: it comes out. Nothing is put beside it by name. The figure does not
     go there.
- 5. "zoom in" shows the four columns at twice the size, "zoom out" all of the wall with them in its middle. A camera that is out can pan and
-    tilt by a cell: all that is seen moves the other way.
- 6. No two toys look the same, up to a turn. What cannot be done (moving a ball against the figure) changes nothing.
+ 5. "zoom in" shows the four columns at twice the size, "zoom out" all of the wall with them in its middle. A camera that is out can pan by a
+    cell to each side of where it began and tilt down by one: all that is seen moves the other way.
+ 6. No two toys look the same, up to a turn. What cannot be done (moving a ball against the figure) changes nothing. "rotate" lays a cone
+    down or stands it up.
  7. What a sentence does is said in one way: "move A left", not "put A on B" of the B that stands there. Else nobody could read which.
 
 To add an action: a case in `step`, and its sentence with its kind in `sentences`.
@@ -40,7 +41,7 @@ from typing import NamedTuple
 import numpy as np
 
 STEPS = 10
-EPISODES = 160      # to train on, unless --episodes says else
+EPISODES = 100      # to train on, unless --episodes says else
 SLIP = 0.04         # share of sentences given without a look at the room
 BACK = 0.8          # share of near views that end at once: from near a toy has other codes, each to be learnt anew
 CELL, PATCH = 32, 16                                                               # pixels of a cell seen from near, of a patch
@@ -49,19 +50,19 @@ HOME = 3, 2                                                                     
 
 COLOURS = {"red": (214, 58, 52), "blue": (52, 96, 200), "yellow": (240, 190, 40)}
 SHAPES = ("ball", "box", "cone")
-WALL, FLOOR, BOARD, SKIN, SHIRT, DARK, CLOTH = (
-    (236, 230, 218), (176, 136, 96), (120, 84, 56), (232, 184, 148), (120, 70, 150), (50, 46, 60), (150, 40, 70))
+WALL, FLOOR, BOARD, SKIN, SHIRT, DARK, CLOTH, PANE = (
+    (236, 230, 218), (176, 136, 96), (120, 84, 56), (232, 184, 148), (120, 70, 150), (50, 46, 60), (150, 40, 70), (170, 210, 235))
 
 # How often a sentence of each kind is given.
-HABITS = {"camera zoom": 1, "camera motion": 4, "object motion": 4, "human motion": 4, "interaction": 4,
-          "add": 1, "remove": 1, "recolour": 2, "put": 3, "rotate": 1}
+HABITS = {"camera zoom": 0.4, "camera motion": 4, "object motion": 4, "human motion": 4, "interaction": 4,
+          "add": 1, "remove": 1, "recolour": 2, "put": 2, "rotate": 2}
 MOTION = ("camera zoom", "camera motion", "object motion", "human motion", "interaction")       # ByteMorph's; the others are AURORA's
 
 
 class Toy(NamedTuple):
     colour: str
     shape: str
-    turn: int = 0                                                                  # quarters, of cones alone
+    turn: int = 0                                                                  # of cones alone: 1 lies
 
     @property
     def name(self):
@@ -77,7 +78,7 @@ class Room:
         self.curtain = free.pop() if rng.random() < 0.5 else None
         self.up, self.kneels, self.held = {"left": False, "right": False}, False, None
         self.piles = [[] for _ in range(COLUMNS)]                                  # from the floor up
-        names = rng.sample(list(itertools.product(COLOURS, SHAPES)), 3)
+        names = rng.sample(list(itertools.product(COLOURS, SHAPES)), 2)
         for colour, shape in names:
             self.piles[rng.choice(free)].append(Toy(colour, shape))
 
@@ -122,14 +123,14 @@ def act(room, words):
             row, column = room.camera
             row, column = row + (way == "up") - (way == "down"), column + (way == "left") - (way == "right")
             room.camera = row, column
-            return not room.near and 1 <= row <= 4 and 0 <= column <= 8 - COLUMNS
+            return not room.near and 2 <= row <= 3 and 1 <= column <= 3
         case ["move", colour, shape, ("left" | "right") as side]:
             return carry(room, (colour, shape), lambda c, h: c + SIDE[side])
         case ["put", colour, shape, ("left" | "right" | "on" | "under") as where, colour2, shape2]:
             return put(room, (colour, shape), where, (colour2, shape2))
-        case ["add", colour, shape, ("left" | "right") as side]:
-            columns = [c for c in range(COLUMNS) if room.takes(c)][::-SIDE[side]]
-            if not columns or taken(room, colour, shape) or len(room.toys()) > 3:
+        case ["add", colour, shape]:
+            columns = [c for c in range(COLUMNS) if room.takes(c)]
+            if not columns or taken(room, colour, shape) or len(room.toys()) > 2:
                 return False
             room.piles[columns[0]].append(Toy(colour, shape))
         case ["remove", colour, shape]:
@@ -137,7 +138,7 @@ def act(room, words):
         case ["paint", colour, shape, new]:
             return change(room, (colour, shape), lambda toy: toy._replace(colour=new)) if not taken(room, new, shape) else False
         case ["rotate", colour, "cone"]:
-            return change(room, (colour, "cone"), lambda toy: toy._replace(turn=(toy.turn + 1) % 4))
+            return change(room, (colour, "cone"), lambda toy: toy._replace(turn=(toy.turn + 1) % 2))
         case ["raise" | "lower" as verb, side, "arm"]:
             done, room.up[side] = room.up[side] != (verb == "raise") and not room.held, verb == "raise"
             return done
@@ -227,7 +228,7 @@ def sentences(room):
         + ["kneel", "stand up", "walk left", "walk right"],
         "interaction": [f"push {name} {side}" for name in names for side in sides] + [f"pick up {name}" for name in names]
         + [f"put it down {side}" for side in sides if held],
-        "add": [f"add a {colour} {shape} {side}" for colour in COLOURS for shape in SHAPES for side in sides],
+        "add": [f"add a {colour} {shape}" for colour in COLOURS for shape in SHAPES],
         "remove": [f"remove {name}" for name in names],
         "recolour": [f"paint {name} {colour}" for name in names for colour in COLOURS],
         "put": [f"put {a} {where} {b}" for where in ("on", "under", "left of", "right of") for a in names for b in seen if a != b],
@@ -294,6 +295,7 @@ def draw(room):
     paste(figure_tile(room.up["left"], room.up["right"], room.kneels), room.figure, 1)
     if room.held:
         paste(toy_tile(room.held), room.figure, 2)
+    paste(window_tile(), 1, HIGH)                                                  # else a walk in an empty room could be a pan
     if room.curtain is not None:
         paste(curtain_tile(), room.curtain, HIGH - 1)
     if room.near:
@@ -320,9 +322,8 @@ def toy_tile(toy):
     light, dark = 0.55 * colour + 0.45 * 255, 0.65 * colour
     square = lambda a, d: np.maximum(abs(a), abs(d))
 
-    def cone(a, d):                                                                # its tip up, right, down or left
-        for _ in range(toy.turn):
-            a, d = d, -a
+    def cone(a, d):                                                                # its tip up or, lying, right
+        a, d = (d, -a) if toy.turn else (a, d)
         return np.maximum(d, (2 * abs(a) - d) / 5 ** 0.5)
     size, shape = {"ball": (14, np.hypot), "box": (14, square), "cone": (12, cone)}[toy.shape]
     fill(dark, lambda a, d: shape(a, d) - size)
@@ -354,6 +355,14 @@ def figure_tile(left_up, right_up, kneels):
     limb(SKIN, (0, low - 23), (0, low - 22), wide=6.5)
     for eye in (-2.5, 2.5):
         limb(DARK, (eye, low - 23), (eye, low - 22), wide=1)
+    return tile
+
+
+@functools.cache
+def window_tile():
+    tile, fill = blank(CELL)
+    fill(BOARD, lambda a, d: np.maximum(abs(a), abs(d)) - 13)
+    fill(PANE, lambda a, d: np.maximum(abs(abs(a) - 5.5), abs(abs(d) - 5.5)) - 4)
     return tile
 
 

@@ -81,7 +81,7 @@ def cases(prepare):
         m.setattr(lm, "make_optimizers", lambda *_: [recorder])
         m.setattr(lm, "budget", lambda model: 8)
         run = types.SimpleNamespace(log=lambda *_, **line: logged.append(line), elapsed=lambda: 0.0)
-        sft.warm_up(model, "P", ROWS, 5, lambda mean: 0.0, train.parse(["--warmup-steps", "1"]), run, 60)
+        sft.warm_up(model, "P", ROWS, 5, 1.0, lambda mean: 0.0, train.parse(["--warmup-steps", "1"]), run, 60)
     out["warm-up"] = {k: logged[0][k] for k in ("loss", "grad_norm")}, recorder.seen
 
     tok = tiny.make_tokenizer(TEXTS + ["\naction: " + swirl_idm.IMPOSSIBLE] * 9, vocab_size=300)

@@ -24,12 +24,12 @@ FWM, IDM = {"n", "exact", "exact_changed", "bleu", "rouge_l", "logp"}, {"n", "ex
 
 def test_a_pretrained_model_is_spared_the_tricks_of_tiny_ones():
     cfg, ours = train.parse(["--model", "some/model"]), train.parse(["--model", "some/model", "--warmup-decay", "0.1"])
-    assert (cfg.warmup_decay, cfg.replay, cfg.muon, cfg.undo, cfg.minutes) == (0.0, 0, False, 1.0, None) and ours.warmup_decay == 0.1
+    assert (cfg.warmup_decay, cfg.warmup_decay_idm, cfg.replay, cfg.muon, cfg.undo, cfg.minutes) == (0.0, 0.0, 0, False, 1.0, None) and ours.warmup_decay == 0.1
     assert cfg.patience < train.parse([]).patience
     assert train.parse([]).warmup_decay == 1 and train.parse([]).replay == 8
     pixels, texts = train.parse(["--env", "pixels", "--patience", "7"]), train.parse(["--env", "pixels", "--data", "some.jsonl"])
-    assert (pixels.warmup_decay, pixels.spoiled, pixels.patience, pixels.minutes) == (0.1, 0.4, 7, 15)
-    assert (texts.warmup_decay, texts.spoiled, texts.minutes) == (1, 1, 10)
+    assert (pixels.warmup_decay, pixels.warmup_decay_idm, pixels.temperature, pixels.patience, pixels.minutes) == (0.1, 1, 1.3, 7, 15)
+    assert (texts.warmup_decay, texts.warmup_decay_idm, texts.temperature, texts.minutes) == (1, 1, 1, 10)
     with pytest.raises(SystemExit):
         train.parse(["--replay", "-1"])
 
@@ -140,7 +140,7 @@ def test_the_warm_up_keeps_the_best_running_mean_and_ends_when_no_better_one_com
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     cfg = train.parse(["--warmup-every", "2", "--patience", "2"])
     run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0)
-    sft.warm_up(model, "P", [([1, 2], [3, 4]), ([2], [5, 6])] * 4, 4, validate, cfg, run, 60)
+    sft.warm_up(model, "P", [([1, 2], [3, 4]), ([2], [5, 6])] * 4, 4, 1.0, validate, cfg, run, 60)
     assert len(seen) == 4 and "step 4 of 8 (converged)" in capsys.readouterr().out     # an equal score is not better
     kept = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert torch.equal(kept, seen[1]) and not torch.equal(kept, raw[3])
@@ -153,7 +153,7 @@ def test_the_warm_up_keeps_the_best_running_mean_and_ends_when_no_better_one_com
 def test_a_warm_up_with_nothing_right_yet_has_not_converged(capsys):
     run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0)
     cfg = train.parse(["--warmup-every", "1", "--patience", "2", "--warmup-steps", "5"])
-    sft.warm_up(tiny_llama(9, 0), "P", [([1, 2], [3, 4])] * 4, 4, lambda mean: 0.0, cfg, run, 60)
+    sft.warm_up(tiny_llama(9, 0), "P", [([1, 2], [3, 4])] * 4, 4, cfg.warmup_decay, lambda mean: 0.0, cfg, run, 60)
     assert "step 5 of 5 (cut off by warmup_steps)" in capsys.readouterr().out
 
 
@@ -176,7 +176,7 @@ def test_the_warm_up_takes_its_optimizer_from_the_settings(monkeypatch):
     monkeypatch.setattr(lm, "make_optimizers", lambda model, *settings: seen.append(settings) or make(model, *settings))
     run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0)
     cfg = train.parse(["--warmup-steps", "1", "--warmup-lr", ".01", "--no-muon", "--warmup-decay", ".3"])
-    sft.warm_up(tiny_llama(9, 0), "P", [([1, 2], [3, 4])] * 4, 4, lambda mean: 0.0, cfg, run, 60)
+    sft.warm_up(tiny_llama(9, 0), "P", [([1, 2], [3, 4])] * 4, 4, cfg.warmup_decay, lambda mean: 0.0, cfg, run, 60)
     assert seen == [(.01, False, .3)]
 
 
