@@ -18,7 +18,7 @@ LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 
 # The pixels world, a tiny model. With a weight decay of 1 its P stops learning after 200 steps; and it is so sure of what it draws that at temperature 1
 # most groups are all right or all wrong
-PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature": 1.3, "minutes": 15.0}
+PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "minutes": 15.0}
 
 
 def setting(default, text, **extra):
@@ -83,6 +83,7 @@ class Config:
     beta_fwm: float = setting(0.0, "KL to the reference in Phase I. Eq. 3 and 4: 0; released scripts: .04")
     kl: str = setting("reward", "KL in the reward (exact) or k3 in the loss (released)", choices=["reward", "loss"])
     temperature: float = setting(1.0, "of rollouts and of their scores alike, so GRPO stays exact (paper: .75)")
+    temperature_fwm: float = setting(None, "the same in Phase I alone (default: --temperature; pixels 1.3)")
     top_p: float = setting(1.0, "off; the paper's .96 samples from another policy than it scores")
     top_k: int = setting(0, "off")
     reward_form: str = setting("sum", "sum of the opposite's token log-probs (theorems) or mean (released)",
@@ -108,7 +109,8 @@ def parse(argv=None):
     elif given.env == "pixels" and not given.data:
         parser.set_defaults(**PIXELS)
     cfg = Config(**vars(parser.parse_args(argv)))
-    checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0, "floor": cfg.floor >= 0,
+    checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0,
+              "temperature_fwm": cfg.temperature_fwm is None or cfg.temperature_fwm > 0, "floor": cfg.floor >= 0,
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
               "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
               "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "lora": cfg.lora >= 0, "tokens": cfg.tokens >= 0,
@@ -126,6 +128,7 @@ def parse(argv=None):
         rundir.fail("--device cuda: no GPU is visible; use --device cpu")
     if cfg.minutes is None and cfg.model == "tiny":
         cfg.minutes = 10.0
+    cfg.temperature_fwm = cfg.temperature if cfg.temperature_fwm is None else cfg.temperature_fwm
     cfg.episodes = cfg.episodes or WORLDS[cfg.env].EPISODES
     cfg.out = cfg.out or f"runs/{Path(cfg.data).name.split('.')[0] or cfg.env}-{Path(cfg.model).name}-{cfg.seed}"
     return cfg

@@ -232,7 +232,7 @@ def train(cfg):
         # Phase I: theta moves, phi is frozen (Eq. 3, Theorem 3.1)
         if not run.done(f"iteration{i}/phase1"):
             since = time.time()
-            settings = phase_settings(cfg, cfg.beta_fwm, cfg.lr_fwm, limits[0])
+            settings = phase_settings(cfg, cfg.beta_fwm, cfg.lr_fwm, cfg.temperature_fwm, limits[0])
             pairs = [(x, y) for x, y in state_only if x != y or not cfg.skip_unchanged]
             phase(run, cfg, f"iteration{i}/phase1", P, Q, validate_P, pairs, rows_P, settings, cfg.phase1_steps,
                   time_share(run, budget, left), lambda ref, opt, pairs, gen, replay: swirl_fwm.phase1_step(
@@ -241,7 +241,7 @@ def train(cfg):
         # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
         if not run.done(f"iteration{i}/phase2"):
             since = time.time()
-            settings = phase_settings(cfg, cfg.beta, cfg.lr_idm, limits[1])
+            settings = phase_settings(cfg, cfg.beta, cfg.lr_idm, cfg.temperature, limits[1])
             phase(run, cfg, f"iteration{i}/phase2", Q, P, validate_Q, state_only, rows_Q, settings, cfg.phase2_steps,
                   time_share(run, budget, left - 1), lambda ref, opt, pairs, gen, replay: swirl_idm.phase2_step(
                       Q, P, ref, opt, tok, pairs, settings, **reward, generator=gen, replay=replay))
@@ -325,8 +325,8 @@ def time_share(run, budget, phases_left):
     return left * (4 if phases_left % 2 == 0 else 1) / (5 * ((phases_left + 1) // 2) - (4 if phases_left % 2 else 0))
 
 
-def phase_settings(cfg, beta, lr, max_new):
-    return grpo.GRPO(group_size=cfg.group_size, max_new=max_new, temperature=cfg.temperature, top_p=cfg.top_p,
+def phase_settings(cfg, beta, lr, temperature, max_new):
+    return grpo.GRPO(group_size=cfg.group_size, max_new=max_new, temperature=temperature, top_p=cfg.top_p,
                      top_k=cfg.top_k, scale=cfg.scale, beta=beta, kl=cfg.kl, updates=cfg.updates, clip=cfg.clip, lr=lr)
 
 

@@ -115,7 +115,7 @@ def a_phase(prepare):
     run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0, progress={"stages": [{"fwm": {"exact": 0.0}}]})
     cfg = train.parse(["--batch", "5", "--replay", "5", "--no-muon"])
     train.phase(run, cfg, "iteration1/phase1", policy, frozen, lambda model: next(scores), [(n, n) for n in range(20)], ROWS,
-                train.phase_settings(cfg, 0.0, 0.1, 4), 2, 60, take_step)
+                train.phase_settings(cfg, 0.0, 0.1, 1.0, 4), 2, 60, take_step)
     return seen, weights(policy)
 
 

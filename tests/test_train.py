@@ -28,8 +28,8 @@ def test_a_pretrained_model_is_spared_the_tricks_of_tiny_ones():
     assert cfg.patience < train.parse([]).patience
     assert train.parse([]).warmup_decay == 1 and train.parse([]).replay == 8
     pixels, texts = train.parse(["--env", "pixels", "--patience", "7"]), train.parse(["--env", "pixels", "--data", "some.jsonl"])
-    assert (pixels.warmup_decay, pixels.warmup_decay_idm, pixels.temperature, pixels.patience, pixels.minutes) == (0.1, 1, 1.3, 7, 15)
-    assert (texts.warmup_decay, texts.warmup_decay_idm, texts.temperature, texts.minutes) == (1, 1, 1, 10)
+    assert (pixels.warmup_decay, pixels.warmup_decay_idm, pixels.temperature, pixels.temperature_fwm, pixels.patience, pixels.minutes) == (0.1, 1, 1, 1.3, 7, 15)
+    assert (texts.warmup_decay, texts.warmup_decay_idm, texts.temperature_fwm, texts.minutes) == (1, 1, 1, 10) and train.parse(["--temperature", "0.75"]).temperature_fwm == 0.75
     with pytest.raises(SystemExit):
         train.parse(["--replay", "-1"])
 
@@ -198,7 +198,7 @@ def test_a_phase_that_clearly_lowers_the_validation_is_undone(capsys, scores, un
 
     run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0, progress={"stages": [{"fwm": {"exact": 0.0}}]})
     cfg = train.parse([])
-    settings = train.phase_settings(cfg, 0.0, 0.1, 4)
+    settings = train.phase_settings(cfg, 0.0, 0.1, 1.0, 4)
     train.phase(run, cfg, "iteration1/phase1", policy, frozen, validate, [("a", "b")] * 8, [([1], [2])], settings, 2, 60, take_step)
     assert torch.equal(seen[0], start) and not torch.equal(seen[1], start)
     assert torch.equal(flat(policy), seen[0] if undone else seen[1]) and ("undone" in capsys.readouterr().out) == undone
@@ -217,7 +217,7 @@ def test_a_phase_that_moves_the_frozen_model_stops():
     cfg = train.parse([])
     with pytest.raises(AssertionError, match="frozen"):
         train.phase(run, cfg, "iteration1/phase1", policy, frozen, lambda model: 0.0, [("a", "b")] * 8, [([1], [2])],
-                    train.phase_settings(cfg, 0.0, 0.1, 4), 1, 60, take_step)
+                    train.phase_settings(cfg, 0.0, 0.1, 1.0, 4), 1, 60, take_step)
 
 
 def test_of_a_user_s_file_a_test_transition_goes_if_training_knows_both_of_its_states(tmp_path):
