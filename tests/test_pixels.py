@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import envs
+import grpo
 import lm
 import pictures
 import rundir
@@ -556,8 +557,12 @@ SMALL = ["--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "pixels"
-    assert train.main([*SMALL, "--out", str(out)]) == 0
+    out, seen, step = tmp_path_factory.mktemp("run") / "pixels", [], grpo.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "step", lambda policy, ref, opt, prompts, reward, cfg, *rest, **more: seen.append(cfg.temperature)
+                      or step(policy, ref, opt, prompts, reward, cfg, *rest, **more))
+        assert train.main([*SMALL, "--out", str(out)]) == 0
+    assert seen == [1.3] * 2 + [1] * 2                                             # Phase I, Phase II
     return out
 
 
