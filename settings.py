@@ -17,7 +17,7 @@ LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 
 
 # The pixels world, a tiny model. With a weight decay of 1 its P stops learning after 200 steps; and it is so sure of what it draws that at temperature 1
-# most groups are all right or all wrong
+# a third of the groups have no spread
 PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "minutes": 15.0}
 
 
@@ -59,7 +59,7 @@ class Config:
     warmup_lr: float = setting(4e-3, "constant, Muon and AdamW. For a pretrained model: 2e-5 (paper)")
     warmup_decay: float = setting(1.0, "weight decay of the warm-up: a tiny P that may not grow learns rules, not rows (for a "
                                   "pretrained model: 0)")
-    warmup_decay_idm: float = setting(1.0, "the same of the IDM")
+    warmup_decay_idm: float = setting(1.0, "the same in the IDM's warm-up (for a pretrained model: 0)")
     spoiled: float = setting(1.0, "share of the IDM's labelled pairs that it also sees with a wrong y and no action "
                              "(paper: 0). See swirl_idm.py, departure 4")
     muon: bool = setting(True, "Muon on the weight matrices in the warm-up; the phases use AdamW, as the paper")

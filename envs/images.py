@@ -58,7 +58,7 @@ def diff(x, y):
     n, side = len(after), round(len(after) ** 0.5)
     wide = np.pad(np.array(before).reshape(side, side), 1, "edge")
     shifts = {(r, c): wide[1 - r:1 - r + side, 1 - c:1 - c + side].ravel().tolist() for r, c in ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))}
-    left = {way: sum(old != new for old, new in zip(codes, after)) * (1 if any(way) else 0.5) for way, codes in shifts.items()}
+    left = {way: sum(old != new for old, new in zip(moved, after)) * (1 if any(way) else 0.5) for way, moved in shifts.items()}
     r, c = min(left, key=left.get)                                                 # of equals the first
     before = shifts[r, c]
     columns = sorted(range(n), key=lambda i: (i % side, i))                        # left and right are what most sentences tell

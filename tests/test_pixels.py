@@ -264,6 +264,8 @@ def test_q_reads_a_moved_camera_as_a_shift_and_what_is_wrong_beside_it(book, z, 
     right, codes[9] = codes[9], "<c7>"
     bad = "<image>" + "".join(codes) + "</image>"
     assert swirl_idm.line_diff(x, bad)[0] == f"{shift}<1,1>{right}<c7>"
+    codes[0] = codes[63] = "<c7>"                                                  # three wrong ones hide no shift
+    assert swirl_idm.line_diff(x, "<image>" + "".join(codes) + "</image>")[0].startswith(f"{shift}<0,0>")
 
 
 def test_a_spoiled_image_has_a_wrong_patch_or_two_exchanged(rows):
