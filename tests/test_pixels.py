@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import envs
-import grpo
 import lm
 import pictures
 import rundir
@@ -559,10 +558,10 @@ SMALL = ["--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    out, seen, step = tmp_path_factory.mktemp("run") / "pixels", [], grpo.step
+    out, seen = tmp_path_factory.mktemp("run") / "pixels", []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "step", lambda policy, ref, opt, prompts, reward, cfg, *rest, **more: seen.append(cfg.temperature)
-                      or step(policy, ref, opt, prompts, reward, cfg, *rest, **more))
+        for module, name in ((swirl_fwm, "phase1_step"), (swirl_idm, "phase2_step")):
+            patch.setattr(module, name, lambda *args, step=getattr(module, name), **more: seen.append(args[6].temperature) or step(*args, **more))
         assert train.main([*SMALL, "--out", str(out)]) == 0
     assert seen == [1.3] * 2 + [1] * 2                                             # Phase I, Phase II
     return out
