@@ -57,7 +57,7 @@ class Config:
     warmup_batch: int = setting(8, "transitions a step of the FWM: few, since steps count, not rows (README). Paper: 128")
     warmup_batch_idm: int = setting(64, "rows a step of the IDM: short ones, half of them spoiled")
     warmup_lr: float = setting(4e-3, "constant, Muon and AdamW. For a pretrained model: 2e-5 (paper)")
-    warmup_decay: float = setting(1.0, "weight decay of the warm-up: a tiny P that may not grow learns rules, not rows (for a "
+    warmup_decay: float = setting(1.0, "weight decay of the FWM's warm-up: a tiny P that may not grow learns rules, not rows (for a "
                                   "pretrained model: 0)")
     warmup_decay_idm: float = setting(1.0, "the same in the IDM's warm-up (for a pretrained model: 0)")
     spoiled: float = setting(1.0, "share of the IDM's labelled pairs that it also sees with a wrong y and no action "

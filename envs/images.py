@@ -47,6 +47,12 @@ def place(i, n):
     return "<{},{}>".format(*divmod(i, round(n ** 0.5)))
 
 
+def neighbours(i, side):
+    """The patches above, left of, right of and below patch i."""
+    r, c = divmod(i, side)
+    return [side * a + b for a, b in ((r - 1, c), (r, c - 1), (r, c + 1), (r + 1, c)) if 0 <= a < side and 0 <= b < side]
+
+
 def diff(x, y):
     """What Q reads, two lines, column by column: place, code before, code after of each patch that changes; place and code of those above, below
     and beside them: what a toy was put on does not change. If a shift of the whole of x by one patch (its border repeated) leaves less than half
@@ -63,11 +69,10 @@ def diff(x, y):
     before = shifts[r, c]
     columns = sorted(range(n), key=lambda i: (i % side, i))                        # left and right are what most sentences tell
     changed = [i for i in columns if before[i] != after[i]]
-    at = {divmod(i, side) for i in changed}
-    beside = {(r + dr, c + dc) for r, c in at for dr, dc in ((-1, 0), (1, 0), (0, -1), (0, 1))} - at
+    beside = {j for i in changed for j in neighbours(i, side)} - set(changed)
     shift = place(side + 1, n) + place(side * (1 + r) + 1 + c, n) if r or c else ""
     return [shift + "".join(place(i, n) + before[i] + after[i] for i in changed),
-            "".join(place(i, n) + after[i] for i in columns if divmod(i, side) in beside)]
+            "".join(place(i, n) + after[i] for i in columns if i in beside)]
 
 
 def spoil(x, y, other, rng):
@@ -81,7 +86,7 @@ def spoil(x, y, other, rng):
     way = rng.choice(("swap", "swap", "stray", "stray", "change", "stay") if len(changed) > 1 else ("swap", "stray", "stray"))
     i = rng.choice([i for i in range(n) if i not in changed] or changed) if way == "stray" else rng.choice(changed)
     if way == "swap":
-        near = [j for j in range(n) if abs(i // side - j // side) + abs(i % side - j % side) == 1 and after[i] != after[j]]
+        near = [j for j in neighbours(i, side) if after[i] != after[j]]
         if near:
             j = rng.choice(near)
             after[i], after[j] = after[j], after[i]

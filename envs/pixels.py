@@ -123,22 +123,22 @@ def act(room, words):
             row, column = room.camera
             row, column = row + (way == "up") - (way == "down"), column + (way == "left") - (way == "right")
             room.camera = row, column
-            return not room.near and 2 <= row <= 3 and 1 <= column <= 3
+            return not room.near and -1 <= row - HOME[0] <= 0 and abs(column - HOME[1]) <= 1
         case ["move", colour, shape, ("left" | "right") as side]:
             return carry(room, (colour, shape), lambda c, h: c + SIDE[side])
         case ["put", colour, shape, ("left" | "right" | "on" | "under") as where, colour2, shape2]:
             return put(room, (colour, shape), where, (colour2, shape2))
         case ["add", colour, shape]:
-            columns = [c for c in range(COLUMNS) if room.takes(c)]
-            if not columns or taken(room, colour, shape) or len(room.toys()) > 2:
+            column = next((c for c in range(COLUMNS) if room.takes(c)), None)
+            if column is None or taken(room, colour, shape) or len(room.toys()) > 2:
                 return False
-            room.piles[columns[0]].append(Toy(colour, shape))
+            room.piles[column].append(Toy(colour, shape))
         case ["remove", colour, shape]:
             return lift(room, (colour, shape)) is not None
         case ["paint", colour, shape, new]:
             return change(room, (colour, shape), lambda toy: toy._replace(colour=new)) if not taken(room, new, shape) else False
         case ["rotate", colour, "cone"]:
-            return change(room, (colour, "cone"), lambda toy: toy._replace(turn=(toy.turn + 1) % 2))
+            return change(room, (colour, "cone"), lambda toy: toy._replace(turn=1 - toy.turn))
         case ["raise" | "lower" as verb, side, "arm"]:
             done, room.up[side] = room.up[side] != (verb == "raise") and not room.held, verb == "raise"
             return done

@@ -13,6 +13,7 @@ import envs
 import lm
 import pictures
 import rundir
+import sft
 import swirl_fwm
 import swirl_idm
 import tiny
@@ -558,11 +559,13 @@ SMALL = ["--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    out, seen = tmp_path_factory.mktemp("run") / "pixels", []
+    out, seen, decays, warm_up = tmp_path_factory.mktemp("run") / "pixels", [], [], sft.warm_up
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((swirl_fwm, "phase1_step"), (swirl_idm, "phase2_step")):
             patch.setattr(module, name, lambda *args, step=getattr(module, name), **more: seen.append(args[6].temperature) or step(*args, **more))
+        patch.setattr(sft, "warm_up", lambda *args: decays.append((args[1], args[4])) or warm_up(*args))
         assert train.main([*SMALL, "--out", str(out)]) == 0
+    assert decays == [("IDM", 1.0), ("FWM", 0.1)]
     assert seen == [1.3] * 2 + [1] * 2                                             # Phase I, Phase II
     return out
 
@@ -580,7 +583,7 @@ def test_a_run_of_pixels_leaves_scores_and_pictures(done):
         assert film.size == (256, 256)
     steps = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
     assert all(row["truncated"] == 0 and row["gap"] < 1e-3 for row in steps if row["phase"] == "phase1" and row["reward"] is not None)
-    assert len(images.Codebook.load(done / "codebook.npz").centres) > 30
+    assert len(images.Codebook.load(done / "codebook.npz").centres) > 40
 
 
 def test_the_table_of_a_run_of_pixels_holds_its_own_columns(done, capsys):
