@@ -16,7 +16,7 @@ Departures from the paper and its released scripts:
 5. Equal rows of a group are scored once and weighted by their count; rows without advantage are not run. Both exact.
 6. `replay`, if given, is a loss whose gradient joins each optimizer step: labelled rows, so that the policy does not forget
    what it was taught (measured: README). The logged `loss` leaves it out, `grad_norm` and its clip do not. None: the paper.
-7. Rollouts are sampled and scored at one temperature (1): at any other the objective is the tempered policy's, exactly.
+7. Rollouts are sampled and scored at one temperature (1) and one `min_p` (0): at any other the objective is that policy's, exactly.
 8. Under torchrun the prompts of a step are cut among the processes (`parallel.py`); B is then the number of all.
 """
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ class GRPO:
     group_size: int = 16        # G. Paper: 8, 16 recommended
     max_new: int = 128          # longest rollout, in tokens; one that is cut counts as truncated and is kept
     temperature: float = 1.0    # of sampling and scoring alike. Paper: .75 with top-p .96, scored at 1 (not exact)
+    min_p: float = 0.0          # 0 = off. Of sampling and scoring alike: tokens less than min_p times as likely as the likeliest are out
     top_p: float = 1.0          # 1 = off. Anything else samples from another policy than the one that is scored
     top_k: int = 0              # 0 = off; as top_p
     scale: str = "mean"         # advantage: mean (Eq. 4), std (released scripts), loo (leave-one-out, unbiased)
@@ -113,7 +114,7 @@ def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_
     old, losses, norms = [None] * len(parts), [], []
     for _ in range(cfg.updates if parallel.total(len(keep)) or replay else 0):    # all ranks step, or none
         for i, part in enumerate(parts):
-            logp = lm.logprobs(policy, *lm.take(prompts, rows, owner, part), temperature=cfg.temperature)  # (n, T)
+            logp = lm.logprobs(policy, *lm.take(prompts, rows, owner, part), temperature=cfg.temperature, min_p=cfg.min_p)  # (n, T)
             live = torch.arange(logp.shape[1]) < torch.tensor([[len(rows[n])] for n in part])              # (n, T)
             old[i] = logp.detach() if old[i] is None else old[i]                   # at the first step the ratio is 1
             ref = None if logp_ref is None else logp_ref[part][:, :logp.shape[1]].to(logp)
@@ -136,14 +137,14 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, rep
     if not prompts:                                                                # other ranks have some: step with them
         loss, norm, _ = update(policy, optimizers, [], [], [], torch.zeros(0), torch.zeros(0), total, cfg, None, replay)
         return parallel.merge({"loss": loss, "grad_norm": norm, "tokens": 0}, 0), [], torch.zeros(0)
-    sampled, logp_sampled = lm.sample(policy, prompts, G, cfg.max_new, eos, cfg.temperature, cfg.top_p, cfg.top_k, generator)
+    sampled, logp_sampled = lm.sample(policy, prompts, G, cfg.max_new, eos, cfg.temperature, cfg.top_p, cfg.top_k, generator, cfg.min_p)
     rows, owner, where, count = unique(sampled, G)                                 # N distinct rows
     R = reward(owner, rows).cpu()                                                  # (N,)
     log = {"reward": R[where].mean().item(), "reward_std": R[where].view(B, G).std(1).mean().item(),
            "kl": None, "truncated": sum(r[-1] != eos for r in sampled) / (B * G), "tokens": sum(map(len, sampled))}
     logp_pi = {n: torch.tensor(lp) for n, lp in zip(where.tolist(), logp_sampled)}   # row: (T,)
     logp_ref, shaped = None, R
-    scores = lambda model: lm.score_tokens(model, prompts, rows, owner, temperature=cfg.temperature, tokens=cfg.budget)
+    scores = lambda model: lm.score_tokens(model, prompts, rows, owner, temperature=cfg.temperature, tokens=cfg.budget, min_p=cfg.min_p)
     if ref is not None:
         logp_ref = scores(ref).cpu()                                               # (N, T)
         other = cfg.top_p < 1 or cfg.top_k > 0 or lm.HALF                          # then the sampler's are not pi's, or rounded otherwise

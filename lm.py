@@ -20,6 +20,7 @@ Departures from a plain Hugging Face loop, each exact:
 5. With `HALF` the products are bfloat16 (autocast); weights, their gradients, the optimizer and log-probs stay float32.
 """
 import functools
+import math
 
 import torch
 from transformers import DynamicCache
@@ -95,7 +96,7 @@ def orthogonal(M):
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         S = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * S + 2.0315 * S @ S) @ X
+        X = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=-4.7750, alpha=2.0315), X, beta=3.4445)   # 3.4 X - 4.8 S X + 2.0 S S X
     return X.mT if M.shape[1] > M.shape[2] else X
 
 
@@ -154,7 +155,7 @@ def prefill(model, prefixes):
     assert all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers), "only attention can branch"
     cache.layers = [Room() for _ in cache.layers]
     if ids.shape[1] > 1:
-        model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position[:, :-1], past_key_values=cache,
+        model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position[:, :-1], cache=cache,
               use_cache=True, logits_to_keep=1)
     return cache, mask[:, :-1], ids[:, -1:], position[:, -1:]
 
@@ -163,9 +164,9 @@ def prefill(model, prefixes):
 
 @torch.no_grad()
 @in_half
-def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0, generator=None):
-    """Draw G rows after each prefix; temperature 0 takes the likeliest token. top_p, top_k: as usual, off by default, since
-    the trainer scores the unfiltered distribution. Returns (rows, logps), B*G lists each, prompt-major (p0g0, p0g1, ..):
+def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0, generator=None, min_p=0.0):
+    """Draw G rows after each prefix; temperature 0 takes the likeliest token. min_p: as in `logprobs`. top_p, top_k: as usual, off by
+    default, since the trainer scores the unfiltered distribution. Returns (rows, logps), B*G lists each, prompt-major (p0g0, p0g1, ..):
     ids up to and including eos (a row without eos was cut at max_new) and their log-probs under what was sampled from."""
     cache, mask, token, position = prefill(model, prefixes)                        # token, position (B, W), W = 1 at first
     N, rows, logps = len(prefixes) * G, [[] for _ in range(len(prefixes) * G)], [[] for _ in range(len(prefixes) * G)]
@@ -178,9 +179,10 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
         seen = torch.cat([seen, torch.eye(W, dtype=torch.bool, device=model.device).expand(B, W, W)], 2)
         bias = torch.zeros(seen.shape, dtype=model.dtype, device=model.device).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
         taken = torch.zeros(B * W, dtype=torch.bool, device=model.device).index_fill(0, node, True).view(B, W)
-        logits = model(token, attention_mask=bias[:, None], position_ids=position, past_key_values=cache, use_cache=True,
+        logits = model(token, attention_mask=bias[:, None], position_ids=position, cache=cache, use_cache=True,
                        logits_to_keep=taken).logits.view(len(node), -1).float()    # (U, V)
-        logp_all = truncate(restrict(model, logits, torch.tensor(t)) / (temperature or 1.0), top_p, top_k).log_softmax(-1)
+        logits = likely(restrict(model, logits, torch.tensor(t)) / (temperature or 1.0), min_p)
+        logp_all = truncate(logits, top_p, top_k).log_softmax(-1)
         drawn = logp_all.argmax(-1)[at] if temperature == 0 else draw(logp_all, at, generator)       # (n,)
         for n, token_id, lp in zip(live.tolist(), drawn.tolist(), logp_all[at, drawn].tolist()):
             rows[n].append(token_id)
@@ -235,6 +237,15 @@ def sample_all(model, prefixes, n, max_new, eos, generator=None, batch=32):
             for row in sample(model, prefixes[i:i + batch], n, max_new, eos, generator=generator)[0]]
 
 
+def likely(logits, min_p, drawn=None):
+    """(n, V) with -inf for tokens less than min_p times as likely as the likeliest (min-p, Nguyen et al. 2024): where a model is sure nothing
+    else is drawn. `drawn` (n,) stay in, whatever rounding in another batch, or a step of the optimizer, has made of them."""
+    if not min_p:
+        return logits
+    out = logits < logits.amax(-1, keepdim=True) + math.log(min_p)
+    return logits.masked_fill(out if drawn is None else out.scatter(1, drawn[:, None], False), -torch.inf)
+
+
 def truncate(logits, top_p, top_k):
     """Keep the top_k likeliest tokens, then the smallest set whose mass reaches top_p."""
     if 0 < top_k < logits.shape[-1]:
@@ -249,8 +260,9 @@ def truncate(logits, top_p, top_k):
 # --- score --------------------------------------------------------------------------------------------------------------
 
 @in_half
-def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0):
-    """(N, T) log p(row_t | prefix, row_<t) of the last n_scored[n] tokens of each row (all by default), else 0.
+def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0, min_p=0.0):
+    """(N, T) log p(row_t | prefix, row_<t) of the last n_scored[n] tokens of each row (all by default), else 0; p at `temperature` and
+    among what `likely` leaves of it.
 
     Right-padded; differentiable; one pass over the prefixes and one over the rows. Use `chunks` to bound its memory.
     """
@@ -263,9 +275,9 @@ def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0):
     t = torch.arange(ids.shape[1], device=model.device) - first[:, None]           # (N, T) place in what is scored
     scored = live.bool() & (t >= 0)
     logits = model(torch.cat([last, ids[:, :-1]], 1), attention_mask=torch.cat([mask, live], 1),
-                   position_ids=position + torch.arange(ids.shape[1], device=model.device), past_key_values=cache,
+                   position_ids=position + torch.arange(ids.shape[1], device=model.device), cache=cache,
                    use_cache=True, logits_to_keep=scored).logits.float()           # (scored tokens, V), flat
-    logits = restrict(model, logits.view(-1, logits.shape[-1]), t[scored]) / temperature
+    logits = likely(restrict(model, logits.view(-1, logits.shape[-1]), t[scored]) / temperature, min_p, ids[scored])
     logp = -torch.nn.functional.cross_entropy(logits, ids[scored], reduction="none")
     return torch.zeros(ids.shape, device=model.device).masked_scatter(scored, logp)
 
@@ -299,12 +311,12 @@ def take(prefixes, rows, owner, chosen):
 
 
 @torch.no_grad()
-def score_tokens(model, prefixes, rows, owner, n_scored=None, temperature=1.0, tokens=None):
+def score_tokens(model, prefixes, rows, owner, n_scored=None, temperature=1.0, tokens=None, min_p=0.0):
     """As `logprobs`, without gradient, in chunks of `tokens` (None or 0: `budget`)."""
     out = torch.zeros(len(rows), max(map(len, rows)), device=model.device)         # (N, T)
     for chosen in chunks(prefixes, rows, owner, tokens or budget(model)):
         k = None if n_scored is None else [n_scored[n] for n in chosen]
-        logp = logprobs(model, *take(prefixes, rows, owner, chosen), k, temperature)
+        logp = logprobs(model, *take(prefixes, rows, owner, chosen), k, temperature, min_p)
         out[chosen, :logp.shape[1]] = logp
     return out
 

@@ -17,8 +17,9 @@ LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 
 
 # The pixels world, a tiny model. With a weight decay of 1 its P stops learning after 200 steps; and it is so sure of what it draws that at temperature 1
-# a third of the groups have no spread
-PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "minutes": 15.0}
+# a third of the groups have no spread. 16 pairs a step take a third more time than 8: a step of the sampler costs much the same for any number of rows
+PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "lr_fwm": 1.6e-3,
+          "warmup_steps": 2000, "tokens": 2048, "minutes": 15.0}
 
 
 def setting(default, text, **extra):
@@ -44,7 +45,7 @@ class Config:
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
     episodes: int = setting(0, "training episodes of a built-in world (0: its EPISODES): half keep their actions, half are "
-                            "state-only")
+                            "state-only; of pixels, four state-only ones for each of these")
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions of the labelled half that choose checkpoints, at most (half of it at most)")
     max_state: int = setting(0, "longest state in tokens: a longer one loses its middle, in x and y alike (0: none is cut)")
@@ -84,6 +85,7 @@ class Config:
     kl: str = setting("reward", "KL in the reward (exact) or k3 in the loss (released)", choices=["reward", "loss"])
     temperature: float = setting(1.0, "of rollouts and of their scores alike, so GRPO stays exact (paper: .75)")
     temperature_fwm: float = setting(None, "the same in Phase I alone (default: --temperature; pixels 1.3)")
+    min_p_fwm: float = setting(0.0, "in Phase I tokens less than so many times as likely as the likeliest are neither drawn nor scored (pixels .05; 0: off)")
     top_p: float = setting(1.0, "off; the paper's .96 samples from another policy than it scores")
     top_k: int = setting(0, "off")
     reward_form: str = setting("sum", "sum of the opposite's token log-probs (theorems) or mean (released)",
@@ -110,7 +112,7 @@ def parse(argv=None):
         parser.set_defaults(**PIXELS)
     cfg = Config(**vars(parser.parse_args(argv)))
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0,
-              "temperature_fwm": cfg.temperature_fwm is None or cfg.temperature_fwm > 0, "floor": cfg.floor >= 0,
+              "temperature_fwm": cfg.temperature_fwm is None or cfg.temperature_fwm > 0, "min_p_fwm": 0 <= cfg.min_p_fwm < 1, "floor": cfg.floor >= 0,
               "minutes": cfg.minutes is None or cfg.minutes > 0, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
               "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
               "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "lora": cfg.lora >= 0, "tokens": cfg.tokens >= 0,

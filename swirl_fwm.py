@@ -18,7 +18,8 @@ Departures from the paper:
 3. The IDM may read the line diff of x and y instead of both states (`swirl_idm.prompt`, `view`): a small Q that reads
    whole states is too weak a judge, P learns to fool it and gets worse while its reward rises. `--view full` shows that.
 4. A pair in which Q reads no action (`swirl_idm.IMPOSSIBLE`) is left out, and so are, by default, pairs with y = x.
-5. P is sampled and scored at temperature 1 (paper .75), as z and the reward are: Eq. 3. Of pixels at 1.3: at 1 a third of its groups have no spread.
+5. P is sampled and scored at temperature 1 (paper .75, top-p .96), as z and the reward are: Eq. 3. Of pixels at 1.3 among the tokens at least .05
+   times as likely as the likeliest (`min_p`): at 1 a third of its groups have no spread, and 1.3 alone spoils patches that P is sure of.
 6. Each step also raises the likelihood of a few labelled rows (`grpo`, departure 6): without them P forgets its labels.
 7. Where the state is an image (`envs/images.py`), z comes before x, so that each patch of y stands as far behind the same patch of x,
    whatever z; the paper's images come first.

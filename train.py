@@ -166,7 +166,7 @@ def train(cfg):
     if cfg.shard:
         P, Q = parallel.shard(P), parallel.shard(Q)
     restrict(P, Q, tok, labelled[0][0])
-    budget = cfg.minutes * 54 if cfg.minutes else float("inf")         # the rest: installing, what cannot be planned
+    budget = cfg.minutes * 58 if cfg.minutes else float("inf")         # the rest: imports, what cannot be planned
     print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
           f"state-only, {len(test)} test transitions; {P.num_parameters()/1e6:.2f}M parameters a model; "
           f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes else ""))
@@ -177,7 +177,8 @@ def train(cfg):
             book.save(file)
     windows = []                                                       # of a real model on texts evals/rollout.py makes them: T decodings one after the other
     if book or cfg.model == "tiny":
-        windows = rollout.windows(shorten(tok, test_episodes(cfg), cfg.max_state), 6)[:max(4, len(test) // 10)]
+        windows = rollout.windows(shorten(tok, test_episodes(cfg), cfg.max_state), 6, every=4 if book else None)
+        windows = windows[:max(4, len(test) // (4 if book else 10))]
     held_out = {}                                                      # side: (its scores, its predictions), until it moves
 
     def stage_ends(name, since, what):
@@ -232,7 +233,7 @@ def train(cfg):
         # Phase I: theta moves, phi is frozen (Eq. 3, Theorem 3.1)
         if not run.done(f"iteration{i}/phase1"):
             since = time.time()
-            settings = phase_settings(cfg, cfg.beta_fwm, cfg.lr_fwm, cfg.temperature_fwm, limits[0])
+            settings = phase_settings(cfg, cfg.beta_fwm, cfg.lr_fwm, cfg.temperature_fwm, limits[0], cfg.min_p_fwm)
             pairs = [(x, y) for x, y in state_only if x != y or not cfg.skip_unchanged]
             phase(run, cfg, f"iteration{i}/phase1", P, Q, validate_P, pairs, rows_P, settings, cfg.phase1_steps,
                   time_share(run, budget, left), lambda ref, opt, pairs, gen, replay: swirl_fwm.phase1_step(
@@ -325,8 +326,8 @@ def time_share(run, budget, phases_left):
     return left * (4 if phases_left % 2 == 0 else 1) / (5 * ((phases_left + 1) // 2) - (4 if phases_left % 2 else 0))
 
 
-def phase_settings(cfg, beta, lr, temperature, max_new):
-    return grpo.GRPO(group_size=cfg.group_size, max_new=max_new, temperature=temperature, top_p=cfg.top_p,
+def phase_settings(cfg, beta, lr, temperature, max_new, min_p=0.0):
+    return grpo.GRPO(group_size=cfg.group_size, max_new=max_new, temperature=temperature, min_p=min_p, top_p=cfg.top_p,
                      top_k=cfg.top_k, scale=cfg.scale, beta=beta, kl=cfg.kl, updates=cfg.updates, clip=cfg.clip, lr=lr)
 
 

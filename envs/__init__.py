@@ -19,9 +19,9 @@ def draw(episode, seed, split, n):
 
 def shares(cfg):
     """{split: number of episodes} of a world."""
-    half = cfg.episodes // 2
-    held = max(1, min(half // 2, -(-cfg.validation_size // WORLDS[cfg.env].STEPS)))   # no more than are used
-    return {"labelled": half - held, "validation": held, "state-only": half, "test": TEST}
+    world, half = WORLDS[cfg.env], cfg.episodes // 2
+    held = max(1, min(half // 2, -(-cfg.validation_size // world.STEPS)))          # no more than are used
+    return {"labelled": half - held, "validation": held, "state-only": half * getattr(world, "STATE_ONLY", 1), "test": TEST}
 
 
 @functools.lru_cache(maxsize=2)

@@ -125,9 +125,9 @@ def cut(frames, patch):
 
 def distinct(points):
     """(the different ones of (n, D) uint8 points, which of these each is, how often each comes)."""
-    whole = np.ascontiguousarray(points).view(np.dtype((np.void, points.shape[1])))[:, 0]      # numpy's own axis=0 takes seconds
-    _, first, back, count = np.unique(whole, return_index=True, return_inverse=True, return_counts=True)
-    return points[first], back, count
+    found = {}                                                                     # np.unique(axis=0) sorts them all: seconds
+    back = np.array([found.setdefault(point.tobytes(), len(found)) for point in points])
+    return np.frombuffer(b"".join(found), np.uint8).reshape(len(found), -1), back, np.bincount(back)
 
 
 def strings(book, frames):

@@ -19,9 +19,9 @@ from envs import images, records
 from evals import common, metrics
 
 
-def windows(episodes, T):
-    """The first T steps [(x, z, y)] of each episode that has as many, one state after the other."""
-    whole = [steps[:T] for steps in episodes if len(steps) >= T]
+def windows(episodes, T, every=None):
+    """T steps [(x, z, y)] of an episode, one state after the other: those that begin it, or begin `every` so many steps."""
+    whole = [steps[i:i + T] for steps in episodes for i in range(0, len(steps) - T + 1, every or len(steps))]
     return [steps for steps in whole if all(a[2] == b[0] for a, b in zip(steps, steps[1:]))]
 
 

@@ -376,6 +376,13 @@ def test_kl_is_the_policy_s_own_where_the_sampler_is_truncated(off):
     assert abs(log["kl"]) < 1e-4
 
 
+def test_min_p_is_one_policy_s_for_sampler_trainer_and_reference():
+    policy = tiny_llama()
+    cfg, opt = settings(beta=0.1, lr=1e-2, min_p=0.3), lm.make_optimizers(policy, 1e-2)
+    log, *_ = grpo.step(policy, lm.freeze(policy), opt, PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(0))
+    assert abs(log["kl"]) < 1e-4 and 0 < log["gap"] < 1e-4
+
+
 def test_gap_sees_a_sampler_that_is_not_the_trainer():
     """top_k samples from another policy than the one that is scored: the log says so."""
     policy = tiny_llama()

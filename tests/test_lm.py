@@ -322,6 +322,31 @@ def test_truncated_sampling_reports_the_truncated_log_probs(model):
         assert [lp[0] for lp in logps[part]] == pytest.approx([truth[r[0]] for r in rows[part]], abs=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_min_p_leaves_the_likely_tokens_to_sampler_and_trainer_alike(model, temperature):
+    gen, min_p, left = torch.Generator().manual_seed(0), 0.3, set()
+    rows, sampled = lm.sample(model, RAGGED, 40, 6, EOS, temperature, generator=gen, min_p=min_p)
+    owner = [b for b in range(len(RAGGED)) for _ in range(40)]
+    scored = lm.logprobs(model, RAGGED, rows, owner, temperature=temperature, min_p=min_p)
+    assert torch.equal(scored, lm.score_tokens(model, RAGGED, rows, owner, temperature=temperature, tokens=10**6, min_p=min_p))
+    for n in range(0, len(rows), 7):
+        for t, token in enumerate(rows[n]):                                        # by hand, one token at a time
+            p = (model(torch.tensor([[*RAGGED[owner[n]], *rows[n][:t]]])).logits[0, -1] / temperature).softmax(-1)
+            stay = p >= min_p * p.max()
+            left.add(int(stay.sum()))
+            assert stay[token] and sampled[n][t] == pytest.approx((p[token] / p[stay].sum()).log().item(), abs=1e-4)
+            assert scored[n, t].item() == pytest.approx(sampled[n][t], abs=1e-4)
+    assert len(left) > 2 and max(left) < 9
+
+
+def test_a_token_that_was_drawn_keeps_a_finite_log_prob_when_the_policy_has_moved():
+    logits = torch.tensor([[0.0, -9.0, -1.0]], requires_grad=True)
+    out = lm.likely(logits, 0.1, torch.tensor([1]))
+    assert out[0].tolist() == [0, -9, -1] and lm.likely(logits, 0.1)[0].tolist() == [0, -float("inf"), -1]
+    out.log_softmax(-1)[0, 1].backward()
+    assert logits.grad.isfinite().all()
+
+
 FEW = torch.zeros(3, 9, dtype=torch.bool)                # of the first token, of the second, of all that follow
 FEW[0, [3, 5]] = FEW[1, 7] = FEW[2, [EOS, 4, 6]] = True
 
@@ -408,10 +433,36 @@ def test_optimizers_hold_every_parameter_once(kind, muon):
     held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     assert all(g["weight_decay"] == 0 for o in optimizers for g in o.param_groups)
-    muons = [o for o in optimizers if isinstance(o, torch.optim.Muon)]
+    muons = [o for o in optimizers if isinstance(o, lm.Muon)]
     mine = [p for o in muons for g in o.param_groups for p in g["params"]]
     assert all(p.ndim == 2 and p is not model.get_input_embeddings().weight for p in mine)
     assert bool(mine) == (muon and kind == "llama")
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3)])
+def test_newton_schulz_moves_each_singular_value_by_its_polynomial(shape):
+    M = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    U, s, V = torch.linalg.svd(M.double(), full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+    assert torch.allclose(lm.orthogonal(M).double(), U @ torch.diag_embed(s) @ V, atol=1e-4) and s.min() > 0.3 and s.max() < 1.3
+    assert not lm.orthogonal(torch.zeros(1, *shape)).any()
+
+
+def test_muon_steps_as_torch_s_does():
+    gen = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=gen) for shape in ((8, 8), (8, 8), (24, 8), (8, 24))]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    a = lm.Muon(ours, dict(lr=0.1, weight_decay=0.5))
+    b = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    for k in range(4):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=gen) if k else None           # without a gradient nothing moves
+            q.grad = p.grad.clone() if k else None
+        a.step(), b.step()
+    for p, q, w in zip(ours, theirs, start):
+        assert (p - q).norm() < 0.02 * (q - w).norm()                              # torch's works in bfloat16
 
 
 def test_optimizer_step_clips_the_whole_norm_steps_and_clears(model):

@@ -418,6 +418,7 @@ def test_windows_are_whole_and_joined():
     whole, short = chain("3", list("12121212")), chain("3", list("12"))
     torn = whole[:2] + whole[4:]
     assert rollout.windows([whole, short, torn], 6) == [whole[:6]] and rollout.windows([short], 6) == []
+    assert rollout.windows([whole, short], 6, every=2) == [whole[:6], whole[2:]] and rollout.windows([whole], 3, 3) == [whole[:3], whole[3:6]]
 
 
 def test_changes_are_counted_from_the_first_frame():
@@ -504,6 +505,9 @@ def test_the_vocabulary_holds_every_code_of_the_book_and_those_that_are_there():
 
 
 def test_state_only_episodes_carry_no_sentence():
+    cfg = train.parse(["--env", "pixels", "--episodes", "8"])
+    assert envs.shares(cfg) == {"labelled": 2, "validation": 2, "state-only": 16, "test": 60}
+    assert envs.shares(train.parse(["--episodes", "8"]))["state-only"] == 4
     assert all(z is None for steps in envs.draw(pixels.episode, 0, "state-only", 2) for _, z, _ in steps)
 
 
@@ -562,11 +566,11 @@ def done(tmp_path_factory):
     out, seen, decays, warm_up = tmp_path_factory.mktemp("run") / "pixels", [], [], sft.warm_up
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((swirl_fwm, "phase1_step"), (swirl_idm, "phase2_step")):
-            patch.setattr(module, name, lambda *args, step=getattr(module, name), **more: seen.append(args[6].temperature) or step(*args, **more))
+            patch.setattr(module, name, lambda *args, step=getattr(module, name), **more: seen.append((args[6].temperature, args[6].min_p)) or step(*args, **more))
         patch.setattr(sft, "warm_up", lambda *args: decays.append((args[1], args[4])) or warm_up(*args))
         assert train.main([*SMALL, "--out", str(out)]) == 0
     assert decays == [("IDM", 1.0), ("FWM", 0.1)]
-    assert seen == [1.3] * 2 + [1] * 2                                             # Phase I, Phase II
+    assert seen == [(1.3, 0.05)] * 2 + [(1, 0)] * 2                                # Phase I, Phase II
     return out
 
 
