@@ -19,7 +19,7 @@ LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 # The pixels world, a tiny model. With a weight decay of 1 its P stops learning after 200 steps; and it is so sure of what it draws that at temperature 1
 # a third of the groups have no spread. 16 pairs a step take a third more time than 8: a step of the sampler costs much the same for any number of rows
 PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "lr_fwm": 1.6e-3,
-          "warmup_steps": 2000, "tokens": 2048, "minutes": 15.0}
+          "warmup_steps": 1600, "tokens": 2048, "minutes": 15.0}
 
 
 def setting(default, text, **extra):

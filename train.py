@@ -166,7 +166,7 @@ def train(cfg):
     if cfg.shard:
         P, Q = parallel.shard(P), parallel.shard(Q)
     restrict(P, Q, tok, labelled[0][0])
-    budget = cfg.minutes * 58 if cfg.minutes else float("inf")         # the rest: imports, what cannot be planned
+    budget = cfg.minutes * 59 if cfg.minutes else float("inf")         # the rest: imports, what cannot be planned
     print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
           f"state-only, {len(test)} test transitions; {P.num_parameters()/1e6:.2f}M parameters a model; "
           f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes else ""))
