@@ -16,7 +16,8 @@ Departures from the paper and its released scripts:
 5. Equal rows of a group are scored once and weighted by their count; rows without advantage are not run. Both exact.
 6. `replay`, if given, is a loss whose gradient joins each optimizer step: labelled rows, so that the policy does not forget
    what it was taught (measured: README). The logged `loss` leaves it out, `grad_norm` and its clip do not. None: the paper.
-7. Rollouts are sampled and scored at one temperature (1) and one `min_p` (0): at any other the objective is that policy's, exactly.
+7. Rollouts are sampled and scored at one temperature (1) and one `min_p` (0): at any other the objective is that policy's, exactly
+   (with `min_p`, but for the instants at which a token enters or leaves its set).
 8. Under torchrun the prompts of a step are cut among the processes (`parallel.py`); B is then the number of all.
 """
 from dataclasses import dataclass
@@ -144,11 +145,11 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, rep
            "kl": None, "truncated": sum(r[-1] != eos for r in sampled) / (B * G), "tokens": sum(map(len, sampled))}
     logp_pi = {n: torch.tensor(lp) for n, lp in zip(where.tolist(), logp_sampled)}   # row: (T,)
     logp_ref, shaped = None, R
-    scores = lambda model: lm.score_tokens(model, prompts, rows, owner, temperature=cfg.temperature, tokens=cfg.budget, min_p=cfg.min_p)
+    scores = lambda model, min_p: lm.score_tokens(model, prompts, rows, owner, temperature=cfg.temperature, tokens=cfg.budget, min_p=min_p)
     if ref is not None:
-        logp_ref = scores(ref).cpu()                                               # (N, T)
+        logp_ref = scores(ref, 0).cpu()                                            # (N, T) of all tokens: what pi may draw, ref may
         other = cfg.top_p < 1 or cfg.top_k > 0 or lm.HALF                          # then the sampler's are not pi's, or rounded otherwise
-        own = scores(policy).cpu().sum(1) if other else \
+        own = scores(policy, cfg.min_p).cpu().sum(1) if other else \
             torch.stack([logp_pi[n].sum() for n in range(len(rows))])
         kl = k1(own, logp_ref.sum(1))                                              # (N,)
         log["kl"] = kl[where].mean().item()

@@ -77,17 +77,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}                                                            # (rows, columns): parameters
+            alike = {}                                                             # of one shape; a shard (DTensor) stays alone
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
+                    alike.setdefault((p.shape, p if hasattr(p, "to_local") else None), []).append(p)
+            for params in alike.values():
                 updates = []
                 for p in params:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p.grad)).lerp_(p.grad, 0.05)
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p.grad)
+                    momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
                     updates.append(p.grad.lerp(momentum, 0.95))                    # Nesterov's
                 for p, update in zip(params, orthogonal(torch.stack(updates))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
 
 
 def orthogonal(M):
@@ -239,7 +241,8 @@ def sample_all(model, prefixes, n, max_new, eos, generator=None, batch=32):
 
 def likely(logits, min_p, drawn=None):
     """(n, V) with -inf for tokens less than min_p times as likely as the likeliest (min-p, Nguyen et al. 2024): where a model is sure nothing
-    else is drawn. `drawn` (n,) stay in, whatever rounding in another batch, or a step of the optimizer, has made of them."""
+    else is drawn. `drawn` (n,) stay in, whatever rounding in another batch, or a step of the optimizer, has made of them; where rounding
+    takes another token in or out, log p differs by log(1 + min_p) at most."""
     if not min_p:
         return logits
     out = logits < logits.amax(-1, keepdim=True) + math.log(min_p)

@@ -17,9 +17,10 @@ LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 
 
 # The pixels world, a tiny model. With a weight decay of 1 its P stops learning after 200 steps; and it is so sure of what it draws that at temperature 1
-# a third of the groups have no spread. 16 pairs a step take a third more time than 8: a step of the sampler costs much the same for any number of rows
-PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "lr_fwm": 1.6e-3,
-          "warmup_steps": 1600, "tokens": 2048, "minutes": 15.0}
+# a third of the groups have no spread. 16 pairs a step take a third more time than 8: a step of the sampler costs much the same for any number of rows.
+# Eight of its rows are one micro-batch of 2048 tokens. 1600 steps of P (Q ends before) leave Phase I its time; the plan keeps a tenth of the minutes back
+PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "lr_fwm": 1.2e-3,
+          "warmup_steps": 1600, "tokens": 2048, "minutes": 16.4}
 
 
 def setting(default, text, **extra):
@@ -41,11 +42,11 @@ class Config:
     shard: bool = setting(False, "under torchrun: FSDP2, masters and moments in shards (parallel.py)")
     tokens: int = setting(0, "tokens of a micro-batch: memory, not the gradient, depends on it (0: 1024 on a CPU, 16384 on a GPU; for a "
                           "pretrained model: 1024, see `python adapters.py`)")
-    minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, 15 for pixels, else none)")
+    minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, 16.4 for pixels: they take 14.5; else none)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
-    episodes: int = setting(0, "training episodes of a built-in world (0: its EPISODES): half keep their actions, half are "
-                            "state-only; of pixels, four state-only ones for each of these")
+    episodes: int = setting(0, "training episodes of a built-in world (0: its EPISODES): half keep their actions, as many "
+                            "(pixels: four times as many) are state-only")
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions of the labelled half that choose checkpoints, at most (half of it at most)")
     max_state: int = setting(0, "longest state in tokens: a longer one loses its middle, in x and y alike (0: none is cut)")

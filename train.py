@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 4 train.py --shard    four GPUs, or four processes on the CPU (`parallel.py`)
 
 Splits are by episode. Half of the training episodes keep their actions (warm-up, and `--replay` rows in the phases), the
-other half lose them for good: GRPO gets their pairs (x, y) and nothing else. Test episodes are apart. The same command
+other half, of pixels four times as many, lose them for good: GRPO gets their pairs (x, y) and nothing else. Test episodes are apart. The same command
 again resumes an unfinished run.
 
 Departures from the paper: the models are tiny and start from random weights with an induction head written in
@@ -166,7 +166,7 @@ def train(cfg):
     if cfg.shard:
         P, Q = parallel.shard(P), parallel.shard(Q)
     restrict(P, Q, tok, labelled[0][0])
-    budget = cfg.minutes * 59 if cfg.minutes else float("inf")         # the rest: imports, what cannot be planned
+    budget = cfg.minutes * 54 if cfg.minutes else float("inf")         # the rest: installing, what cannot be planned
     print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
           f"state-only, {len(test)} test transitions; {P.num_parameters()/1e6:.2f}M parameters a model; "
           f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes else ""))
@@ -177,8 +177,7 @@ def train(cfg):
             book.save(file)
     windows = []                                                       # of a real model on texts evals/rollout.py makes them: T decodings one after the other
     if book or cfg.model == "tiny":
-        windows = rollout.windows(shorten(tok, test_episodes(cfg), cfg.max_state), 6, every=4 if book else None)
-        windows = windows[:max(4, len(test) // (4 if book else 10))]
+        windows = rollout.windows(shorten(tok, test_episodes(cfg), cfg.max_state), 6, every=4)[:max(4, len(test) // (4 if book else 10))]
     held_out = {}                                                      # side: (its scores, its predictions), until it moves
 
     def stage_ends(name, since, what):
@@ -363,7 +362,7 @@ def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps
         if log is None:                                                            # Q read no action: nothing to learn
             run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), reward=None)
             continue
-        if not checked and not log["gap"] < (2.0 if lm.HALF else 1e-3) and settings.top_p == 1 and settings.top_k == 0:
+        if not checked and not log["gap"] < (2.0 if lm.HALF else 1e-3) + settings.min_p and settings.top_p == 1 and settings.top_k == 0:
             raise RuntimeError(f"sampler and trainer disagree by {log['gap']} nats a token")
         checked = checked or log["gap"] > 0                                        # 0: no rollout had an advantage
         kl = kl if log["kl"] is None else log["kl"]

@@ -21,7 +21,7 @@ def shares(cfg):
     """{split: number of episodes} of a world."""
     world, half = WORLDS[cfg.env], cfg.episodes // 2
     held = max(1, min(half // 2, -(-cfg.validation_size // world.STEPS)))          # no more than are used
-    return {"labelled": half - held, "validation": held, "state-only": half * getattr(world, "STATE_ONLY", 1), "test": TEST}
+    return {"labelled": half - held, "validation": held, "state-only": half * world.STATE_ONLY, "test": TEST}
 
 
 @functools.lru_cache(maxsize=2)

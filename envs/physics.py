@@ -35,6 +35,7 @@ import copy
 
 STEPS = 14
 EPISODES = 90       # to train on, unless --episodes says else
+STATE_ONLY = 1
 KINDS = ("put", "take", "turn on", "turn off", "open", "close",
          "fill", "pour", "empty", "stir", "add", "wait")
 NEVER = 999                                         # a temperature that nothing here reaches

@@ -50,6 +50,7 @@ import copy
 
 STEPS = 14
 EPISODES = 54       # to train on, unless --episodes says else
+STATE_ONLY = 1
 REPEAT = 0.06       # share of calls that repeat the call before: an impatient caller
 SLIP = 0.1          # share of calls made without a look at the state
 BOLD = 0.05         # share of calls known to end in an error that are made all the same

@@ -95,6 +95,7 @@ HABITS = {"search": 2, "clear": 4, "colour": 2, "sort": 2, "next": 9, "previous"
           "checkout": 9, "back": 9, "name": 10, "street": 10, "time": 10, "delivery": 8, "coupon": 8, "apply": 6, "pay": 4,
           "yes": 7, "close": 2}
 EPISODES = 74    # to train on, unless --episodes says else
+STATE_ONLY = 1
 CARELESS = 0.16   # share of actions drawn without a look at the page: most of these change nothing
 BOLD = 0.3        # share of errors that a visitor who looks at the page runs into all the same
 

@@ -153,7 +153,7 @@ def open_run(folder):
     import swirl_fwm
     import swirl_idm
     import train
-    from envs import load_splits, test_episodes
+    from envs import codebook, images, load_splits, test_episodes
     from settings import Config
 
     transformers.logging.set_verbosity_error()
@@ -164,6 +164,9 @@ def open_run(folder):
         train.set_precision(cfg, device)
         uncut = load_splits(cfg)
         (P, tok), (Q, _) = (pretrained.load(folder / side) for side in ("fwm", "idm"))
+        book = codebook(cfg)
+        if book and not cfg.vq and (book.centres.tolist() != images.Codebook.load(folder / "codebook.npz").centres.tolist()):
+            raise ValueError("its codes stand for other patches than those of this version")
     except records.BadData:
         raise
     except Exception as error:  # whatever a damaged folder makes the loaders raise

@@ -10,7 +10,8 @@ Notes
 1. A score is ROUGE-L for texts and the share of right patches for images, in [0, 100]; much of a state stays as it is, so it is high
    for the copy of the first state too, which stands beside it. `exact` is the share of states that are right as a whole, and `changed`,
    for images, the share of right patches among those that differ from the first frame.
-2. One window an episode: its first T steps, of which each begins where the last one ended. Shorter episodes are left out.
+2. One window an episode: its first T steps, of which each begins where the last one ended. Shorter episodes are left out. (train.py
+   takes windows of images that begin at the fifth step, too.)
 """
 import argparse
 import sys
@@ -19,9 +20,11 @@ from envs import images, records
 from evals import common, metrics
 
 
-def windows(episodes, T, every=None):
-    """T steps [(x, z, y)] of an episode, one state after the other: those that begin it, or begin `every` so many steps."""
-    whole = [steps[i:i + T] for steps in episodes for i in range(0, len(steps) - T + 1, every or len(steps))]
+def windows(episodes, T, every=sys.maxsize):
+    """T steps [(x, z, y)] of an episode, one state after the other: the first of each episode that has as many, then those that begin
+    `every` so many steps later."""
+    longest = max(map(len, episodes), default=0)
+    whole = [steps[i:i + T] for i in range(0, longest - T + 1, every) for steps in episodes if len(steps) >= i + T]
     return [steps for steps in whole if all(a[2] == b[0] for a, b in zip(steps, steps[1:]))]
 
 

@@ -78,12 +78,13 @@ def ending(model, eos, bias):
     return model
 
 
-def naive(model, prefix, row, temperature=1.0):
+def naive(model, prefix, row, temperature=1.0, min_p=0.0):
     """(T,) log p(row_t | prefix, row_<t) from one full forward pass; differentiable."""
     ids = torch.tensor([[*prefix, *row]])
-    logits = model(ids, use_cache=False).logits[0].float() / temperature
-    t = torch.arange(len(row))
-    return logits.log_softmax(-1)[len(prefix) - 1 + t, torch.tensor(row)]
+    logp = (model(ids, use_cache=False).logits[0].float() / temperature).log_softmax(-1)[len(prefix) - 1:-1]       # (T, V)
+    row, p = torch.tensor(row)[:, None], logp.exp()
+    out = (p < min_p * p.amax(1, keepdim=True)).scatter(1, row, False)
+    return logp.gather(1, row)[:, 0] - (logp.masked_fill(out, -torch.inf).logsumexp(1) if min_p else 0)
 
 
 @torch.no_grad()

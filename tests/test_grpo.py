@@ -281,7 +281,7 @@ def naive_loss(policy, ref, prompts, rows, cfg, old=None):
     """The objective as `grpo` states it, over all B*G rollouts: no batch, no cache, no row left out."""
     B, G = len(prompts), cfg.group_size
     prompt = lambda n: prompts[n // G]
-    logp = [naive(policy, prompt(n), r, cfg.temperature) for n, r in enumerate(rows)]
+    logp = [naive(policy, prompt(n), r, cfg.temperature, cfg.min_p) for n, r in enumerate(rows)]
     old = [lp.detach() for lp in logp] if old is None else old
     logref = [naive(ref, prompt(n), r, cfg.temperature).detach() for n, r in enumerate(rows)]
     R = [value(n // G, r) for n, r in enumerate(rows)]
@@ -303,15 +303,15 @@ def naive_loss(policy, ref, prompts, rows, cfg, old=None):
     return total / (B * G), old
 
 
-@pytest.mark.parametrize("kl", ["reward", "loss"])
+@pytest.mark.parametrize("kl, min_p", [("reward", 0.0), ("loss", 0.0), ("reward", 0.02)])
 @pytest.mark.parametrize("scale", ["mean", "std", "loo"])
 @pytest.mark.parametrize("kind", list(MAKERS))
-def test_gradient_equals_a_naive_loop_for_every_micro_batch(kind, scale, kl):
+def test_gradient_equals_a_naive_loop_for_every_micro_batch(kind, scale, kl, min_p):
     """Unequal lengths, duplicates within and across groups, T = 0.7, pad == eos, any budget."""
     policy, ref = MAKERS[kind](4, 1, 14.0), MAKERS[kind](4, 2, 14.0)
     prompts = [[t % 4 for t in p] for p in PROMPTS]
     for budget in (1, 20, 40, 10**6):
-        cfg = settings(group_size=6, max_new=4, temperature=0.7, kl=kl, beta=0.4, scale=scale, budget=budget)
+        cfg = settings(group_size=6, max_new=4, temperature=0.7, min_p=min_p, kl=kl, beta=0.4, scale=scale, budget=budget)
         recorder, gen = Recorder(policy), torch.Generator().manual_seed(1)
         log, rows, R = grpo.step(policy, ref, [recorder], prompts, reward, cfg, EOS, gen)
         if budget == 1:
@@ -326,10 +326,10 @@ def test_gradient_equals_a_naive_loop_for_every_micro_batch(kind, scale, kl):
         assert log["grad_norm"] == pytest.approx(truth.norm().item(), rel=1e-4) and log["gap"] < 1e-4
 
 
-@pytest.mark.parametrize("kl", ["reward", "loss"])
-def test_several_updates_keep_the_first_log_probs_and_clip(kl):
+@pytest.mark.parametrize("kl, min_p", [("reward", 0.0), ("loss", 0.0), ("reward", 0.02)])
+def test_several_updates_keep_the_first_log_probs_and_clip(kl, min_p):
     """Three SGD steps, far enough for the clip to act, end where the naive loop ends."""
-    cfg = settings(group_size=5, kl=kl, beta=0.2, updates=3, lr=0.1, clip=0.1, budget=25)
+    cfg = settings(group_size=5, kl=kl, min_p=min_p, beta=0.2, updates=3, lr=0.1, clip=0.1, budget=25)
     ours, plain, ref = tiny_llama(9, 1), tiny_llama(9, 1), tiny_llama(9, 2)
     sgd = lambda model: [torch.optim.SGD(model.parameters(), lr=cfg.lr)]
     _, rows, _ = grpo.step(ours, ref, sgd(ours), PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(3))
@@ -340,7 +340,7 @@ def test_several_updates_keep_the_first_log_probs_and_clip(kl):
         optimizer.step()
         optimizer.zero_grad()
     assert relative(weights(ours) - start, weights(plain) - start) < 1e-3
-    ratios = torch.cat([(naive(plain, PROMPTS[n // 5], r) - old[n]).exp() for n, r in enumerate(rows)])
+    ratios = torch.cat([(naive(plain, PROMPTS[n // 5], r, min_p=min_p) - old[n]).exp() for n, r in enumerate(rows)])
     assert ratios.max() > 1.1 and ratios.min() < 0.9
 
 
@@ -376,11 +376,13 @@ def test_kl_is_the_policy_s_own_where_the_sampler_is_truncated(off):
     assert abs(log["kl"]) < 1e-4
 
 
-def test_min_p_is_one_policy_s_for_sampler_trainer_and_reference():
+def test_the_kl_with_min_p_is_what_it_leaves_out():
+    """Of the policy that draws to the reference, which draws from all: at a phase's start -log of the mass that stayed."""
     policy = tiny_llama()
-    cfg, opt = settings(beta=0.1, lr=1e-2, min_p=0.3), lm.make_optimizers(policy, 1e-2)
-    log, *_ = grpo.step(policy, lm.freeze(policy), opt, PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(0))
-    assert abs(log["kl"]) < 1e-4 and 0 < log["gap"] < 1e-4
+    ref, cfg, opt = lm.freeze(policy), settings(beta=0.1, lr=1e-2, min_p=0.3), lm.make_optimizers(policy, 1e-2)
+    log, rows, _ = grpo.step(policy, ref, opt, PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(0))
+    lost = [(naive(ref, PROMPTS[n // 4], row, min_p=0.3) - naive(ref, PROMPTS[n // 4], row)).sum().item() for n, row in enumerate(rows)]
+    assert log["kl"] == pytest.approx(sum(lost) / len(lost), abs=1e-4) and log["kl"] > 0.01 and 0 < log["gap"] < 1e-4
 
 
 def test_gap_sees_a_sampler_that_is_not_the_trainer():

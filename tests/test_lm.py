@@ -365,6 +365,17 @@ def test_only_allowed_tokens_are_emitted_and_their_mass_is_one(model, temperatur
             assert logps[n][t] == pytest.approx(truth, abs=1e-4)
 
 
+def test_min_p_is_of_the_likeliest_token_that_may_stand_there(model):
+    logits = model(torch.tensor([[5]])).logits[0, -1]
+    a, b = logits.argsort()[:2].tolist()                                           # the two least likely ones
+    model.allowed = torch.zeros(1, 9, dtype=torch.bool).index_fill(1, torch.tensor([a, b]), True)
+    rows, logps = lm.sample(model, [[5]], 8, 1, EOS, min_p=0.9 * (logits[a] - logits[b]).exp().item(), generator=torch.Generator().manual_seed(0))
+    assert {row[0] for row in rows} <= {a, b}
+    for row, (lp,) in zip(rows, logps):
+        assert lp == pytest.approx(logits[[a, b]].log_softmax(0)[[a, b].index(row[0])].item(), abs=1e-4)
+        assert lm.logprobs(model, [[5]], [row], [0], min_p=0.9 * (logits[a] - logits[b]).exp().item()).item() == pytest.approx(lp, abs=1e-4)
+
+
 def test_the_trainer_scores_what_the_sampler_may_emit(model):
     model.allowed = FEW
     owner = [n // 4 for n in range(4 * len(RAGGED))]

@@ -50,7 +50,7 @@ class Recorder:
 
 def drawn_by_prompt(model, prefixes, G, *rest):
     """`lm.sample` with a generator for each prompt: which process draws for it then makes no difference."""
-    out = [sample(model, [p], G, *rest[:5], torch.Generator().manual_seed(sum(p))) for p in prefixes]
+    out = [sample(model, [p], G, *rest[:5], torch.Generator().manual_seed(sum(p)), *rest[6:]) for p in prefixes]
     return [row for rows, _ in out for row in rows], [lp for _, logps in out for lp in logps]
 
 

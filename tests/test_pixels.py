@@ -418,7 +418,8 @@ def test_windows_are_whole_and_joined():
     whole, short = chain("3", list("12121212")), chain("3", list("12"))
     torn = whole[:2] + whole[4:]
     assert rollout.windows([whole, short, torn], 6) == [whole[:6]] and rollout.windows([short], 6) == []
-    assert rollout.windows([whole, short], 6, every=2) == [whole[:6], whole[2:]] and rollout.windows([whole], 3, 3) == [whole[:3], whole[3:6]]
+    assert rollout.windows([whole, short, whole[1:]], 6, every=2) == [whole[:6], whole[1:7], whole[2:]]      # first windows first
+    assert rollout.windows([[], short], 6) == rollout.windows([], 6) == []
 
 
 def test_changes_are_counted_from_the_first_frame():
