@@ -119,15 +119,28 @@ def a_phase(prepare):
     return seen, weights(policy)
 
 
+def thrice(model, optimizers):
+    for _ in range(3):
+        prompts, targets = zip(*parallel.share(ROWS))
+        (-lm.logprobs(model, prompts, targets, range(len(targets))).sum() / 14).backward()
+        lm.optimizer_step(model, optimizers, 1e-3, clip=0.5)
+
+
+def with_muon(prepare):
+    """The weights after three steps of Muon and AdamW, and the most matrices of a shape that it took at once."""
+    model, orthogonal, most = prepare(tiny_llama(9, 1)), lm.orthogonal, []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(lm, "orthogonal", lambda M: most.append(len(M)) or orthogonal(M))
+        thrice(model, lm.make_optimizers(model, 1e-3, muon=True, decay=0.1))
+    return weights(model), max(most)
+
+
 def three_steps(prepare, folder):
     """The weights after three steps of AdamW on ROWS, and what is saved and copied of them."""
     model = prepare(tiny_llama(9, 1))
     optimizers = lm.make_optimizers(model, 1e-3, muon=False, decay=0.1)
     held = sum(v.to_local().numel() if hasattr(v, "to_local") else v.numel() for v in optimizers[0].param_groups[0]["params"])
-    for _ in range(3):
-        prompts, targets = zip(*parallel.share(ROWS))
-        (-lm.logprobs(model, prompts, targets, range(len(targets))).sum() / 14).backward()
-        lm.optimizer_step(model, optimizers, 1e-3, clip=0.5)
+    thrice(model, optimizers)
     tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
     if parallel.rank() == 0:
         pretrained.save(model, tok, folder)
@@ -143,7 +156,7 @@ def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     lm.sample = drawn_by_prompt
-    out = {how: (cases(prepare), three_steps(prepare, f"{folder}/{how}"), a_phase(prepare)) for how, prepare in
+    out = {how: (cases(prepare), three_steps(prepare, f"{folder}/{how}"), a_phase(prepare), with_muon(prepare)) for how, prepare in
            (("copies", lambda model: model), ("shards", parallel.shard))}
     rows = list(range(7))
     out["numbers"] = [parallel.divide(lambda a, b: [x * y for x, y in zip(a, b)], rows, rows), parallel.agree(rank),
@@ -166,7 +179,7 @@ def alone(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(lm, "sample", drawn_by_prompt)
         same = lambda model: model
-        return cases(same), three_steps(same, folder / "alone"), a_phase(same), folder
+        return cases(same), three_steps(same, folder / "alone"), a_phase(same), folder, with_muon(same)
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
@@ -193,6 +206,15 @@ def test_one_process_sees_the_gradient_of_the_naive_losses(alone):
     model = tiny_llama(9, 1)
     (-sum(naive(model, prompt, row).sum() for prompt, row in ROWS) / 14).backward()
     assert relative(alone[0]["warm-up"][1][0], grads(model) / grads(model).norm()) < 1e-4
+
+
+@pytest.mark.parametrize("how", ["copies", "shards"])
+def test_muon_of_two_processes_is_that_of_one_and_shards_go_one_at_a_time(ranks, alone, how):
+    truth, most = alone[4]
+    for rank in ranks[0]:
+        ours, n = rank[how][3]
+        assert relative(ours - weights(tiny_llama(9, 1)), truth - weights(tiny_llama(9, 1))) < 1e-3
+        assert n == (most if how == "copies" else 1) and most > 1                  # a stack of shards might be cut between matrices
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])

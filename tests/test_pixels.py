@@ -3,6 +3,7 @@ import copy
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -564,12 +565,15 @@ SMALL = ["--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    out, seen, decays, warm_up = tmp_path_factory.mktemp("run") / "pixels", [], [], sft.warm_up
+    out, seen, decays, firsts = tmp_path_factory.mktemp("run") / "pixels", [], [], []
+    warm_up, roll_out = sft.warm_up, train.roll_out
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((swirl_fwm, "phase1_step"), (swirl_idm, "phase2_step")):
             patch.setattr(module, name, lambda *args, step=getattr(module, name), **more: seen.append((args[6].temperature, args[6].min_p)) or step(*args, **more))
         patch.setattr(sft, "warm_up", lambda *args: decays.append((args[1], args[4])) or warm_up(*args))
+        patch.setattr(train, "roll_out", lambda P, tok, steps, *args: firsts.append([w[0] for w in steps]) or roll_out(P, tok, steps, *args))
         assert train.main([*SMALL, "--out", str(out)]) == 0
+    assert all(len(first) == 4 for first in firsts) and firsts[0] == [steps[0] for steps in envs.test_episodes(train.parse(SMALL))[:4]]
     assert decays == [("IDM", 1.0), ("FWM", 0.1)]
     assert seen == [(1.3, 0.05)] * 2 + [(1, 0)] * 2                                # Phase I, Phase II
     return out
@@ -626,6 +630,14 @@ def test_a_run_is_rolled_out_again(done, tmp_path, capsys):
     assert now["n"] == 60 and "copy x" in capsys.readouterr().out and len(now["scores"]["P"]) == 6
     assert rollout.main(["--run", str(done), "--actions", "idm", "--steps", "2"]) == 0
     assert then["stages"][-1]["fwm"]["rollout"]
+
+
+def test_a_run_whose_codes_stand_for_other_patches_is_refused(done, tmp_path, capsys):
+    shutil.copytree(done, tmp_path / "run")
+    images.Codebook(images.Codebook.load(done / "codebook.npz").centres[::-1]).save(tmp_path / "run" / "codebook.npz")
+    with pytest.raises(SystemExit) as stop:
+        rollout.main(["--run", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "other patches" in capsys.readouterr().err
 
 
 def test_a_run_is_exported_whole_or_not_at_all(done, tmp_path, capsys):

@@ -209,6 +209,20 @@ def test_a_phase_that_clearly_lowers_the_validation_is_undone(capsys, scores, un
     assert torch.equal(flat(policy), seen[0] if undone else seen[1]) and ("undone" in capsys.readouterr().out) == undone
 
 
+@pytest.mark.parametrize("min_p, gap, fine", [(0.0, 5e-4, True), (0.0, 0.02, False), (0.05, 0.02, True), (0.05, 0.06, False)])
+def test_a_phase_s_first_step_holds_the_sampler_against_the_trainer(min_p, gap, fine):
+    """With min-p a token at its edge may be in for one and out for the other: log(1 + min_p) at most."""
+    run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0, progress={"stages": [{"fwm": {"exact": 0.0}}]})
+    cfg = train.parse([])
+    go = lambda: train.phase(run, cfg, "iteration1/phase1", tiny_llama(9, 0), tiny_llama(9, 1), lambda model: 0.0, [("a", "b")] * 8, [([1], [2])],
+                             train.phase_settings(cfg, 0.0, 0.1, 1.0, 4, min_p), 1, 60,
+                             lambda *_: ({"reward": 0.0, "kl": None, "gap": gap, "tokens": 1}, []))
+    if fine:
+        return go()
+    with pytest.raises(RuntimeError, match="disagree"):
+        go()
+
+
 def test_a_phase_that_moves_the_frozen_model_stops():
     policy, frozen = tiny_llama(9, 0), tiny_llama(9, 1)
 
