@@ -139,8 +139,8 @@ def test_sampler_and_trainer_agree(family, half, monkeypatch):
 def test_the_kl_to_one_s_own_copy_is_0_in_bfloat16_too(monkeypatch):
     monkeypatch.setattr(lm, "HALF", True)
     policy = make_model("llama", 40)
-    log, *_ = grpo.step(policy, lm.freeze(policy), lm.make_optimizers(policy, 1e-3, muon=False), [[5, 6, 7]] * 2,
-                        lambda owner, rows: torch.tensor([float(len(r)) for r in rows]), grpo.GRPO(group_size=8, max_new=6, beta=1.0), 1,
+    log, *_ = grpo.step(policy, lm.freeze(policy), lm.make_optimizers(policy, 1e-3, muon=False), [[5, 6, 7], [9, 8, 7, 6, 5]] * 2,
+                        lambda owner, rows: torch.tensor([float(len(r)) for r in rows]), grpo.GRPO(group_size=8, max_new=30, beta=1.0), 1,
                         torch.Generator().manual_seed(0))
     assert log["kl"] == 0 and log["gap"] > 0
 
