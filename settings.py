@@ -46,7 +46,7 @@ class Config:
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
     episodes: int = setting(0, "training episodes of a built-in world (0: its EPISODES): half keep their actions, as many "
-                            "(pixels: four times as many) are state-only")
+                            "(pixels: five times as many) are state-only")
     eval_size: int = setting(500, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(160, "transitions of the labelled half that choose checkpoints, at most (half of it at most)")
     max_state: int = setting(0, "longest state in tokens: a longer one loses its middle, in x and y alike (0: none is cut)")

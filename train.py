@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 4 train.py --shard    four GPUs, or four processes on the CPU (`parallel.py`)
 
 Splits are by episode. Half of the training episodes keep their actions (warm-up, and `--replay` rows in the phases), the
-other half, of pixels four times as many, lose them for good: GRPO gets their pairs (x, y) and nothing else. Test episodes are apart. The same command
+other half, of pixels five times as many, lose them for good: GRPO gets their pairs (x, y) and nothing else. Test episodes are apart. The same command
 again resumes an unfinished run.
 
 Departures from the paper: the models are tiny and start from random weights with an induction head written in
@@ -177,7 +177,7 @@ def train(cfg):
             book.save(file)
     windows = []                                                       # of a real model on texts evals/rollout.py makes them: T decodings one after the other
     if book or cfg.model == "tiny":
-        windows = rollout.windows(shorten(tok, test_episodes(cfg), cfg.max_state), 6, every=4)[:max(4, len(test) // (4 if book else 10))]
+        windows = rollout.windows(shorten(tok, test_episodes(cfg), cfg.max_state), 6, every=1)[:max(4, len(test) * 2 // 3 if book else len(test) // 10)]
     held_out = {}                                                      # side: (its scores, its predictions), until it moves
 
     def stage_ends(name, since, what):

@@ -27,7 +27,7 @@ def shares(cfg):
 @functools.lru_cache(maxsize=2)
 def fit_codebook(env, seed, labelled, state_only):
     frames = [frame for split, n in (("labelled", labelled), ("state-only", state_only)) for steps in draw(WORLDS[env].episode, seed, split, n)
-              for x, _, y in steps for frame in (x, y)]
+              for frame in (steps[0][0], *(y for _, _, y in steps))]
     return images.Codebook.fit(np.stack(frames), pixels.PATCH, seed=seed)
 
 

@@ -508,7 +508,7 @@ def test_the_vocabulary_holds_every_code_of_the_book_and_those_that_are_there():
 
 def test_state_only_episodes_carry_no_sentence():
     cfg = train.parse(["--env", "pixels", "--episodes", "8"])
-    assert envs.shares(cfg) == {"labelled": 2, "validation": 2, "state-only": 16, "test": 60}
+    assert envs.shares(cfg) == {"labelled": 2, "validation": 2, "state-only": 20, "test": 60}
     assert envs.shares(train.parse(["--episodes", "8"]))["state-only"] == 4
     assert all(z is None for steps in envs.draw(pixels.episode, 0, "state-only", 2) for _, z, _ in steps)
 
