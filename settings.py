@@ -42,7 +42,7 @@ class Config:
     shard: bool = setting(False, "under torchrun: FSDP2, masters and moments in shards (parallel.py)")
     tokens: int = setting(0, "tokens of a micro-batch: memory, not the gradient, depends on it (0: 1024 on a CPU, 16384 on a GPU; for a "
                           "pretrained model: 1024, see `python adapters.py`)")
-    minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, 16.4 for pixels: they take 14.5; else none)")
+    minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, 16.4 for pixels: they take 14; else none)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
     episodes: int = setting(0, "training episodes of a built-in world (0: its EPISODES): half keep their actions, as many "

@@ -175,7 +175,7 @@ def train(cfg):
     if book and not cfg.vq and parallel.rank() == 0:
         with records.whole(run.dir / "codebook.npz") as file:
             book.save(file)
-    windows = []                                                       # of a real model on texts evals/rollout.py makes them: T decodings one after the other
+    windows = []                                                       # of frames most; of a real model on texts none, evals/rollout.py makes them: T decodings one after the other
     if book or cfg.model == "tiny":
         windows = rollout.windows(shorten(tok, test_episodes(cfg), cfg.max_state), 6, every=1)[:max(4, len(test) * 2 // 3 if book else len(test) // 10)]
     held_out = {}                                                      # side: (its scores, its predictions), until it moves

@@ -11,7 +11,7 @@ Notes
    for the copy of the first state too, which stands beside it. `exact` is the share of states that are right as a whole, and `changed`,
    for images, the share of right patches among those that differ from the first frame.
 2. One window an episode: its first T steps, of which each begins where the last one ended. Shorter episodes are left out. (train.py
-   takes windows of images that begin at later steps, too: they overlap.)
+   takes windows that begin at later steps, too, where it wants more: they overlap.)
 """
 import argparse
 import sys
