@@ -515,6 +515,7 @@ def test_context_is_the_longest_text_the_model_takes(model):
 
 
 def test_tokens_at_a_time_are_the_user_s_or_the_device_s(monkeypatch):
+    monkeypatch.setattr(lm, "TOKENS", 0)                                           # a run of train.py, in this process, sets it
     on = lambda kind: lm.budget(types.SimpleNamespace(device=torch.device(kind)))
     assert on("cuda") > on("cpu") > 0
     monkeypatch.setattr(lm, "TOKENS", 77)
