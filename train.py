@@ -213,7 +213,7 @@ def train(cfg):
         lambda *rows: swirl_idm.predict(Q, tok, *rows, limits[1], cfg.view), xs, ys), zs)
     if not run.done("sft"):
         since = time.time()
-        sft.warm_up(Q, "IDM", rows_Q, cfg.warmup_batch_idm, cfg.warmup_decay_idm, validate_Q, cfg, run, .22 * budget)
+        sft.warm_up(Q, "IDM", rows_Q, cfg.warmup_batch_idm, cfg.warmup_decay_idm, validate_Q, cfg, run, cfg.share_idm * budget)
         sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch, cfg.warmup_decay, validate_P, cfg, run, .46 * budget)
         stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:

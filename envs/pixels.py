@@ -41,7 +41,7 @@ from typing import NamedTuple
 import numpy as np
 
 STEPS = 10
-EPISODES = 90       # to train on, unless --episodes says else: half of these keep their actions
+EPISODES = 82       # to train on, unless --episodes says else: half of these keep their actions
 STATE_ONLY = 5      # episodes without actions for each of that half: pictures are plenty, what was done between them is seldom told
 SLIP = 0.04         # share of sentences given without a look at the room
 BACK = 0.8          # share of near views that end at once: from near a toy has other codes, each to be learnt anew
