@@ -129,16 +129,16 @@ def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_
     return sum(losses) / times, sum(norms) / times, {n: lp for part, o in zip(parts, old) for n, lp in zip(part, o.cpu())}
 
 
-def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, replay=None):
+def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, replay=None, guess=None):
     """One GRPO step. prompts: B lists of ids. reward(owner, rows) -> (N,) of the distinct rows. ref may be None if
-    beta is 0 (then no KL is logged); replay() -> a loss, see departure 6. Returns (log, rollouts, their rewards (B*G,)). In the log, `kl` is the KL of a whole
+    beta is 0 (then no KL is logged); replay() -> a loss, see departure 6; guess: as in `lm.sample`. Returns (log, rollouts, their rewards (B*G,)). In the log, `kl` is the KL of a whole
     row to ref, in nats, and `gap` the largest difference of a token's log-prob between sampler and trainer."""
     B, G = len(prompts), cfg.group_size
     total = parallel.total(B * G)
     if not prompts:                                                                # other ranks have some: step with them
         loss, norm, _ = update(policy, optimizers, [], [], [], torch.zeros(0), torch.zeros(0), total, cfg, None, replay)
         return parallel.merge({"loss": loss, "grad_norm": norm, "tokens": 0}, 0), [], torch.zeros(0)
-    sampled, logp_sampled = lm.sample(policy, prompts, G, cfg.max_new, eos, cfg.temperature, cfg.top_p, cfg.top_k, generator, cfg.min_p)
+    sampled, logp_sampled = lm.sample(policy, prompts, G, cfg.max_new, eos, cfg.temperature, cfg.top_p, cfg.top_k, generator, cfg.min_p, guess)
     rows, owner, where, count = unique(sampled, G)                                 # N distinct rows
     R = reward(owner, rows).cpu()                                                  # (N,)
     log = {"reward": R[where].mean().item(), "reward_std": R[where].view(B, G).std(1).mean().item(),

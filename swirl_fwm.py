@@ -61,6 +61,11 @@ def read(tok, ids):
     return lm.decode(tok, ids).removeprefix(frame(tok).line)
 
 
+def guess(tok, states):
+    """Rows for `lm.sample` to begin with: of images, which P draws nearly so. None of texts, where one word more moves all that follow."""
+    return [target(tok, s) for s in states] if images.is_image(states[0]) else None
+
+
 def logp(P, tok, xs, zs, ys):
     """(N,) log P(y | x, z), summed over tokens, in nats. A text x that comes several times goes through P once."""
     prompts, targets = [prompt(tok, x, z) for x, z in zip(xs, zs)], [target(tok, y) for y in ys]
@@ -83,13 +88,13 @@ def codes_only(P, tok, y):
 def predict(P, tok, xs, zs, max_new):
     """Greedy y_hat for each (x, z)."""
     return [read(tok, row) for row in lm.greedy(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], max_new,
-                                                tok.eos_token_id)]
+                                                tok.eos_token_id, guess=guess(tok, xs))]
 
 
 def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
     """Of n sampled futures, the one in which Q reads z best: the paper's test-time verification, and the forecast of what
     Phase I can bring. Costs n times the sampling and needs z at test time."""
-    rows = lm.sample_all(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], n, max_new, tok.eos_token_id, generator)
+    rows = lm.sample_all(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], n, max_new, tok.eos_token_id, generator, guess=guess(tok, xs))
     y_hat = [read(tok, row) for row in rows]
     R = swirl_idm.logp(Q, tok, [x for x in xs for _ in range(n)], [z for z in zs for _ in range(n)], y_hat, view)
     return [y_hat[i * n + k] for i, k in enumerate(R.view(-1, n).argmax(1).tolist())]
@@ -117,7 +122,7 @@ def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
         return grpo.shape(logq, [len(z) for z in at(z_rows)], form, floor)         # Eq. 3: R = log Q(z | x, y_hat)
 
     log, rows, R = grpo.step(P, ref, optimizers, [prompt(tok, x, z) for x, z in zip(xs, zs)], reward, cfg,
-                             tok.eos_token_id, generator, replay=replay)
+                             tok.eos_token_id, generator, replay, guess(tok, ys))
     G = cfg.group_size
     return log, [dict(x=x, z=z, y=y, y_hat=read(tok, rows[i * G]), reward=R[i * G].item())
                  for i, (x, z, y) in enumerate(zip(xs, zs, ys))]

@@ -305,7 +305,7 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
     if shown and (not all(shown) or len({len(patches) for patches in shown}) > 1 or len(shown) < len(n) or not set().union(*shown) <= set(tok.get_added_vocab())):
         rundir.fail(f"{name}: where a state is an image, all are: {images.spell([['0', '1'], ['2', '3']])}, rows as long as columns, all of one "
                     "size, every code seen in training")
-    y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + 16
+    y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + (1 if shown else 16)      # images are of one size
     longest = max(n, key=n.get)
     marks = 6 * (1 + longest.count("\n")) + longest.count("<c") if cfg.view == "diff" else 0     # what Q reads beside codes and lines
     if n[longest] + max(y, n[longest]) + marks + 2 * longest_z(labelled + validation + test) + frame > pretrained.context(P):

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 import lm
 import pretrained
-from conftest import EOS, MAKERS, grads, naive, naive_greedy, relative, sharpen, weights
+from conftest import EOS, MAKERS, ending, grads, naive, naive_greedy, relative, sharpen, weights
 
 RAGGED = [[5], [3, 1, 4, 1, 5, 2, 6], [2, 7], [1, 8, 2, 8], [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8]]
 
@@ -166,6 +166,47 @@ def test_greedy_is_a_loop_without_cache_token_by_token(model, eos):
         assert torch.allclose(torch.tensor(logps[n]), naive(model, RAGGED[n // 2], row), atol=1e-4)
 
 
+GUESSES = {"none right": lambda rng, truth: [rng.randrange(9) for _ in range(7)], "empty": lambda rng, truth: [], "too long": lambda rng, truth: [*truth, 3] * 9,
+           "one wrong": lambda rng, truth: [*truth[:2], 8 - truth[2], *truth[3:]] if len(truth) > 2 else truth}
+
+
+@pytest.mark.parametrize("bias", [-1e4, 0.0, 2.0])                                 # rows never end, end here and there, end early
+@pytest.mark.parametrize("guessed", GUESSES)
+def test_from_whatever_guess_rows_are_those_of_one_token_after_the_other(model, guessed, bias):
+    """The sequential sampler of the same random numbers, by full passes: equal rows, equal log-probs. And the greedy ones."""
+    model, rng, min_p, G, T = ending(model, EOS, bias), random.Random(0), 0.02, 4, 8
+    u, truth, logps = torch.rand(len(RAGGED) * G, T, dtype=torch.float64, generator=torch.Generator().manual_seed(5)), [], []
+    for n in range(len(RAGGED) * G):
+        row, logp = [], []
+        while len(row) < T and EOS not in row:
+            p = (model(torch.tensor([[*RAGGED[n // G], *row]])).logits[0, -1] / 0.8).softmax(-1).double()
+            p = torch.where(p < min_p * p.max(), 0, p)
+            row.append(int((p.cumsum(0) / p.sum() > u[n, len(row)]).nonzero()[0]))
+            logp.append((p[row[-1]] / p.sum()).log().item())
+        truth.append(row)
+        logps.append(logp)
+    guess = [GUESSES[guessed](rng, row) for row in truth[::G]]
+    rows, sampled = lm.sample(model, RAGGED, G, T, EOS, 0.8, generator=torch.Generator().manual_seed(5), min_p=min_p, guess=guess)
+    assert rows == truth and len(set(map(tuple, rows))) > 6
+    assert all(got == pytest.approx(want, abs=1e-4) for got, want in zip(sampled, logps))
+    assert lm.greedy(model, RAGGED, T, EOS, guess=guess) == lm.greedy(model, RAGGED, T, EOS, batch=2, guess=guess) == [naive_greedy(model, p, T, EOS) for p in RAGGED]
+    parts = [lm.sample(model, RAGGED[i:i + 2], 3, T, EOS, generator=gen, guess=guess[i:i + 2])[0] for gen in [torch.Generator().manual_seed(1)] for i in (0, 2, 4)]
+    assert lm.sample_all(model, RAGGED, 3, T, EOS, torch.Generator().manual_seed(1), batch=2, guess=guess) == sum(parts, [])
+
+
+def test_a_right_guess_takes_one_pass_and_what_is_right_is_not_computed_again(model, monkeypatch):
+    model, passes, forward = ending(model, EOS, -1e4), [], model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, **kwargs: passes.append(ids.shape) or forward(ids, **kwargs))
+    truth = lm.greedy(model, RAGGED, 20, EOS)
+    for wrong in (20, 19, 7, 0):                                                   # the first wrong token
+        guess = [[(t + 1) % 9 if i == wrong else t for i, t in enumerate(row)] for row in truth]
+        passes.clear()
+        assert lm.greedy(model, RAGGED, 20, EOS, guess=guess) == truth
+        prefill, first, *more = passes
+        assert prefill == (5, 10) and first == (5, 20) and len(more) <= max(0, 19 - wrong)
+        assert all(T <= 19 - wrong - i for i, (_, T) in enumerate(more)), passes   # at least one more token is right each time
+
+
 def test_greedy_equals_transformers_generate(model):
     for prefix, row in zip(RAGGED, lm.greedy(model, RAGGED, 8, EOS)):
         ids = torch.tensor([prefix])
@@ -207,18 +248,19 @@ def test_first_token_follows_softmax_of_logits_over_temperature(model, temperatu
         assert chi_square(tokens, (logits / (1.7 - temperature)).softmax(-1)) > 40
 
 
-def test_a_draw_is_the_inverse_of_the_distribution_function(monkeypatch):
+def test_a_draw_is_the_inverse_of_the_distribution_function():
     """Each token as often as its probability says, one of probability 0 never, the rare ones not lost to rounding."""
     p = torch.tensor([[0.125, 0.0, 0.375, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0], [1 - 1e-9, 0.0, 0.0, 0.0, 1e-9]])
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: grid)
     for row, count in ((0, [125, 0, 375, 500, 0]), (1, [0, 1000, 0, 0, 0])):
-        drawn = lm.draw(p.log(), torch.full((1000,), row))
+        drawn = lm.draw(p.log(), torch.full((1000,), row), grid)
         assert torch.bincount(drawn, minlength=5).tolist() == count
     grid = torch.tensor([0.0, 1 - 2e-9, 1 - 5e-10], dtype=torch.float64)
-    assert lm.draw(p.log(), torch.tensor([2, 2, 2])).tolist() == [0, 0, 4]
+    assert lm.draw(p.log(), torch.tensor([2, 2, 2]), grid).tolist() == [0, 0, 4]
     grid = torch.tensor([0.125, 0.0], dtype=torch.float64)                         # on the edge of a token of probability 0
-    assert lm.draw(p.log(), torch.tensor([0, 1])).tolist() == [2, 1]
+    assert lm.draw(p.log(), torch.tensor([0, 1]), grid).tolist() == [2, 1]
+    most = torch.full((10**5,), 1 - 2**-53, dtype=torch.float64)                   # the largest random number stays in its row
+    assert (lm.draw(p.log()[[1]].repeat(10**5, 1), torch.arange(10**5), most) == 1).all()
 
 
 def test_a_cache_with_room_holds_what_one_that_copies_holds():

@@ -334,6 +334,8 @@ def test_p_draws_an_image_and_q_words_whatever_the_weights(rows, pixel_tok):
     drawn = lm.sample(P, [swirl_fwm.prompt(pixel_tok, x, z)], 8, 100, pixel_tok.eos_token_id, generator=gen)[0]
     y_hat = [swirl_fwm.read(pixel_tok, row) for row in drawn]
     assert all(len(images.patches(y)) == 64 for y in y_hat) and len(set(y_hat)) == 8 and all(len(row) == 68 for row in drawn)
+    guessed = lm.sample(P, [swirl_fwm.prompt(pixel_tok, x, z)], 8, 68, pixel_tok.eos_token_id, generator=gen, guess=swirl_fwm.guess(pixel_tok, [x]))[0]
+    assert all(len(images.patches(swirl_fwm.read(pixel_tok, row))) == 64 and len(row) == 68 for row in guessed) and len(set(map(tuple, guessed))) == 8
     words = lm.sample(Q, [swirl_idm.prompt(pixel_tok, x, y)], 8, 12, pixel_tok.eos_token_id, generator=gen)[0]
     assert not any(images.is_token(t) for row in words for t in pixel_tok.convert_ids_to_tokens(row))
     images_ids = [i for t, i in pixel_tok.get_added_vocab().items() if images.is_token(t)]
