@@ -2,6 +2,7 @@
 
     python bench.py                                              every case, then cost against G and against P
     python bench.py --cases P128-T32-G8 --repeats 3 --json bench.json --picture bench.png
+    python bench.py --run runs/pixels-tiny-0                     what a guess saves the sampler, on that run's own pairs
 
 A step samples G rollouts y_hat of T tokens for each of B prompts of P tokens, rewards them by log Q(z | x, y_hat) under a
 frozen opposite (z: 8 tokens), scores them under the reference, and takes one AdamW step on sum(-A ratio + .1 k3). Each
@@ -21,6 +22,7 @@ import argparse
 import importlib.util
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -36,6 +38,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo
 import lm
+import sft
+import swirl_fwm
+from envs import load_splits, records
+from evals import common
 
 # name: (B, P, T, G, width, layers, V). The last two are the project's own: a step of the tools world, and of images of 128 codes
 CASES = {"P128-T32-G8": (4, 128, 32, 8, 256, 4, 2048), "P272-T16-G8": (4, 272, 16, 8, 256, 4, 2048),
@@ -250,6 +256,25 @@ def growth(repeats=2):
     return out
 
 
+def guessed(folder, turns=10):
+    """[(wall seconds of one token after the other, of all at once from the guess y)] of drawing the futures of a step of Phase I, with the
+    models and state-only pairs of a finished run of pixels, in turns."""
+    run, out, gen = common.open_run(folder), [], torch.Generator().manual_seed(0)
+    cfg, P, tok = run.cfg, run.P, run.tok
+    if cfg.env != "pixels" or cfg.data:
+        raise records.BadData(f"{folder} is a run of {cfg.data or cfg.env}; give one of pixels: only pictures are guessed")
+    batch = sft.batches([(x, y) for x, y in load_splits(cfg)[2] if x != y], cfg.batch, random.Random(0))
+    for _ in range(turns):
+        xs, ys = zip(*next(batch))
+        prompts, rows, costs = [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, run.read(xs, ys))], swirl_fwm.guess(tok, ys), []
+        for guess in (None, rows):
+            begin = time.perf_counter()
+            lm.sample(P, prompts, cfg.group_size, len(rows[0]), tok.eos_token_id, cfg.temperature_fwm, generator=gen, min_p=cfg.min_p_fwm, guess=guess)
+            costs.append(time.perf_counter() - begin)
+        out.append(costs)
+    return out
+
+
 def draw(rows, file):
     """The growth table as a picture (needs matplotlib)."""
     import matplotlib
@@ -270,6 +295,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="One GRPO step: ours, TRL's and a plain loop's.")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="these only, and no cost against G and P")
     parser.add_argument("--repeats", type=int, default=7, help="steps of each contestant that count")
+    parser.add_argument("--run", help="a finished run of pixels: only what a guess saves its sampler")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--picture", help="draw cost against G and against P into this file")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -277,6 +303,15 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     if args.worker:
         return worker(*args.worker)
+    if args.run:
+        try:
+            costs = guessed(args.run)
+        except records.BadData as error:
+            parser.error(str(error))
+        ratios = [one / guess for one, guess in costs]
+        print("the futures of a step of Phase I, seconds: one token after the other {:.2f}, from a guess {:.2f} (means of {}); {:.1f}x, from {:.1f} to {:.1f}x".format(
+            *map(statistics.mean, zip(*costs)), len(costs), statistics.median(ratios), min(ratios), max(ratios)))
+        return 0
     if args.picture and importlib.util.find_spec("matplotlib") is None:
         parser.error("--picture needs matplotlib: pip install -r requirements-extra.txt")
     names = ["ours", "plain"] + ["trl"] * (importlib.util.find_spec("trl") is not None)

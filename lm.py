@@ -15,7 +15,7 @@ Departures from a plain Hugging Face loop, each exact:
 2. While sampling, the rollouts of a prompt are a tree in one row of the batch: a beginning that they share is computed once, and
    no key is copied when they part; the price is that attention looks past the keys of the other branches. A prompt whose
    rollouts have ended leaves. Logits only where a token is drawn or scored.
-   Rows that can be guessed, as pictures can, are drawn all tokens at once and corrected (`settle`), in a third of the time.
+   Rows that can be guessed, as pictures can, are drawn all tokens at once and corrected instead (`settle`; `bench.py --run`).
 3. Masks come from lengths, never from token ids, so pad == eos is harmless. Positions are always explicit.
 4. Models stay in eval mode (no dropout): the sampler and the trainer see the same distribution.
 5. With `HALF` the products are bfloat16 (autocast); weights, their gradients, the optimizer and log-probs stay float32.
@@ -171,11 +171,15 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
     """Draw G rows after each prefix; temperature 0 takes the likeliest token. min_p: as in `logprobs`. top_p, top_k: as usual, off by
     default, since the trainer scores the unfiltered distribution. Returns (rows, logps), B*G lists each, prompt-major (p0g0, p0g1, ..):
     ids up to and including eos (a row without eos was cut at max_new) and their log-probs under what was sampled from.
-    guess: B rows that are thought to be nearly right; what is drawn does not depend on them, the time does (`settle`)."""
+    guess: B rows that are thought to be nearly right, which are corrected in place of drawing one token after the other (`settle`)."""
     policy = lambda logits, t: truncate(likely(restrict(model, logits.float(), t) / (temperature or 1.0), min_p), top_p, top_k).log_softmax(-1)
     pick = lambda logp, at, u: logp.argmax(-1)[at] if temperature == 0 else draw(logp, at, u)
+    numbers = lambda shape: torch.rand(shape, dtype=torch.float64, device=model.device, generator=generator) if temperature else torch.zeros(shape, device=model.device)
     if guess is not None:
-        return settle(model, prefixes, G, max_new, eos, guess, policy, pick, generator)
+        size = max(1, 2**27 // (G * max_new * model.config.vocab_size))            # prompts whose rows' logits take half a gigabyte
+        parts = [settle(model, prefixes[i:i + size], guess[i:i + size], G, max_new, eos, policy, pick, numbers)
+                 for i in range(0, len(prefixes), size)]
+        return tuple(sum(lists, []) for lists in zip(*parts))
     cache, mask, token, position = prefill(model, prefixes)                        # token, position (B, W), W = 1 at first
     N, rows, logps = len(prefixes) * G, [[] for _ in range(len(prefixes) * G)], [[] for _ in range(len(prefixes) * G)]
     seen = mask[:, None].bool()                                                    # (B, W, L) what of the cache each token sees
@@ -189,7 +193,7 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
         taken = torch.zeros(B * W, dtype=torch.bool, device=model.device).index_fill(0, node, True).view(B, W)
         logits = model(token, attention_mask=bias[:, None], position_ids=position, cache=cache, use_cache=True, logits_to_keep=taken).logits
         logp_all = policy(logits.view(len(node), -1), torch.tensor(t))             # (U, V)
-        drawn = pick(logp_all, at, uniform(at.shape, model.device, generator))     # (n,)
+        drawn = pick(logp_all, at, numbers(at.shape))                              # (n,)
         for n, token_id, lp in zip(live.tolist(), drawn.tolist(), logp_all[at, drawn].tolist()):
             rows[n].append(token_id)
             logps[n].append(lp)
@@ -210,7 +214,7 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
     return rows, logps
 
 
-def settle(model, prefixes, G, max_new, eos, guess, policy, pick, generator):
+def settle(model, prefixes, guess, G, max_new, eos, policy, pick, numbers):
     """`sample` from B rows that are nearly right, in a few passes over whole rows in place of one pass a token.
 
     With its random numbers u_t drawn beforehand each token is a function of those before it, row_t = F(row_<t, u_t). One pass puts the
@@ -219,9 +223,9 @@ def settle(model, prefixes, G, max_new, eos, guess, policy, pick, generator):
     """
     T, N, device = max_new, len(prefixes) * G, model.device
     cache, mask, last, position = prefill(model, prefixes)
-    rows = pad([row[:T] + [eos] * (T - len(row)) for row in map(list, guess)], "right", eos, device)[0].repeat_interleave(G, 0)   # (N, T)
-    fed = torch.cat([last.repeat_interleave(G, 0), rows], 1)                       # (N, 1 + T) fed[:, t] is before rows[:, t]
-    u, logps = uniform((N, T), device, generator), torch.zeros(N, T, device=device)
+    rows = torch.tensor([[*row, *[eos] * T][:T] for row in guess], device=device)  # (B, T)
+    fed = torch.cat([last, rows], 1).repeat_interleave(G, 0)                       # (N, 1 + T) fed[:, t] stands before the t-th token
+    u, logps = numbers((N, T)), torch.zeros(N, T, device=device)
     live, s = torch.arange(N, device=device), 0                                    # (n,) rollouts that move; their first s tokens are right
     node = live // G                                                               # (n,) the row of the cache that each goes on from
     while len(live):
@@ -230,7 +234,7 @@ def settle(model, prefixes, G, max_new, eos, guess, policy, pick, generator):
         mask, position = mask[same[:, 0]], position[same[:, 0]]
         ids = same[:, 1:]                                                          # (U, T - s)
         logits = model(ids, attention_mask=torch.cat([mask, torch.ones_like(ids)], 1), position_ids=position + torch.arange(T - s, device=device),
-                       cache=cache, use_cache=True, logits_to_keep=torch.ones_like(ids, dtype=torch.bool)).logits
+                       cache=cache, use_cache=True).logits
         t = torch.arange(s, T, device=device)
         logp_all = policy(logits.view(ids.numel(), -1), t.repeat(len(ids)))        # (U (T - s), V)
         place = at[:, None] * (T - s) + t - s                                      # (n, T - s)
@@ -254,16 +258,11 @@ def restrict(model, logits, t):
     return logits if allowed is None else logits.masked_fill(~allowed[t.clamp(max=len(allowed) - 1)], -torch.inf)
 
 
-def uniform(shape, device, generator=None):
-    """Random numbers in [0, 1) in float64, so that no rare token is lost."""
-    return torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
-
-
 def draw(logp, at, u):
-    """The token of row logp[at[n]] at u[n] in [0, 1), by inversion; one of probability 0 is never drawn. `torch.multinomial` draws V numbers
-    for one token. All rows lie end to end on one line, the b-th from b to b + 1: none is copied."""
+    """The token of row logp[at[n]] at u[n] in [0, 1), by inversion; one of probability 0 is never drawn, one of 1e-9 is. `torch.multinomial`
+    draws V numbers for one token. All rows lie end to end on one line, the b-th from b to b + 1, so that none is copied."""
     mass = logp.double().exp_().cumsum_(-1)                                        # (U, V)
-    line = (mass / mass[:, -1:] + torch.arange(len(mass), device=logp.device)[:, None]).flatten()
+    line = mass.div_(mass[:, -1:].clone()).add_(torch.arange(len(mass), device=logp.device)[:, None]).flatten()
     return torch.searchsorted(line, at + u.clamp(max=1 - 2**-30), right=True) - at * logp.shape[-1]
 
 

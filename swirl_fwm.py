@@ -63,7 +63,7 @@ def read(tok, ids):
 
 def guess(tok, states):
     """Rows for `lm.sample` to begin with: of images, which P draws nearly so. None of texts, where one word more moves all that follow."""
-    return [target(tok, s) for s in states] if images.is_image(states[0]) else None
+    return [target(tok, s) for s in states] if states and images.is_image(states[0]) else None
 
 
 def logp(P, tok, xs, zs, ys):

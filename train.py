@@ -11,7 +11,7 @@ again resumes an unfinished run.
 
 Departures from the paper: the models are tiny and start from random weights with an induction head written in
 (`tiny.write_induction_head`), in place of pretraining; their warm-up has weight decay and keeps a running mean of the weights;
-labelled rows are replayed in the phases; Phase I is 250 steps and Phase II 60, not an epoch over 30k pairs;
+labelled rows are replayed in the phases; Phase I is 250 steps (of pixels 400) and Phase II 60, not an epoch over 30k pairs;
 a phase that validates clearly worse than its start, on labelled rows, is undone. See `swirl_fwm.py`,
 `swirl_idm.py`, `grpo.py` for the rest.
 """
@@ -291,7 +291,7 @@ def affordable(tok, test):
 
 
 def check_data(P, tok, labelled, validation, state_only, test, cfg):
-    """(longest y, longest z) to sample, in tokens: the longest in training and a margin. Fails if a split is empty or a
+    """(longest y, longest z) to sample, in tokens: the longest in training and a margin (images are of one size). Fails if a split is empty or a
     prompt and its completion do not fit the model."""
     name, few = cfg.data or cfg.env, "no" if parallel.world() == 1 else f"fewer than {parallel.world()} (one a process)"
     for what, rows in (("labelled", labelled), ("validation", validation), ("state-only", state_only), ("test", test)):
@@ -305,7 +305,7 @@ def check_data(P, tok, labelled, validation, state_only, test, cfg):
     if shown and (not all(shown) or len({len(patches) for patches in shown}) > 1 or len(shown) < len(n) or not set().union(*shown) <= set(tok.get_added_vocab())):
         rundir.fail(f"{name}: where a state is an image, all are: {images.spell([['0', '1'], ['2', '3']])}, rows as long as columns, all of one "
                     "size, every code seen in training")
-    y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + (1 if shown else 16)      # images are of one size
+    y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + (1 if shown else 16)      # an image's end
     longest = max(n, key=n.get)
     marks = 6 * (1 + longest.count("\n")) + longest.count("<c") if cfg.view == "diff" else 0     # what Q reads beside codes and lines
     if n[longest] + max(y, n[longest]) + marks + 2 * longest_z(labelled + validation + test) + frame > pretrained.context(P):
@@ -394,7 +394,7 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
         Q, [swirl_idm.prompt(tok, x, y, cfg.view) for x, y in some], 1, limits[1], tok.eos_token_id, gen)]
     xs, ys = map(list, zip(*some))
     y_hat = [swirl_fwm.read(tok, row) for row in lm.sample_all(
-        P, [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, z_hat)], 1, limits[0], tok.eos_token_id, gen)]
+        P, [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, z_hat)], 1, limits[0], tok.eos_token_id, gen, guess=swirl_fwm.guess(tok, ys))]
     logq = swirl_idm.logp(Q, tok, xs, z_hat, y_hat, cfg.view).cpu()
     trained = [i for i in range(n) if xs[i] != ys[i] and z_hat[i] != swirl_idm.IMPOSSIBLE] or list(range(n))   # as in Phase I
     eq3 = mi_bounds.barber_agakov_from_samples(logq[trained])

@@ -132,6 +132,8 @@ class Opened(typing.NamedTuple):
     episodes: list                                             # its test episodes [(x, z, y)]
     predict: typing.Callable                                   # (xs, zs) -> greedy y_hat
     read: typing.Callable                                      # (xs, ys) -> greedy z_hat
+    P: typing.Any
+    tok: typing.Any
 
 
 def open_run(folder):
@@ -181,7 +183,7 @@ def open_run(folder):
     P, Q = P.to(device), Q.to(device)
     train.restrict(P, Q, tok, test[0][0])
     return Opened(cfg, test, uncut[3][:n], train.shorten(tok, test_episodes(cfg), cfg.max_state), lambda xs, zs: swirl_fwm.predict(P, tok, xs, zs, max_y),
-                  lambda xs, ys: swirl_idm.predict(Q, tok, xs, ys, max_z, cfg.view))
+                  lambda xs, ys: swirl_idm.predict(Q, tok, xs, ys, max_z, cfg.view), P, tok)
 
 
 def predict_run(folder, splits=()):

@@ -175,36 +175,54 @@ GUESSES = {"none right": lambda rng, truth: [rng.randrange(9) for _ in range(7)]
 def test_from_whatever_guess_rows_are_those_of_one_token_after_the_other(model, guessed, bias):
     """The sequential sampler of the same random numbers, by full passes: equal rows, equal log-probs. And the greedy ones."""
     model, rng, min_p, G, T = ending(model, EOS, bias), random.Random(0), 0.02, 4, 8
-    u, truth, logps = torch.rand(len(RAGGED) * G, T, dtype=torch.float64, generator=torch.Generator().manual_seed(5)), [], []
+    draws = lambda seed: torch.Generator().manual_seed(seed)
+    u, truth, logps = torch.rand(len(RAGGED) * G, T, dtype=torch.float64, generator=draws(5)), [], []
+    model.allowed = torch.rand(5, 9, generator=draws(2)) < 0.8                     # another set at each of the first tokens
+    model.allowed[:, EOS] = True
     for n in range(len(RAGGED) * G):
         row, logp = [], []
         while len(row) < T and EOS not in row:
-            p = (model(torch.tensor([[*RAGGED[n // G], *row]])).logits[0, -1] / 0.8).softmax(-1).double()
+            p = (model(torch.tensor([[*RAGGED[n // G], *row]])).logits[0, -1] / 0.8).softmax(-1).double() * model.allowed[min(len(row), 4)]
             p = torch.where(p < min_p * p.max(), 0, p)
             row.append(int((p.cumsum(0) / p.sum() > u[n, len(row)]).nonzero()[0]))
             logp.append((p[row[-1]] / p.sum()).log().item())
         truth.append(row)
         logps.append(logp)
     guess = [GUESSES[guessed](rng, row) for row in truth[::G]]
-    rows, sampled = lm.sample(model, RAGGED, G, T, EOS, 0.8, generator=torch.Generator().manual_seed(5), min_p=min_p, guess=guess)
+    sample = lambda: lm.sample(model, RAGGED, G, T, EOS, 0.8, generator=draws(5), min_p=min_p, guess=guess)
+    rows, sampled = sample()
     assert rows == truth and len(set(map(tuple, rows))) > 6
     assert all(got == pytest.approx(want, abs=1e-4) for got, want in zip(sampled, logps))
-    assert lm.greedy(model, RAGGED, T, EOS, guess=guess) == lm.greedy(model, RAGGED, T, EOS, batch=2, guess=guess) == [naive_greedy(model, p, T, EOS) for p in RAGGED]
-    parts = [lm.sample(model, RAGGED[i:i + 2], 3, T, EOS, generator=gen, guess=guess[i:i + 2])[0] for gen in [torch.Generator().manual_seed(1)] for i in (0, 2, 4)]
-    assert lm.sample_all(model, RAGGED, 3, T, EOS, torch.Generator().manual_seed(1), batch=2, guess=guess) == sum(parts, [])
+    want = lm.greedy(model, RAGGED, T, EOS)
+    assert lm.greedy(model, RAGGED, T, EOS, guess=guess) == lm.greedy(model, RAGGED, T, EOS, batch=2, guess=guess) == want
+    assert lm.sample(model, RAGGED, 2, T, EOS, 0, guess=guess)[0] == [row for row in want for _ in range(2)]
+    gen = draws(1)
+    parts = [lm.sample(model, RAGGED[i:i + 2], 3, T, EOS, generator=gen, guess=guess[i:i + 2])[0] for i in (0, 2, 4)]
+    assert lm.sample_all(model, RAGGED, 3, T, EOS, draws(1), batch=2, guess=guess) == sum(parts, [])
+    model.config.vocab_size = 2**26                                                # with so many tokens a prompt at a time
+    assert sample()[0] == truth
 
 
-def test_a_right_guess_takes_one_pass_and_what_is_right_is_not_computed_again(model, monkeypatch):
+@pytest.mark.parametrize("G", [1, 3])
+def test_a_right_guess_takes_one_pass_and_what_is_right_is_not_computed_again(model, monkeypatch, G):
     model, passes, forward = ending(model, EOS, -1e4), [], model.forward
     monkeypatch.setattr(model, "forward", lambda ids, **kwargs: passes.append(ids.shape) or forward(ids, **kwargs))
     truth = lm.greedy(model, RAGGED, 20, EOS)
     for wrong in (20, 19, 7, 0):                                                   # the first wrong token
         guess = [[(t + 1) % 9 if i == wrong else t for i, t in enumerate(row)] for row in truth]
         passes.clear()
-        assert lm.greedy(model, RAGGED, 20, EOS, guess=guess) == truth
+        assert lm.sample(model, RAGGED, G, 20, EOS, 0, guess=guess)[0] == [row for row in truth for _ in range(G)]
         prefill, first, *more = passes
-        assert prefill == (5, 10) and first == (5, 20) and len(more) <= max(0, 19 - wrong)
+        assert prefill == (5, 10) and first == (5, 20) and len(more) <= max(0, 19 - wrong)    # equal rows are computed once
         assert all(T <= 19 - wrong - i for i, (_, T) in enumerate(more)), passes   # at least one more token is right each time
+    passes.clear()
+    model.lm_head.bias.data[EOS] = 1e4                                             # all rows end at once, whatever was guessed behind
+    assert lm.sample(model, RAGGED, G, 20, EOS, 0, guess=truth)[0] == [[EOS]] * (5 * G) and len(passes) == 2
+    model.lm_head.bias.data[EOS] = -1e4
+    one = [truth[0], *([(t + 1) % 9 for t in row] for row in truth[1:])]           # a row that is done leaves
+    passes.clear()
+    lm.sample(model, RAGGED, G, 20, EOS, 0, guess=one)
+    assert passes[2][0] == 4
 
 
 def test_greedy_equals_transformers_generate(model):
@@ -259,6 +277,7 @@ def test_a_draw_is_the_inverse_of_the_distribution_function():
     assert lm.draw(p.log(), torch.tensor([2, 2, 2]), grid).tolist() == [0, 0, 4]
     grid = torch.tensor([0.125, 0.0], dtype=torch.float64)                         # on the edge of a token of probability 0
     assert lm.draw(p.log(), torch.tensor([0, 1]), grid).tolist() == [2, 1]
+    assert lm.draw(torch.tensor([[0.25, 0.25, 0.0]] * 3).log(), torch.tensor([0, 1, 1]), torch.tensor([0.4, 0.6, 0.999])).tolist() == [0, 1, 1]
     most = torch.full((10**5,), 1 - 2**-53, dtype=torch.float64)                   # the largest random number stays in its row
     assert (lm.draw(p.log()[[1]].repeat(10**5, 1), torch.arange(10**5), most) == 1).all()
 

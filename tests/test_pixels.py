@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import envs
+import grpo
 import lm
 import pictures
 import rundir
@@ -343,6 +344,27 @@ def test_p_draws_an_image_and_q_words_whatever_the_weights(rows, pixel_tok):
     total = torch.tensor([lm.score(P, [swirl_fwm.prompt(pixel_tok, x, z)], [drawn[0][:3] + [c] + drawn[0][4:]]).isfinite().item()
                           for c in images_ids])
     assert total.sum() == sum(t.startswith("<c") for t in map(pixel_tok.convert_ids_to_tokens, images_ids))
+
+
+def test_images_begin_as_a_guess_and_end_as_without(rows, pixel_tok, monkeypatch):
+    """y where it is known, else x; each prompt its own, also where Q reads no action in some pair. Texts have none."""
+    some = [row for row in rows if row[0] != row[2]][:4]
+    (xs, zs, ys), eos = zip(*some), pixel_tok.eos_token_id
+    P, Q = copying(pixel_tok), tiny.make_model(pixel_tok, induction=False)
+    train.restrict(P, Q, pixel_tok, xs[0])
+    guesses, settle, sample = [], lm.settle, lm.sample
+    plain = [swirl_fwm.read(pixel_tok, row) for row in lm.greedy(P, [swirl_fwm.prompt(pixel_tok, x, z) for x, z in zip(xs, zs)], 68, eos)]
+    monkeypatch.setattr(lm, "settle", lambda model, prefixes, guess, *rest: guesses.append((prefixes, guess)) or settle(model, prefixes, guess, *rest))
+    assert swirl_fwm.predict(P, pixel_tok, xs, zs, 68) == plain
+    swirl_fwm.best_of_n(P, Q, pixel_tok, xs, zs, 68, "diff", 2, torch.Generator().manual_seed(0))
+    read = [swirl_idm.target(pixel_tok, z) for z in (zs[0], swirl_idm.IMPOSSIBLE, *zs[2:])]
+    monkeypatch.setattr(lm, "sample", lambda model, *rest, **more: (read, None) if model is Q else sample(model, *rest, **more))
+    settings = grpo.GRPO(group_size=2, max_new=68)
+    swirl_fwm.phase1_step(P, Q, None, lm.make_optimizers(P, 1e-4, muon=False), pixel_tok, list(zip(xs, ys)), settings, max_z=16)
+    pairs = [dict(zip(map(tuple, prefixes), guess)) for prefixes, guess in guesses]
+    asked = lambda states, kept: {tuple(swirl_fwm.prompt(pixel_tok, xs[i], zs[i])): swirl_fwm.target(pixel_tok, states[i]) for i in kept}
+    assert pairs == [asked(xs, range(4)), asked(xs, range(4)), asked(ys, (0, 2, 3))]
+    assert swirl_fwm.guess(pixel_tok, []) is None and swirl_fwm.guess(pixel_tok, ["lamp is on"]) is None
 
 
 def copying(tok, features=None):
