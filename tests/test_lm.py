@@ -223,6 +223,10 @@ def test_a_right_guess_takes_one_pass_and_what_is_right_is_not_computed_again(mo
     passes.clear()
     lm.sample(model, RAGGED, G, 20, EOS, 0, guess=one)
     assert passes[2][0] == 4
+    model.config.vocab_size = 2**27                                                # a prompt at a time, each with its own guess
+    passes.clear()
+    assert lm.sample(model, RAGGED, G, 20, EOS, 0, guess=truth)[0][::G] == truth and [T for _, T in passes if T == 20] == [20] * 5
+    assert len(passes) == 5 + sum(len(p) > 1 for p in RAGGED)
 
 
 def test_greedy_equals_transformers_generate(model):

@@ -364,6 +364,7 @@ def test_images_begin_as_a_guess_and_end_as_without(rows, pixel_tok, monkeypatch
     pairs = [dict(zip(map(tuple, prefixes), guess)) for prefixes, guess in guesses]
     asked = lambda states, kept: {tuple(swirl_fwm.prompt(pixel_tok, xs[i], zs[i])): swirl_fwm.target(pixel_tok, states[i]) for i in kept}
     assert pairs == [asked(xs, range(4)), asked(xs, range(4)), asked(ys, (0, 2, 3))]
+    assert train.check_data(P, pixel_tok, some, some, list(zip(xs, ys)), some, train.parse(SMALL))[0] == 68      # an image and its end
     assert swirl_fwm.guess(pixel_tok, []) is None and swirl_fwm.guess(pixel_tok, ["lamp is on"]) is None
 
 
