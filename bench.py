@@ -40,6 +40,7 @@ import grpo
 import lm
 import sft
 import swirl_fwm
+import swirl_idm
 from envs import load_splits, records
 from evals import common
 
@@ -257,16 +258,17 @@ def growth(repeats=2):
 
 
 def guessed(folder, turns=10):
-    """[(wall seconds of one token after the other, of all at once from the guess y)] of drawing the futures of a step of Phase I, with the
-    models and state-only pairs of a finished run of pixels, in turns."""
-    run, out, gen = common.open_run(folder), [], torch.Generator().manual_seed(0)
-    cfg, P, tok = run.cfg, run.P, run.tok
-    if cfg.env != "pixels" or cfg.data:
-        raise records.BadData(f"{folder} is a run of {cfg.data or cfg.env}; give one of pixels: only pictures are guessed")
+    """[(wall seconds of one token after the other, of all at once from the guess y)] of drawing the futures of as many state-only pairs as a
+    step of Phase I has, z read greedily, with the models that a finished run of pixels ended with, in turns."""
+    run, out = common.open_run(folder), []
+    cfg, P, tok, gen = run.cfg, run.P, run.tok, torch.Generator(run.P.device).manual_seed(0)
+    if swirl_fwm.guess(tok, [run.test[0][0]]) is None:
+        raise records.BadData(f"{folder} is a run of texts; give one of pixels: only pictures are guessed")
     batch = sft.batches([(x, y) for x, y in load_splits(cfg)[2] if x != y], cfg.batch, random.Random(0))
     for _ in range(turns):
         xs, ys = zip(*next(batch))
-        prompts, rows, costs = [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, run.read(xs, ys))], swirl_fwm.guess(tok, ys), []
+        xs, ys, zs = zip(*[row for row in zip(xs, ys, run.read(xs, ys)) if row[2] != swirl_idm.IMPOSSIBLE])
+        prompts, rows, costs = [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, zs)], swirl_fwm.guess(tok, ys), []
         for guess in (None, rows):
             begin = time.perf_counter()
             lm.sample(P, prompts, cfg.group_size, len(rows[0]), tok.eos_token_id, cfg.temperature_fwm, generator=gen, min_p=cfg.min_p_fwm, guess=guess)
@@ -304,13 +306,16 @@ def main(argv=None):
     if args.worker:
         return worker(*args.worker)
     if args.run:
+        if args.cases or args.json or args.picture:
+            parser.error("--run stands alone: it prints one line")
         try:
             costs = guessed(args.run)
         except records.BadData as error:
             parser.error(str(error))
-        ratios = [one / guess for one, guess in costs]
-        print("the futures of a step of Phase I, seconds: one token after the other {:.2f}, from a guess {:.2f} (means of {}); {:.1f}x, from {:.1f} to {:.1f}x".format(
-            *map(statistics.mean, zip(*costs)), len(costs), statistics.median(ratios), min(ratios), max(ratios)))
+        one, guess = map(statistics.mean, zip(*costs))
+        ratios = sorted(a / b for a, b in costs)
+        print(f"futures of a step of Phase I, means of {len(costs)}: one token after the other {one:.2f} s, from a guess {guess:.2f} s, {one / guess:.1f}x "
+              f"(by step {ratios[0]:.1f}x to {ratios[-1]:.1f}x)")
         return 0
     if args.picture and importlib.util.find_spec("matplotlib") is None:
         parser.error("--picture needs matplotlib: pip install -r requirements-extra.txt")

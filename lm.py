@@ -15,7 +15,7 @@ Departures from a plain Hugging Face loop, each exact:
 2. While sampling, the rollouts of a prompt are a tree in one row of the batch: a beginning that they share is computed once, and
    no key is copied when they part; the price is that attention looks past the keys of the other branches. A prompt whose
    rollouts have ended leaves. Logits only where a token is drawn or scored.
-   Rows that can be guessed, as pictures can, are drawn all tokens at once and corrected instead (`settle`; `bench.py --run`).
+   Rows that can be guessed, as pictures can, are drawn all tokens at once and corrected instead (`settle`: each copies its keys).
 3. Masks come from lengths, never from token ids, so pad == eos is harmless. Positions are always explicit.
 4. Models stay in eval mode (no dropout): the sampler and the trainer see the same distribution.
 5. With `HALF` the products are bfloat16 (autocast); weights, their gradients, the optimizer and log-probs stay float32.
@@ -217,9 +217,9 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
 def settle(model, prefixes, guess, G, max_new, eos, policy, pick, numbers):
     """`sample` from B rows that are nearly right, in a few passes over whole rows in place of one pass a token.
 
-    With its random numbers u_t drawn beforehand each token is a function of those before it, row_t = F(row_<t, u_t). One pass puts the
-    guess in on the right, for all t at once (Jacobi iteration; Song et al. 2021): where the first token comes out another, this one
-    is right, as are all before it. What came out is the next guess; a row that comes out as it went in is the sampler's. Exact.
+    With its random numbers u_t drawn beforehand each token is a function of those before it, row_t = F(row_<t, u_t). One pass computes F
+    of the guess at all t (Jacobi iteration; Song et al. 2021). Where it first gives another token, this one is right, as are all
+    before it; what it gave is the next guess. A row that it leaves as it is, is what the sampler draws: exact but for rounding.
     """
     T, N, device = max_new, len(prefixes) * G, model.device
     cache, mask, last, position = prefill(model, prefixes)
@@ -260,7 +260,8 @@ def restrict(model, logits, t):
 
 def draw(logp, at, u):
     """The token of row logp[at[n]] at u[n] in [0, 1), by inversion; one of probability 0 is never drawn, one of 1e-9 is. `torch.multinomial`
-    draws V numbers for one token. All rows lie end to end on one line, the b-th from b to b + 1, so that none is copied."""
+    draws V numbers for one token. All rows lie end to end on one line, the b-th from b to b + 1, so that none is copied; the clamp keeps
+    rounding from stepping into the next."""
     mass = logp.double().exp_().cumsum_(-1)                                        # (U, V)
     line = mass.div_(mass[:, -1:].clone()).add_(torch.arange(len(mass), device=logp.device)[:, None]).flatten()
     return torch.searchsorted(line, at + u.clamp(max=1 - 2**-30), right=True) - at * logp.shape[-1]

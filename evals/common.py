@@ -132,8 +132,8 @@ class Opened(typing.NamedTuple):
     episodes: list                                             # its test episodes [(x, z, y)]
     predict: typing.Callable                                   # (xs, zs) -> greedy y_hat
     read: typing.Callable                                      # (xs, ys) -> greedy z_hat
-    P: typing.Any
-    tok: typing.Any
+    P: typing.Any                                              # the FWM itself
+    tok: typing.Any                                            # its tokenizer
 
 
 def open_run(folder):

@@ -31,6 +31,15 @@ def test_ours_and_the_plain_loop_take_the_same_step(monkeypatch):
     assert changes[0].norm() > 0 and (changes[0] - changes[1]).norm() < 1e-3 * changes[0].norm()
 
 
+def test_what_a_guess_saves_is_told_of_runs_of_pictures_alone(tmp_path, capsys):
+    for args in (["--run", str(tmp_path)], ["--run", str(tmp_path), "--json", "b.json"]):
+        with pytest.raises(SystemExit) as stop:
+            bench.main(args)
+        assert stop.value.code == 2
+    found = capsys.readouterr().err
+    assert "no run's config.json is there" in found and "--run stands alone" in found
+
+
 @pytest.mark.slow
 def test_a_race_in_small(tmp_path):
     assert bench.main(["--cases", "tools-P40-T41-G16", "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0

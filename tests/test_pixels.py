@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import envs
 import grpo
 import lm
@@ -618,6 +619,11 @@ def test_a_run_of_pixels_leaves_scores_and_pictures(done):
     steps = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
     assert all(row["truncated"] == 0 and row["gap"] < 1e-3 for row in steps if row["phase"] == "phase1" and row["reward"] is not None)
     assert len(images.Codebook.load(done / "codebook.npz").centres) > 40
+
+
+def test_what_a_guess_saves_is_measured_on_a_run(done, capsys):
+    assert bench.main(["--run", str(done)]) == 0
+    assert re.search(r"means of 10: one token after the other \d+\.\d\d s, from a guess \d+\.\d\d s, \d+\.\dx", capsys.readouterr().out)
 
 
 def test_the_table_of_a_run_of_pixels_holds_its_own_columns(done, capsys):
