@@ -91,11 +91,16 @@ def predict(P, tok, xs, zs, max_new):
                                                 tok.eos_token_id, guess=guess(tok, xs))]
 
 
+def futures(P, tok, xs, zs, n, max_new, generator=None):
+    """n sampled y_hat for each (x, z), those of one side by side."""
+    return [read(tok, row) for row in lm.sample_all(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], n, max_new,
+                                                    tok.eos_token_id, generator, guess=guess(tok, xs))]
+
+
 def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
     """Of n sampled futures, the one in which Q reads z best: the paper's test-time verification, and the forecast of what
     Phase I can bring. Costs n times the sampling and needs z at test time."""
-    rows = lm.sample_all(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], n, max_new, tok.eos_token_id, generator, guess=guess(tok, xs))
-    y_hat = [read(tok, row) for row in rows]
+    y_hat = futures(P, tok, xs, zs, n, max_new, generator)
     R = swirl_idm.logp(Q, tok, [x for x in xs for _ in range(n)], [z for z in zs for _ in range(n)], y_hat, view)
     return [y_hat[i * n + k] for i, k in enumerate(R.view(-1, n).argmax(1).tolist())]
 

@@ -393,8 +393,7 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
     z_hat = [swirl_idm.read(tok, row) for row in lm.sample_all(
         Q, [swirl_idm.prompt(tok, x, y, cfg.view) for x, y in some], 1, limits[1], tok.eos_token_id, gen)]
     xs, ys = map(list, zip(*some))
-    y_hat = [swirl_fwm.read(tok, row) for row in lm.sample_all(
-        P, [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, z_hat)], 1, limits[0], tok.eos_token_id, gen, guess=swirl_fwm.guess(tok, ys))]
+    y_hat = swirl_fwm.futures(P, tok, xs, z_hat, 1, limits[0], gen)
     logq = swirl_idm.logp(Q, tok, xs, z_hat, y_hat, cfg.view).cpu()
     trained = [i for i in range(n) if xs[i] != ys[i] and z_hat[i] != swirl_idm.IMPOSSIBLE] or list(range(n))   # as in Phase I
     eq3 = mi_bounds.barber_agakov_from_samples(logq[trained])
