@@ -20,7 +20,7 @@ LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 # a third of the groups have no spread. 16 pairs a step taught more than 8 in the same time (1,500 pairs). Eight of P's rows are one micro-batch of 2048 tokens. In a
 # trial Q learnt as much from 32 rows a step as from 64, in half the time. 2400 steps of P leave Phase I most of its 400, which gain on 250; the plan
 # keeps a tenth of the minutes back
-PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "lr_fwm": 1.2e-3,
+PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "pool": 3, "lr_fwm": 1.2e-3,
           "warmup_steps": 2400, "warmup_batch_idm": 32, "share_idm": 0.13, "phase1_steps": 400, "tokens": 2048, "minutes": 17.2}
 
 
@@ -72,6 +72,7 @@ class Config:
     phase1_steps: int = setting(250, "steps of each Phase I")
     phase2_steps: int = setting(60, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
+    pool: int = setting(1, "pairs that Phase I looks at for each one it takes: those whose group most probably holds y and other futures (pixels 3; paper: 1)")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
     lr_fwm: float = setting(8e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
     lr_idm: float = setting(2e-4, "learning rate of Phase II, falling to 0 as well")
@@ -124,7 +125,7 @@ def parse(argv=None):
     for name in ("warmup_lr", "lr_fwm", "lr_idm"):
         checks[name] = 0 < getattr(cfg, name) < float("inf")
     for name in ("eval_size", "validation_size", "warmup_steps", "warmup_batch", "warmup_batch_idm", "warmup_every",
-                 "patience", "iterations", "phase1_steps", "phase2_steps", "batch", "updates"):
+                 "patience", "iterations", "phase1_steps", "phase2_steps", "batch", "pool", "updates"):
         checks[name] = getattr(cfg, name) >= 1
     for name, fine in checks.items():
         if not fine:

@@ -236,7 +236,7 @@ def train(cfg):
             pairs = [(x, y) for x, y in state_only if x != y or not cfg.skip_unchanged]
             phase(run, cfg, f"iteration{i}/phase1", P, Q, validate_P, pairs, rows_P, settings, cfg.phase1_steps,
                   time_share(run, budget, left), lambda ref, opt, pairs, gen, replay: swirl_fwm.phase1_step(
-                      P, Q, ref, opt, tok, pairs, settings, **reward, max_z=limits[1], generator=gen, replay=replay))
+                      P, Q, ref, opt, tok, pairs, settings, **reward, max_z=limits[1], generator=gen, replay=replay, pool=cfg.pool), cfg.pool)
             stage_ends(f"iteration{i}/phase1", since, "phase1")
         # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
         if not run.done(f"iteration{i}/phase2"):
@@ -330,11 +330,12 @@ def phase_settings(cfg, beta, lr, temperature, max_new, min_p=0.0):
                      top_k=cfg.top_k, scale=cfg.scale, beta=beta, kl=cfg.kl, updates=cfg.updates, clip=cfg.clip, lr=lr)
 
 
-def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps, seconds, take_step):
-    """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold; labelled `rows` are replayed in each.
+def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps, seconds, take_step, pool=1):
+    """`steps` GRPO steps of `policy` against `frozen`, each on `--batch` times `pool` pairs, or as many as `seconds` hold; labelled
+    `rows` are replayed in each.
     A phase that lowers the validation score by more than `cfg.undo` is undone (`--undo 1`: never, as in the paper)."""
     begin, rng = time.time(), random.Random(f"{cfg.seed} {name}")
-    batch = sft.batches(pairs, cfg.batch, rng)
+    batch = sft.batches(pairs, cfg.batch * pool, rng)
     gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31) + parallel.rank())
     ref, optimizers = lm.freeze(policy), lm.make_optimizers(policy, settings.lr, muon=False)   # the reference: pi at the start
     before = [p.detach().to("cpu", copy=True) for p in frozen.parameters()]        # the device has no room for it

@@ -1,6 +1,8 @@
 """Claims of `swirl_fwm.py`, `swirl_idm.py`: prompts, rewards; a phase moves one model and is given no z."""
 
 import copy
+import itertools
+import math
 import random
 
 import pytest
@@ -339,6 +341,54 @@ def test_phase_1_does_nothing_if_no_z_is_readable(monkeypatch, tok, P, Q, why):
     for optimizers in ([recorder], None):
         assert run_phase(1, P, Q, tok, settings(), optimizers=optimizers) == (None, [])
     assert torch.equal(weights(P), before[0]) and torch.equal(weights(Q), before[1]) and not recorder.seen
+
+
+def mixed(p, G):
+    """The chance that of G futures, each y with probability p, some are y and some are not: over all 2^G outcomes."""
+    return sum(math.prod(p if hit else 1 - p for hit in hits) for hits in itertools.product((0, 1), repeat=G) if 0 < sum(hits) < G)
+
+
+def taught(P, tok, rows):
+    """P after some steps on these (x, z, y)."""
+    optimizers, owner = lm.make_optimizers(P, 1e-2, muon=False), range(len(rows))
+    for _ in range(60):
+        (-lm.logprobs(P, [fwm_prompt(tok, x, z) for x, z, _ in rows], [swirl_fwm.target(tok, y) for *_, y in rows], owner).sum() / len(rows)).backward()
+        lm.optimizer_step(P, optimizers, 1e-2)
+    return P
+
+
+# What P is taught: of the first pair one future, of the second two, of the third four; the fourth is new to it
+TAUGHT = [(XS[0], "go", YS[0])] * 4 + [(XS[1], "", y) for y in (YS[1], "b")] * 2 + [(XS[2], "stop", y) for y in (YS[2], "a", "c", "lamp is on")]
+
+
+@pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (3.0, 0.0), (3.0, 0.3)])
+def test_undecided_pairs_are_those_whose_group_most_probably_holds_y_and_another_future(tok, P, temperature, min_p):
+    P, zs, G = taught(P, tok, TAUGHT), ["go", "", "stop", "x"], 4
+    p = [naive(P, fwm_prompt(tok, x, z), swirl_fwm.target(tok, y), temperature, min_p).sum().exp().item() for x, z, y in zip(XS, zs, YS)]
+    order = sorted(range(4), key=lambda i: -mixed(p[i], G))
+    if temperature == 1:                                                           # neither the likeliest y nor the unlikeliest
+        assert p[0] > 0.95 > 0.65 > p[1] > 0.35 > p[2] > 0.1 > 0.01 > p[3] and set(order[:2]) == {1, 2}
+    for n in range(1, 4):
+        assert swirl_fwm.undecided(P, tok, XS, zs, YS, n, G, temperature, min_p) == order[:n]
+    assert len(swirl_fwm.undecided(P, tok, XS, zs, YS, 9, G)) == 4 and swirl_fwm.undecided(P, tok, [], [], [], 2, G) == []
+
+
+@pytest.mark.parametrize("pool, n", [(1, 3), (2, 2), (3, 2), (4, 1)])
+def test_phase_1_takes_one_in_pool_of_the_pairs(monkeypatch, tok, P, Q, pool, n):
+    """Of those in which Q reads an action, by P as it is sampled; each keeps its z, its y and its reward."""
+    P, zs = taught(P, tok, TAUGHT), ["go", "", swirl_idm.IMPOSSIBLE, "stop"]
+    dictate(monkeypatch, Q, [swirl_idm.target(tok, z) for z in zs])
+    asked, undecided = [], swirl_fwm.undecided
+    monkeypatch.setattr(swirl_fwm, "undecided", lambda *args: asked.append(args[5:]) or undecided(*args))
+    got = captured(monkeypatch, 1, P, Q, tok, floor=0.0, pool=pool)
+    p = {i: naive(P, fwm_prompt(tok, XS[i], zs[i]), swirl_fwm.target(tok, YS[i])).sum().exp().item() for i in (0, 1, 3)}
+    order = sorted(p, key=lambda i: -mixed(p[i], 3)) if pool > 1 else [0, 1, 3]
+    kept = [(*PAIRS[i], zs[i]) for i in order[:n]]
+    assert order[0] == (1 if pool > 1 else 0) and asked == ([(n, 3, 1.0, 0.0)] if pool > 1 else [])
+    assert [(e["x"], e["y"], e["z"]) for e in got["examples"]] == kept
+    assert got["prompts"] == [fwm_prompt(tok, x, z) for x, _, z in kept]
+    rewards = got["reward"](range(n), [swirl_fwm.target(tok, "b")] * n).tolist()
+    assert rewards == pytest.approx([logq_z(Q, tok, x, z, "b", "diff") for x, _, z in kept], abs=1e-3)
 
 
 # --- scores -------------------------------------------------------------------------------------------------
