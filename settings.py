@@ -17,11 +17,12 @@ LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 
 
 # The pixels world, a tiny model. With a weight decay of 1 its P stops learning after 200 steps; and it is so sure of what it draws that at temperature 1
-# a third of the groups have no spread. 16 pairs a step taught more than 8 in the same time (1,500 pairs). Eight of P's rows are one micro-batch of 2048 tokens. In a
-# trial Q learnt as much from 32 rows a step as from 64, in half the time. 2400 steps of P leave Phase I most of its 400, which gain on 250; the plan
+# a third of the groups have no spread. 16 pairs a step taught more than 8 in the same time (1,500 pairs), and the 16 of 48 that P is
+# least decided about as much in 250 steps as any 16 in 400. Eight of P's rows are one micro-batch of 2048 tokens. In a
+# trial Q learnt as much from 32 rows a step as from 64, in half the time. 3000 steps of P leave Phase I about 220 of its 300; the plan
 # keeps a tenth of the minutes back
 PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "pool": 3, "lr_fwm": 1.2e-3,
-          "warmup_steps": 2400, "warmup_batch_idm": 32, "share_idm": 0.13, "phase1_steps": 400, "tokens": 2048, "minutes": 17.2}
+          "warmup_steps": 3000, "warmup_batch_idm": 32, "share_idm": 0.13, "phase1_steps": 300, "tokens": 2048, "minutes": 17.2}
 
 
 def setting(default, text, **extra):
@@ -59,7 +60,7 @@ class Config:
                             "steps before it learns to copy (README); a pretrained model: 5")
     warmup_batch: int = setting(8, "transitions a step of the FWM: few, since steps count, not rows (README). Paper: 128")
     warmup_batch_idm: int = setting(64, "rows a step of the IDM: short ones, half of them spoiled (pixels 32)")
-    share_idm: float = setting(0.22, "share of the minutes (nine tenths of them) that the IDM's warm-up takes at most (pixels .13)")
+    share_idm: float = setting(0.22, "share of the minutes (nine tenths of them) that the IDM's warm-up takes at most (pixels .13); both warm-ups .68")
     warmup_lr: float = setting(4e-3, "constant, Muon and AdamW. For a pretrained model: 2e-5 (paper)")
     warmup_decay: float = setting(1.0, "weight decay of the FWM's warm-up: a tiny P that may not grow learns rules, not rows (for a "
                                   "pretrained model: 0)")

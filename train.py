@@ -11,7 +11,7 @@ again resumes an unfinished run.
 
 Departures from the paper: the models are tiny and start from random weights with an induction head written in
 (`tiny.write_induction_head`), in place of pretraining; their warm-up has weight decay and keeps a running mean of the weights;
-labelled rows are replayed in the phases; Phase I is 250 steps (of pixels 400) and Phase II 60, not an epoch over 30k pairs;
+labelled rows are replayed in the phases; Phase I is 250 steps (of pixels 300) and Phase II 60, not an epoch over 30k pairs;
 a phase that validates clearly worse than its start, on labelled rows, is undone. See `swirl_fwm.py`,
 `swirl_idm.py`, `grpo.py` for the rest.
 """
@@ -214,7 +214,7 @@ def train(cfg):
     if not run.done("sft"):
         since = time.time()
         sft.warm_up(Q, "IDM", rows_Q, cfg.warmup_batch_idm, cfg.warmup_decay_idm, validate_Q, cfg, run, cfg.share_idm * budget)
-        sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch, cfg.warmup_decay, validate_P, cfg, run, .46 * budget)
+        sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch, cfg.warmup_decay, validate_P, cfg, run, (.68 - cfg.share_idm) * budget)
         stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:
         since = time.time()

@@ -29,10 +29,10 @@ def test_a_pretrained_model_is_spared_the_tricks_of_tiny_ones():
     assert train.parse([]).warmup_decay == 1 and train.parse([]).replay == 8
     pixels, texts = train.parse(["--env", "pixels", "--patience", "7"]), train.parse(["--env", "pixels", "--data", "some.jsonl"])
     assert (pixels.warmup_decay, pixels.warmup_decay_idm, pixels.temperature, pixels.temperature_fwm, pixels.patience, pixels.minutes) == (0.1, 1, 1, 1.3, 7, 17.2)
-    assert (pixels.min_p_fwm, pixels.batch, pixels.lr_fwm, pixels.warmup_steps, pixels.phase1_steps, pixels.tokens) == (0.05, 16, 1.2e-3, 2400, 400, 2048)
+    assert (pixels.min_p_fwm, pixels.batch, pixels.pool, pixels.lr_fwm, pixels.warmup_steps, pixels.phase1_steps, pixels.tokens) == (0.05, 16, 3, 1.2e-3, 3000, 300, 2048)
     assert (pixels.warmup_batch_idm, pixels.share_idm) == (32, 0.13) and (texts.warmup_batch_idm, texts.share_idm) == (64, 0.22)
-    assert (texts.min_p_fwm, texts.batch, texts.lr_fwm, texts.warmup_steps, texts.tokens) == (0, 8, 8e-4, 2800, 0)
-    for wrong in ("min-p-fwm=1", "min-p-fwm=-.1", "min-p-fwm=nan", "share-idm=0", "share-idm=1", "share-idm=nan"):
+    assert (texts.min_p_fwm, texts.batch, texts.pool, texts.lr_fwm, texts.warmup_steps, texts.tokens) == (0, 8, 1, 8e-4, 2800, 0)
+    for wrong in ("min-p-fwm=1", "min-p-fwm=-.1", "min-p-fwm=nan", "share-idm=0", "share-idm=1", "share-idm=nan", "pool=0"):
         with pytest.raises(SystemExit):
             train.parse([f"--{wrong}"])
     assert (texts.warmup_decay, texts.warmup_decay_idm, texts.temperature_fwm, texts.minutes) == (1, 1, 1, 10) and train.parse(["--temperature", "0.75"]).temperature_fwm == 0.75
@@ -172,7 +172,7 @@ def test_each_stage_gets_its_own_models_rows_and_settings(tmp_path, monkeypatch)
                        "--lr-fwm", ".1", "--lr-idm", ".2"]) == 0
     longest = lambda rows: max(len(target) for _, target in rows)
     assert seen["FWM"][1] == 3 and seen["IDM"][1] == 5 and longest(seen["FWM"][0]) > longest(seen["IDM"][0])
-    assert (seen["FWM"][2], seen["IDM"][2]) == pytest.approx((0.46 * 3 * 54, 0.1 * 3 * 54))                  # seconds, of the 3 minutes of SMALL
+    assert (seen["FWM"][2], seen["IDM"][2]) == pytest.approx((0.58 * 3 * 54, 0.1 * 3 * 54))                  # seconds, of the 3 minutes of SMALL: .68 together
     one, two = seen["iteration1/phase1"], seen["iteration1/phase2"]
     assert one[0] == seen["FWM"][0] and two[0] == seen["IDM"][0] and (one[1], two[1]) == (.1, .2)
     assert all(x != y for x, y in one[2]) and any(x == y for x, y in two[2])
