@@ -22,7 +22,7 @@ LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 # trial Q learnt as much from 32 rows a step as from 64, in half the time. 3000 steps of P leave Phase I about 220 of its 300; the plan
 # keeps a tenth of the minutes back
 PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "pool": 3, "lr_fwm": 1.2e-3,
-          "warmup_steps": 3000, "warmup_batch_idm": 32, "share_idm": 0.13, "phase1_steps": 300, "tokens": 2048, "minutes": 17.2}
+          "warmup_steps": 3000, "warmup_batch_idm": 32, "share_idm": 0.13, "phase1_steps": 300, "tokens": 2048, "minutes": 16.8}
 
 
 def setting(default, text, **extra):
@@ -44,7 +44,7 @@ class Config:
     shard: bool = setting(False, "under torchrun: FSDP2, masters and moments in shards (parallel.py)")
     tokens: int = setting(0, "tokens of a micro-batch: memory, not the gradient, depends on it (0: 1024 on a CPU, 16384 on a GPU; for a "
                           "pretrained model: 1024, see `python adapters.py`)")
-    minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, 17.2 for pixels: they take 14.5; else none)")
+    minutes: float = setting(None, "soft budget; steps are planned to end within it (default 10 for tiny, 16.8 for pixels: they take 14.5; else none)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out, and nothing else")
     # data
     episodes: int = setting(0, "training episodes of a built-in world (0: its EPISODES): half keep their actions, as many "

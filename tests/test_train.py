@@ -28,7 +28,7 @@ def test_a_pretrained_model_is_spared_the_tricks_of_tiny_ones():
     assert cfg.patience < train.parse([]).patience
     assert train.parse([]).warmup_decay == 1 and train.parse([]).replay == 8
     pixels, texts = train.parse(["--env", "pixels", "--patience", "7"]), train.parse(["--env", "pixels", "--data", "some.jsonl"])
-    assert (pixels.warmup_decay, pixels.warmup_decay_idm, pixels.temperature, pixels.temperature_fwm, pixels.patience, pixels.minutes) == (0.1, 1, 1, 1.3, 7, 17.2)
+    assert (pixels.warmup_decay, pixels.warmup_decay_idm, pixels.temperature, pixels.temperature_fwm, pixels.patience, pixels.minutes) == (0.1, 1, 1, 1.3, 7, 16.8)
     assert (pixels.min_p_fwm, pixels.batch, pixels.pool, pixels.lr_fwm, pixels.warmup_steps, pixels.phase1_steps, pixels.tokens) == (0.05, 16, 3, 1.2e-3, 3000, 300, 2048)
     assert (pixels.warmup_batch_idm, pixels.share_idm) == (32, 0.13) and (texts.warmup_batch_idm, texts.share_idm) == (64, 0.22)
     assert (texts.min_p_fwm, texts.batch, texts.pool, texts.lr_fwm, texts.warmup_steps, texts.tokens) == (0, 8, 1, 8e-4, 2800, 0)
