@@ -73,7 +73,7 @@ class Config:
     phase1_steps: int = setting(250, "steps of each Phase I")
     phase2_steps: int = setting(60, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
-    pool: int = setting(1, "pairs that Phase I looks at for each one it takes: those whose group most probably holds y and other futures (pixels 3; paper: 1)")
+    pool: int = setting(1, "pairs that Phase I looks at for each one it takes: those whose y P gives a chance near a half (pixels 3; paper: 1)")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
     lr_fwm: float = setting(8e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
     lr_idm: float = setting(2e-4, "learning rate of Phase II, falling to 0 as well")

@@ -23,7 +23,7 @@ Departures from the paper:
 6. Each step also raises the likelihood of a few labelled rows (`grpo`, departure 6): without them P forgets its labels.
 7. Where the state is an image (`envs/images.py`), z comes before x, so that each patch of y stands as far behind the same patch of x,
    whatever z; the paper's images come first.
-8. With `pool` > 1 a step takes, of so many times as many pairs, those that P is least decided about (`undecided`): only a group with a spread
+8. With `pool` > 1 a step takes, of so many times as many pairs, those whose y P gives a chance near a half (`undecided`): only a group with a spread
    teaches. Eq. 3 is then a mean over these, and so is the logged reward (paper: all pairs, 1).
 """
 import re
@@ -109,13 +109,13 @@ def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
 
 # --- Phase I ------------------------------------------------------------------------------------------------------------
 
-def undecided(P, tok, xs, zs, ys, n, G, temperature=1.0, min_p=0.0):
-    """The numbers of the n pairs whose group most probably holds y and another future, too: 1 - p^G - (1 - p)^G with p = P(y | x, z), as P is
-    sampled. Where y is all that P draws, or P would not draw y in a hundred groups (often z is misread there), rewards hardly differ, or not for y."""
+def undecided(P, tok, xs, zs, ys, n, temperature=1.0, min_p=0.0):
+    """The numbers of the n pairs with p = P(y | x, z), as P is sampled, nearest to a half: of these a group, however large, most probably holds
+    both y and other futures, and its rewards differ for y's sake. Where p is 0 to all purposes z is often misread."""
     logp = lm.score_tokens(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], [target(tok, y) for y in ys], range(len(ys)),
                            temperature=temperature, min_p=min_p) if len(ys) else torch.zeros(0, 1)
     p = logp.sum(1).double().exp()                                                 # (N,)
-    return (1 - p ** G - (1 - p) ** G).topk(min(n, len(p))).indices.tolist()
+    return (p * (1 - p)).topk(min(n, len(p))).indices.tolist()                     # 1 - p^G - (1 - p)^G has this order for any G
 
 
 def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, max_z=32, generator=None,
@@ -131,7 +131,7 @@ def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
         return None, []
     xs, ys, zs, z_rows = ([values[i] for i in readable] for values in (xs, ys, zs, rows))
     if pool > 1:                                                                   # departure 8
-        chosen = undecided(P, tok, xs, zs, ys, -(-len(pairs) // pool), cfg.group_size, cfg.temperature, cfg.min_p)
+        chosen = undecided(P, tok, xs, zs, ys, -(-len(pairs) // pool), cfg.temperature, cfg.min_p)
         xs, ys, zs, z_rows = ([values[i] for i in chosen] for values in (xs, ys, zs, z_rows))
 
     def reward(owner, rows):                                                       # -> (N,)

@@ -363,14 +363,15 @@ TAUGHT = [(XS[0], "go", YS[0])] * 4 + [(XS[1], "", y) for y in (YS[1], "b")] * 2
 
 @pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (3.0, 0.0), (3.0, 0.3)])
 def test_undecided_pairs_are_those_whose_group_most_probably_holds_y_and_another_future(tok, P, temperature, min_p):
-    P, zs, G = taught(P, tok, TAUGHT), ["go", "", "stop", "x"], 4
+    P, zs = taught(P, tok, TAUGHT), ["go", "", "stop", "x"]
     p = [naive(P, fwm_prompt(tok, x, z), swirl_fwm.target(tok, y), temperature, min_p).sum().exp().item() for x, z, y in zip(XS, zs, YS)]
-    order = sorted(range(4), key=lambda i: -mixed(p[i], G))
+    order = sorted(range(4), key=lambda i: -mixed(p[i], 4))
+    assert order == sorted(range(4), key=lambda i: -mixed(p[i], 9))                # G does not matter
     if temperature == 1:                                                           # neither the likeliest y nor the unlikeliest
         assert p[0] > 0.95 > 0.65 > p[1] > 0.35 > p[2] > 0.1 > 0.01 > p[3] and set(order[:2]) == {1, 2}
     for n in range(1, 4):
-        assert swirl_fwm.undecided(P, tok, XS, zs, YS, n, G, temperature, min_p) == order[:n]
-    assert len(swirl_fwm.undecided(P, tok, XS, zs, YS, 9, G)) == 4 and swirl_fwm.undecided(P, tok, [], [], [], 2, G) == []
+        assert swirl_fwm.undecided(P, tok, XS, zs, YS, n, temperature, min_p) == order[:n]
+    assert len(swirl_fwm.undecided(P, tok, XS, zs, YS, 9)) == 4 and swirl_fwm.undecided(P, tok, [], [], [], 2) == []
 
 
 @pytest.mark.parametrize("pool, n", [(1, 3), (2, 2), (3, 2), (4, 1)])
@@ -384,7 +385,7 @@ def test_phase_1_takes_one_in_pool_of_the_pairs(monkeypatch, tok, P, Q, pool, n)
     p = {i: naive(P, fwm_prompt(tok, XS[i], zs[i]), swirl_fwm.target(tok, YS[i])).sum().exp().item() for i in (0, 1, 3)}
     order = sorted(p, key=lambda i: -mixed(p[i], 3)) if pool > 1 else [0, 1, 3]
     kept = [(*PAIRS[i], zs[i]) for i in order[:n]]
-    assert order[0] == (1 if pool > 1 else 0) and asked == ([(n, 3, 1.0, 0.0)] if pool > 1 else [])
+    assert order[0] == (1 if pool > 1 else 0) and asked == ([(n, 1.0, 0.0)] if pool > 1 else [])
     assert [(e["x"], e["y"], e["z"]) for e in got["examples"]] == kept
     assert got["prompts"] == [fwm_prompt(tok, x, z) for x, _, z in kept]
     rewards = got["reward"](range(n), [swirl_fwm.target(tok, "b")] * n).tolist()
