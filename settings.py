@@ -17,9 +17,9 @@ LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 
 
 # The pixels world, a tiny model. With a weight decay of 1 its P stops learning after 200 steps; and it is so sure of what it draws that at temperature 1
-# a third of the groups have no spread. 16 pairs a step taught more than 8 in the same time (1,500 pairs), and the 16 of 48 that P is
-# least decided about as much in 250 steps as any 16 in 400. Eight of P's rows are one micro-batch of 2048 tokens. In a
-# trial Q learnt as much from 32 rows a step as from 64, in half the time. 3000 steps of P leave Phase I about 220 of its 300; the plan
+# a third of the groups have no spread. 16 pairs a step taught more than 8 in the same time (1,500 pairs); the 16 of 48
+# whose y has a chance nearest to a half taught as much in 250 steps as any 16 in 400. Eight of P's rows are one micro-batch of 2048 tokens. In a
+# trial Q learnt as much from 32 rows a step as from 64, in half the time. 3000 steps of P leave Phase I about 200 of its 300; the plan
 # keeps a tenth of the minutes back
 PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "pool": 3, "lr_fwm": 1.2e-3,
           "warmup_steps": 3000, "warmup_batch_idm": 32, "share_idm": 0.13, "phase1_steps": 300, "tokens": 2048, "minutes": 16.8}
@@ -60,7 +60,7 @@ class Config:
                             "steps before it learns to copy (README); a pretrained model: 5")
     warmup_batch: int = setting(8, "transitions a step of the FWM: few, since steps count, not rows (README). Paper: 128")
     warmup_batch_idm: int = setting(64, "rows a step of the IDM: short ones, half of them spoiled (pixels 32)")
-    share_idm: float = setting(0.22, "share of the minutes (nine tenths of them) that the IDM's warm-up takes at most (pixels .13); both warm-ups .68")
+    share_idm: float = setting(0.22, "share of the minutes (nine tenths of them) that the IDM's warm-up takes at most (pixels .13); both warm-ups .68 at most")
     warmup_lr: float = setting(4e-3, "constant, Muon and AdamW. For a pretrained model: 2e-5 (paper)")
     warmup_decay: float = setting(1.0, "weight decay of the FWM's warm-up: a tiny P that may not grow learns rules, not rows (for a "
                                   "pretrained model: 0)")
@@ -73,7 +73,7 @@ class Config:
     phase1_steps: int = setting(250, "steps of each Phase I")
     phase2_steps: int = setting(60, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
-    pool: int = setting(1, "pairs that Phase I looks at for each one it takes: those whose y P gives a chance near a half (pixels 3; paper: 1)")
+    pool: int = setting(1, "pairs that Phase I looks at for each one it takes: it takes those whose y P gives a chance near a half (pixels 3; paper: 1)")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
     lr_fwm: float = setting(8e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
     lr_idm: float = setting(2e-4, "learning rate of Phase II, falling to 0 as well")
@@ -118,7 +118,7 @@ def parse(argv=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0,
               "temperature_fwm": cfg.temperature_fwm is None or cfg.temperature_fwm > 0, "min_p_fwm": 0 <= cfg.min_p_fwm < 1, "floor": cfg.floor >= 0,
-              "minutes": cfg.minutes is None or cfg.minutes > 0, "share_idm": 0 < cfg.share_idm < 1, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
+              "minutes": cfg.minutes is None or cfg.minutes > 0, "share_idm": 0 < cfg.share_idm < .68, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
               "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
               "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "lora": cfg.lora >= 0, "tokens": cfg.tokens >= 0,
               "max_state": cfg.max_state == 0 or cfg.max_state >= 16, "seed": 0 <= cfg.seed < 2**32,

@@ -23,8 +23,8 @@ Departures from the paper:
 6. Each step also raises the likelihood of a few labelled rows (`grpo`, departure 6): without them P forgets its labels.
 7. Where the state is an image (`envs/images.py`), z comes before x, so that each patch of y stands as far behind the same patch of x,
    whatever z; the paper's images come first.
-8. With `pool` > 1 a step takes, of so many times as many pairs, those whose y P gives a chance near a half (`undecided`): only a group with a spread
-   teaches. Eq. 3 is then a mean over these, and so is the logged reward (paper: all pairs, 1).
+8. Of more pairs than it is to `take`, a step keeps those whose y P gives a chance near a half (`undecided`, `--pool`): only a group with a spread
+   teaches. Eq. 3 is then a mean over these (x, y, z), and so is the logged reward; they change with theta, so that it need not rise (paper: all).
 """
 import re
 
@@ -110,18 +110,18 @@ def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
 # --- Phase I ------------------------------------------------------------------------------------------------------------
 
 def undecided(P, tok, xs, zs, ys, n, temperature=1.0, min_p=0.0):
-    """The numbers of the n pairs with p = P(y | x, z), as P is sampled, nearest to a half: of these a group, however large, most probably holds
-    both y and other futures, and its rewards differ for y's sake. Where p is 0 to all purposes z is often misread."""
+    """The numbers of the n pairs with p = P(y | x, z), as P is sampled, nearest to a half: a group, of any size, most probably holds both y and other
+    futures there. (A token of y that min-p rules out counts as one at its edge, as in all scores.)"""
     logp = lm.score_tokens(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], [target(tok, y) for y in ys], range(len(ys)),
-                           temperature=temperature, min_p=min_p) if len(ys) else torch.zeros(0, 1)
+                           temperature=temperature, min_p=min_p)                   # (N, T)
     p = logp.sum(1).double().exp()                                                 # (N,)
     return (p * (1 - p)).topk(min(n, len(p))).indices.tolist()                     # 1 - p^G - (1 - p)^G has this order for any G
 
 
 def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, max_z=32, generator=None,
-                replay=None, pool=1):
-    """One step on pairs [(x, y)], or on one in `pool` of them; theta moves, phi is frozen. replay: as in `grpo.step`. Returns (log, examples [{x, z, y,
-    y_hat, reward}]); log is None if Q reads no action in any pair."""
+                replay=None, take=None):
+    """One step on pairs [(x, y)], or on `take` of them (counted over all ranks); theta moves, phi is frozen. replay: as in `grpo.step`.
+    Returns (log, examples [{x, z, y, y_hat, reward}]); log is None if Q reads no action in any pair."""
     xs, ys = zip(*pairs)
     rows, _ = lm.sample(Q, [swirl_idm.prompt(tok, x, y, view) for x, y in pairs], 1, max_z, tok.eos_token_id,
                         generator=generator)
@@ -130,8 +130,9 @@ def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
     if not parallel.total(len(readable)):                                          # on no rank
         return None, []
     xs, ys, zs, z_rows = ([values[i] for i in readable] for values in (xs, ys, zs, rows))
-    if pool > 1:                                                                   # departure 8
-        chosen = undecided(P, tok, xs, zs, ys, -(-len(pairs) // pool), cfg.temperature, cfg.min_p)
+    n = len(parallel.share(range(take))) if take else len(pairs)
+    if len(readable) > n:                                                          # departure 8
+        chosen = undecided(P, tok, xs, zs, ys, n, cfg.temperature, cfg.min_p)
         xs, ys, zs, z_rows = ([values[i] for i in chosen] for values in (xs, ys, zs, z_rows))
 
     def reward(owner, rows):                                                       # -> (N,)

@@ -595,13 +595,13 @@ def done(tmp_path_factory):
     warm_up, roll_out = sft.warm_up, train.roll_out
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((swirl_fwm, "phase1_step"), (swirl_idm, "phase2_step")):
-            patch.setattr(module, name, lambda *args, step=getattr(module, name), **more: seen.append((args[6].temperature, args[6].min_p, len(args[5]), more.get("pool"))) or step(*args, **more))
+            patch.setattr(module, name, lambda *args, step=getattr(module, name), **more: seen.append((args[6].temperature, args[6].min_p, len(args[5]), more.get("take"))) or step(*args, **more))
         patch.setattr(sft, "warm_up", lambda *args: decays.append((args[1], args[4])) or warm_up(*args))
         patch.setattr(train, "roll_out", lambda P, tok, steps, *args: firsts.append([w[0] for w in steps]) or roll_out(P, tok, steps, *args))
         assert train.main([*SMALL, "--out", str(out)]) == 0
     assert all(len(first) == 4 for first in firsts) and firsts[0] == [steps[0] for steps in envs.test_episodes(train.parse(SMALL))[:4]]
     assert decays == [("IDM", 1.0), ("FWM", 0.1)]
-    assert seen == [(1.3, 0.05, 12, 3)] * 2 + [(1, 0, 4, None)] * 2                # Phase I, Phase II
+    assert seen == [(1.3, 0.05, 12, 4)] * 2 + [(1, 0, 4, None)] * 2                # Phase I, Phase II
     return out
 
 

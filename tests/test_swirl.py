@@ -371,21 +371,21 @@ def test_undecided_pairs_are_those_whose_group_most_probably_holds_y_and_another
         assert p[0] > 0.95 > 0.65 > p[1] > 0.35 > p[2] > 0.1 > 0.01 > p[3] and set(order[:2]) == {1, 2}
     for n in range(1, 4):
         assert swirl_fwm.undecided(P, tok, XS, zs, YS, n, temperature, min_p) == order[:n]
-    assert len(swirl_fwm.undecided(P, tok, XS, zs, YS, 9)) == 4 and swirl_fwm.undecided(P, tok, [], [], [], 2) == []
+    assert len(swirl_fwm.undecided(P, tok, XS, zs, YS, 9)) == 4
 
 
-@pytest.mark.parametrize("pool, n", [(1, 3), (2, 2), (3, 2), (4, 1)])
-def test_phase_1_takes_one_in_pool_of_the_pairs(monkeypatch, tok, P, Q, pool, n):
-    """Of those in which Q reads an action, by P as it is sampled; each keeps its z, its y and its reward."""
-    P, zs = taught(P, tok, TAUGHT), ["go", "", swirl_idm.IMPOSSIBLE, "stop"]
+@pytest.mark.parametrize("take, n", [(None, 3), (4, 3), (3, 3), (2, 2), (1, 1)])
+def test_phase_1_takes_so_many_of_the_pairs(monkeypatch, tok, P, Q, take, n):
+    """Of those in which Q reads an action, by P as it is sampled, if there are more; each keeps its z, its y and its reward."""
+    P, zs, cfg = taught(P, tok, TAUGHT), ["go", "", swirl_idm.IMPOSSIBLE, "stop"], settings(temperature=1.3, min_p=0.05)
     dictate(monkeypatch, Q, [swirl_idm.target(tok, z) for z in zs])
     asked, undecided = [], swirl_fwm.undecided
     monkeypatch.setattr(swirl_fwm, "undecided", lambda *args: asked.append(args[5:]) or undecided(*args))
-    got = captured(monkeypatch, 1, P, Q, tok, floor=0.0, pool=pool)
-    p = {i: naive(P, fwm_prompt(tok, XS[i], zs[i]), swirl_fwm.target(tok, YS[i])).sum().exp().item() for i in (0, 1, 3)}
-    order = sorted(p, key=lambda i: -mixed(p[i], 3)) if pool > 1 else [0, 1, 3]
+    got = captured(monkeypatch, 1, P, Q, tok, cfg, floor=0.0, take=take)
+    p = {i: naive(P, fwm_prompt(tok, XS[i], zs[i]), swirl_fwm.target(tok, YS[i]), 1.3, 0.05).sum().exp().item() for i in (0, 1, 3)}
+    order = sorted(p, key=lambda i: -mixed(p[i], 3)) if n < 3 else [0, 1, 3]
+    assert order[0] == (1 if n < 3 else 0) and asked == ([(n, 1.3, 0.05)] if n < 3 else [])
     kept = [(*PAIRS[i], zs[i]) for i in order[:n]]
-    assert order[0] == (1 if pool > 1 else 0) and asked == ([(n, 1.0, 0.0)] if pool > 1 else [])
     assert [(e["x"], e["y"], e["z"]) for e in got["examples"]] == kept
     assert got["prompts"] == [fwm_prompt(tok, x, z) for x, _, z in kept]
     rewards = got["reward"](range(n), [swirl_fwm.target(tok, "b")] * n).tolist()
@@ -415,7 +415,7 @@ def test_logp_with_repeated_x_is_one_by_one_scoring(monkeypatch, tok, P):
     assert asked == [[ids(tok, "\n" + x) for x in once]] and len(once) == 6
 
 
-def captured(monkeypatch, which, P, Q, tok, **kw):
+def captured(monkeypatch, which, P, Q, tok, cfg=None, **kw):
     """The prompts and the reward function that a phase hands to `grpo.step`, and the first sampled rows."""
     got, step, sample = {}, grpo.step, lm.sample
 
@@ -430,7 +430,7 @@ def captured(monkeypatch, which, P, Q, tok, **kw):
 
     monkeypatch.setattr(grpo, "step", spy)
     monkeypatch.setattr(lm, "sample", first)
-    got["examples"] = run_phase(which, P, Q, tok, settings(), **kw)[1]
+    got["examples"] = run_phase(which, P, Q, tok, cfg or settings(), **kw)[1]
     return got
 
 

@@ -32,7 +32,7 @@ def test_a_pretrained_model_is_spared_the_tricks_of_tiny_ones():
     assert (pixels.min_p_fwm, pixels.batch, pixels.pool, pixels.lr_fwm, pixels.warmup_steps, pixels.phase1_steps, pixels.tokens) == (0.05, 16, 3, 1.2e-3, 3000, 300, 2048)
     assert (pixels.warmup_batch_idm, pixels.share_idm) == (32, 0.13) and (texts.warmup_batch_idm, texts.share_idm) == (64, 0.22)
     assert (texts.min_p_fwm, texts.batch, texts.pool, texts.lr_fwm, texts.warmup_steps, texts.tokens) == (0, 8, 1, 8e-4, 2800, 0)
-    for wrong in ("min-p-fwm=1", "min-p-fwm=-.1", "min-p-fwm=nan", "share-idm=0", "share-idm=1", "share-idm=nan", "pool=0"):
+    for wrong in ("min-p-fwm=1", "min-p-fwm=-.1", "min-p-fwm=nan", "share-idm=0", "share-idm=.68", "share-idm=1", "share-idm=nan", "pool=0"):
         with pytest.raises(SystemExit):
             train.parse([f"--{wrong}"])
     assert (texts.warmup_decay, texts.warmup_decay_idm, texts.temperature_fwm, texts.minutes) == (1, 1, 1, 10) and train.parse(["--temperature", "0.75"]).temperature_fwm == 0.75
