@@ -18,7 +18,7 @@ LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 
 # The pixels world, a tiny model. With a weight decay of 1 its P stops learning after 200 steps; and it is so sure of what it draws that at temperature 1
 # a third of the groups have no spread. 16 pairs a step taught more than 8 in the same time (1,500 pairs); the 16 of 48
-# whose y has a chance nearest to a half taught as much in 250 steps as any 16 in 400. Eight of P's rows are one micro-batch of 2048 tokens. In a
+# whose y has a chance nearest to a half taught as much in 250 steps as 16 at random in 400. Eight of P's rows are one micro-batch of 2048 tokens. In a
 # trial Q learnt as much from 32 rows a step as from 64, in half the time. 3000 steps of P leave Phase I about 200 of its 300; the plan
 # keeps a tenth of the minutes back
 PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "pool": 3, "lr_fwm": 1.2e-3,
@@ -73,7 +73,7 @@ class Config:
     phase1_steps: int = setting(250, "steps of each Phase I")
     phase2_steps: int = setting(60, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
-    pool: int = setting(1, "pairs that Phase I looks at for each one it takes: it takes those whose y P gives a chance near a half (pixels 3; paper: 1)")
+    pool: int = setting(1, "pairs that Phase I looks at for each one it takes: it takes those whose y P gives a chance nearest to a half (pixels 3; paper: 1)")
     group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
     lr_fwm: float = setting(8e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
     lr_idm: float = setting(2e-4, "learning rate of Phase II, falling to 0 as well")

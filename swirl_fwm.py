@@ -23,8 +23,9 @@ Departures from the paper:
 6. Each step also raises the likelihood of a few labelled rows (`grpo`, departure 6): without them P forgets its labels.
 7. Where the state is an image (`envs/images.py`), z comes before x, so that each patch of y stands as far behind the same patch of x,
    whatever z; the paper's images come first.
-8. Of more pairs than it is to `take`, a step keeps those whose y P gives a chance near a half (`undecided`, `--pool`): only a group with a spread
-   teaches. Eq. 3 is then a mean over these (x, y, z), and so is the logged reward; they change with theta, so that it need not rise (paper: all).
+8. Of more pairs than it is to `take` (`--pool`), a step keeps those whose y P gives a chance nearest to a half (`undecided`): only a group with a
+   spread teaches. Within a step this is Eq. 3 over the chosen (x, y, z); the choice, and with it H(Z|X), moves with theta, and the logged
+   reward need not rise (paper: all pairs).
 """
 import re
 
@@ -111,16 +112,16 @@ def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
 
 def undecided(P, tok, xs, zs, ys, n, temperature=1.0, min_p=0.0):
     """The numbers of the n pairs with p = P(y | x, z), as P is sampled, nearest to a half: a group, of any size, most probably holds both y and other
-    futures there. (A token of y that min-p rules out counts as one at its edge, as in all scores.)"""
+    futures there. (A token of y that min-p rules out keeps its small chance, as in all scores.)"""
     logp = lm.score_tokens(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], [target(tok, y) for y in ys], range(len(ys)),
                            temperature=temperature, min_p=min_p)                   # (N, T)
     p = logp.sum(1).double().exp()                                                 # (N,)
-    return (p * (1 - p)).topk(min(n, len(p))).indices.tolist()                     # 1 - p^G - (1 - p)^G has this order for any G
+    return (p * (1 - p)).argsort(descending=True)[:n].tolist()                     # 1 - p^G - (1 - p)^G has this order for any G > 1
 
 
 def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, max_z=32, generator=None,
                 replay=None, take=None):
-    """One step on pairs [(x, y)], or on `take` of them (counted over all ranks); theta moves, phi is frozen. replay: as in `grpo.step`.
+    """One step on pairs [(x, y)], or on at most `take` of them (of all ranks); theta moves, phi is frozen. replay: as in `grpo.step`.
     Returns (log, examples [{x, z, y, y_hat, reward}]); log is None if Q reads no action in any pair."""
     xs, ys = zip(*pairs)
     rows, _ = lm.sample(Q, [swirl_idm.prompt(tok, x, y, view) for x, y in pairs], 1, max_z, tok.eos_token_id,

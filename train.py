@@ -236,7 +236,7 @@ def train(cfg):
             pairs = [(x, y) for x, y in state_only if x != y or not cfg.skip_unchanged]
             phase(run, cfg, f"iteration{i}/phase1", P, Q, validate_P, pairs, rows_P, settings, cfg.phase1_steps,
                   time_share(run, budget, left), lambda ref, opt, pairs, gen, replay: swirl_fwm.phase1_step(
-                      P, Q, ref, opt, tok, pairs, settings, **reward, max_z=limits[1], generator=gen, replay=replay, take=cfg.batch), cfg.pool)
+                      P, Q, ref, opt, tok, pairs, settings, **reward, max_z=limits[1], generator=gen, replay=replay, take=cfg.batch), pool=cfg.pool)
             stage_ends(f"iteration{i}/phase1", since, "phase1")
         # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
         if not run.done(f"iteration{i}/phase2"):
@@ -331,8 +331,8 @@ def phase_settings(cfg, beta, lr, temperature, max_new, min_p=0.0):
 
 
 def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps, seconds, take_step, pool=1):
-    """`steps` GRPO steps of `policy` against `frozen`, each given `--batch` times `pool` pairs, or as many as `seconds` hold; labelled
-    `rows` are replayed in each.
+    """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold, each given `--batch` times `pool` pairs; labelled `rows`
+    are replayed in each.
     A phase that lowers the validation score by more than `cfg.undo` is undone (`--undo 1`: never, as in the paper)."""
     begin, rng = time.time(), random.Random(f"{cfg.seed} {name}")
     batch = sft.batches(pairs, cfg.batch * pool, rng)

@@ -10,6 +10,7 @@ import torch
 
 import grpo
 import lm
+import parallel
 import swirl_fwm
 import swirl_idm
 from conftest import Recorder, ending, naive, naive_greedy, weights
@@ -374,15 +375,17 @@ def test_undecided_pairs_are_those_whose_group_most_probably_holds_y_and_another
     assert len(swirl_fwm.undecided(P, tok, XS, zs, YS, 9)) == 4
 
 
-@pytest.mark.parametrize("take, n", [(None, 3), (4, 3), (3, 3), (2, 2), (1, 1)])
-def test_phase_1_takes_so_many_of_the_pairs(monkeypatch, tok, P, Q, take, n):
-    """Of those in which Q reads an action, by P as it is sampled, if there are more; each keeps its z, its y and its reward."""
+@pytest.mark.parametrize("take, ranks, n", [(None, 1, 3), (4, 1, 3), (3, 1, 3), (2, 1, 2), (1, 1, 1), (3, 2, 2)])
+def test_phase_1_takes_so_many_of_the_pairs(monkeypatch, tok, P, Q, take, ranks, n):
+    """Of those in which Q reads an action, by P as it is sampled, if there are more; each keeps its z, its y and its reward. Of several
+    processes this one, the first, takes its share."""
     P, zs, cfg = taught(P, tok, TAUGHT), ["go", "", swirl_idm.IMPOSSIBLE, "stop"], settings(temperature=1.3, min_p=0.05)
+    p = {i: naive(P, fwm_prompt(tok, XS[i], zs[i]), swirl_fwm.target(tok, YS[i]), 1.3, 0.05).sum().exp().item() for i in (0, 1, 3)}
     dictate(monkeypatch, Q, [swirl_idm.target(tok, z) for z in zs])
     asked, undecided = [], swirl_fwm.undecided
     monkeypatch.setattr(swirl_fwm, "undecided", lambda *args: asked.append(args[5:]) or undecided(*args))
+    monkeypatch.setattr(parallel, "share", lambda rows: rows[::ranks])
     got = captured(monkeypatch, 1, P, Q, tok, cfg, floor=0.0, take=take)
-    p = {i: naive(P, fwm_prompt(tok, XS[i], zs[i]), swirl_fwm.target(tok, YS[i]), 1.3, 0.05).sum().exp().item() for i in (0, 1, 3)}
     order = sorted(p, key=lambda i: -mixed(p[i], 3)) if n < 3 else [0, 1, 3]
     assert order[0] == (1 if n < 3 else 0) and asked == ([(n, 1.3, 0.05)] if n < 3 else [])
     kept = [(*PAIRS[i], zs[i]) for i in order[:n]]
