@@ -166,7 +166,7 @@ def test_a_warm_up_with_nothing_right_yet_has_not_converged(capsys):
 def test_each_stage_gets_its_own_models_rows_and_settings(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(sft, "warm_up", lambda model, name, rows, size, *rest: seen.update({name: (rows, size, rest[-1])}))
-    monkeypatch.setattr(train, "phase", lambda run, cfg, name, policy, frozen, validate, pairs, rows, settings, *_:
+    monkeypatch.setattr(train, "phase", lambda run, cfg, name, policy, frozen, validate, pairs, rows, settings, *_, **more:
                         seen.update({name: (rows, settings.lr, pairs)}))
     assert train.main([*SMALL, "--out", str(tmp_path / "run"), "--warmup-batch", "3", "--warmup-batch-idm", "5", "--share-idm", ".1",
                        "--lr-fwm", ".1", "--lr-idm", ".2"]) == 0
