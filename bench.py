@@ -268,9 +268,8 @@ def guessed(folder, turns=10):
     for _ in range(turns):
         xs, ys = zip(*next(batch))
         xs, ys, zs = zip(*[row for row in zip(xs, ys, run.read(xs, ys)) if row[2] != swirl_idm.IMPOSSIBLE])
-        if len(xs) > cfg.batch:
-            kept = swirl_fwm.undecided(P, tok, xs, zs, ys, cfg.batch, cfg.temperature_fwm, cfg.min_p_fwm)
-            xs, ys, zs = ([values[i] for i in kept] for values in (xs, ys, zs))
+        kept = swirl_fwm.undecided(P, tok, xs, zs, ys, cfg.batch, cfg.temperature_fwm, cfg.min_p_fwm)
+        xs, ys, zs = ([values[i] for i in kept] for values in (xs, ys, zs))
         prompts, rows, costs = [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, zs)], swirl_fwm.guess(tok, ys), []
         for guess in (None, rows):
             begin = time.perf_counter()

@@ -25,6 +25,9 @@ PIXELS = {"warmup_decay": 0.1, "warmup_every": 200, "patience": 5, "temperature_
           "warmup_steps": 3000, "warmup_batch_idm": 32, "share_idm": 0.13, "phase1_steps": 300, "tokens": 2048, "minutes": 16.8}
 
 
+WARMUPS = 0.68      # of the budget, at most, for both warm-ups: what the IDM's share leaves is the FWM's
+
+
 def setting(default, text, **extra):
     return dataclasses.field(default=default, metadata={"help": text, **extra})
 
@@ -118,7 +121,7 @@ def parse(argv=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0,
               "temperature_fwm": cfg.temperature_fwm is None or cfg.temperature_fwm > 0, "min_p_fwm": 0 <= cfg.min_p_fwm < 1, "floor": cfg.floor >= 0,
-              "minutes": cfg.minutes is None or cfg.minutes > 0, "share_idm": 0 < cfg.share_idm < .68, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
+              "minutes": cfg.minutes is None or cfg.minutes > 0, "share_idm": 0 < cfg.share_idm < WARMUPS, "spoiled": 0 <= cfg.spoiled <= 1, "top_p": 0 < cfg.top_p <= 1,
               "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
               "beta_fwm": cfg.beta_fwm >= 0, "undo": cfg.undo >= 0, "lora": cfg.lora >= 0, "tokens": cfg.tokens >= 0,
               "max_state": cfg.max_state == 0 or cfg.max_state >= 16, "seed": 0 <= cfg.seed < 2**32,

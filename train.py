@@ -39,7 +39,7 @@ import swirl_idm
 import tiny
 from envs import codebook, images, load_splits, pixels, records, test_episodes
 from evals import metrics, rollout
-from settings import parse
+from settings import WARMUPS, parse
 
 # --- data ---------------------------------------------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ def train(cfg):
     if not run.done("sft"):
         since = time.time()
         sft.warm_up(Q, "IDM", rows_Q, cfg.warmup_batch_idm, cfg.warmup_decay_idm, validate_Q, cfg, run, cfg.share_idm * budget)
-        sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch, cfg.warmup_decay, validate_P, cfg, run, (.68 - cfg.share_idm) * budget)
+        sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch, cfg.warmup_decay, validate_P, cfg, run, (WARMUPS - cfg.share_idm) * budget)
         stage_ends("sft", since, "warmup")
     if "best_of_8" not in run.progress["baselines"]:
         since = time.time()
