@@ -42,7 +42,8 @@ class GRPO:
     kl: str = "reward"          # reward (exact for Eq. 5) or loss (k3 per token, as released)
     updates: int = 1            # optimizer steps on one batch of rollouts. Paper: 1
     clip: float = 0.2           # the ratio's range is 1 - clip .. 1 + clip
-    lr: float = 1e-4            # learning rate
+    steps: int = 0              # of the phase; the rate falls to 0 within them
+    lr: float = 1e-4            # learning rate of the next step
     max_norm: float = 1.0       # gradient norm clip
     budget: int = 0             # tokens a micro-batch: bounds memory, changes no gradient. 0 = lm.budget
 
@@ -63,6 +64,11 @@ def shape(logp, lengths, form="sum", floor=10.0):
     below -floor (0: no floor, as in the theorems; the released scripts floor the mean at -10)."""
     R = logp / torch.tensor(lengths).to(logp) if form == "mean" else logp
     return R.clamp(min=-floor) if floor else R
+
+
+def floored(R, floor):
+    """Share of rewards that lie on the floor: no group of these alone can teach."""
+    return (R <= -floor).float().mean().item() if floor and len(R) else 0.0
 
 
 def k1(logp_pi, logp_ref):
@@ -156,7 +162,10 @@ def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, rep
         if cfg.kl == "reward":
             shaped = R - cfg.beta * kl                                             # Eq. 5: the KL belongs to the reward
     A = advantages(shaped[where].view(B, G), cfg.scale)                            # (B, G)
-    log["zero_std_groups"] = (A == 0).all(1).float().mean().item()
+    flat = (advantages(R[where].view(B, G)) == 0).all(1)                           # (B,) the reward alone, without the KL
+    log["zero_std_groups"] = flat.float().mean().item()
+    if cfg.scale == "std":
+        A = A.masked_fill(flat[:, None], 0.0)                                      # else the KL's noise would be blown up to 1
     A = torch.zeros(len(rows)).index_add(0, where, A.flatten())                    # (N,) duplicates add up
     log["loss"], log["grad_norm"], logp_old = update(policy, optimizers, prompts, rows, owner, A, count, total, cfg,
                                                       logp_ref, replay)

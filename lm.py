@@ -149,9 +149,12 @@ def append(old, new):
     return whole[:, :, :T]
 
 
+def check_mode(model):
+    assert not model.training and not model.is_activation_checkpointing, "checkpointing would drop the cache silently"
+
+
 def prefill(model, prefixes):
     """Run the prefixes but for their last token: (cache, mask (B, P-1), last token (B, 1), its position (B, 1))."""
-    assert not model.training and not model.is_activation_checkpointing, "checkpointing would drop the cache silently"
     ids, mask = pad(prefixes, "left", 0, model.device)                             # (B, P)
     position = (mask.cumsum(1) - 1).clamp(min=0)                                   # (B, P)
     cache = DynamicCache(config=model.config)
@@ -180,6 +183,7 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
         parts = [settle(model, prefixes[i:i + size], guess[i:i + size], G, max_new, eos, policy, pick, numbers)
                  for i in range(0, len(prefixes), size)]
         return tuple(sum(lists, []) for lists in zip(*parts))
+    check_mode(model)
     cache, mask, token, position = prefill(model, prefixes)                        # token, position (B, W), W = 1 at first
     N, rows, logps = len(prefixes) * G, [[] for _ in range(len(prefixes) * G)], [[] for _ in range(len(prefixes) * G)]
     seen = mask[:, None].bool()                                                    # (B, W, L) what of the cache each token sees
@@ -278,11 +282,13 @@ def greedy(model, prefixes, max_new, eos, batch=128, guess=None):
     return out
 
 
-def sample_all(model, prefixes, n, max_new, eos, generator=None, batch=32, guess=None):
-    """n rows after each prefix, in batches. guess: as in `sample`."""
+def sample_all(model, prefixes, n, max_new, eos, generator=None, guess=None, temperature=1.0, top_p=1.0):
+    """n rows after each prefix, in batches of 256 rows. guess: as in `sample`."""
+    batch = max(1, 256 // n)
     batch = max(1, min(batch, 16 * TOKENS // (max(map(len, prefixes)) + max_new) // n)) if TOKENS else batch
     return [row for i in range(0, len(prefixes), batch)
-            for row in sample(model, prefixes[i:i + batch], n, max_new, eos, generator=generator, guess=guess and guess[i:i + batch])[0]]
+            for row in sample(model, prefixes[i:i + batch], n, max_new, eos, temperature, top_p, generator=generator,
+                              guess=guess and guess[i:i + batch])[0]]
 
 
 def likely(logits, min_p, drawn=None):
@@ -313,22 +319,37 @@ def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0, min_p
     """(N, T) log p(row_t | prefix, row_<t) of the last n_scored[n] tokens of each row (all by default), else 0; p at `temperature` and
     among what `likely` leaves of it.
 
-    Right-padded; differentiable; one pass over the prefixes and one over the rows. Use `chunks` to bound its memory.
+    Right-padded; differentiable. Rows that share a prefix: one pass over the prefixes and one over the rows. A row for each prefix:
+    one pass over both, and no mask, since nothing real stands behind the padding. Use `chunks` to bound its memory.
     """
-    cache, mask, last, position = prefill(model, prefixes)
-    if list(owner) != list(range(len(prefixes))):
+    check_mode(model)
+    scored_of = n_scored or [len(row) for row in rows]
+    if len(set(owner)) == len(rows):
+        ids, live = pad([[*prefixes[o], *row] for o, row in zip(owner, rows)], "right", 0, model.device)   # (N, L)
+        ends = live.sum(1)                                                         # (N,)
+        t = torch.arange(ids.shape[1], device=model.device) - (ends - torch.tensor(scored_of, device=model.device))[:, None]
+        scored = (live.bool() & (t >= 0))[:, 1:]                                   # (N, L - 1)
+        logits = model(ids[:, :-1], use_cache=False, logits_to_keep=scored).logits.float()
+        targets, t = ids[:, 1:][scored], t[:, 1:][scored]
+    else:
+        cache, mask, last, position = prefill(model, prefixes)
         cache.batch_select_indices(torch.as_tensor(owner, device=model.device))
         mask, last, position = mask[owner], last[owner], position[owner]
-    ids, live = pad(rows, "right", 0, model.device)                                # (N, T)
-    first = torch.tensor([len(r) - k for r, k in zip(rows, n_scored or map(len, rows))], device=model.device)
-    t = torch.arange(ids.shape[1], device=model.device) - first[:, None]           # (N, T) place in what is scored
-    scored = live.bool() & (t >= 0)
-    logits = model(torch.cat([last, ids[:, :-1]], 1), attention_mask=torch.cat([mask, live], 1),
-                   position_ids=position + torch.arange(ids.shape[1], device=model.device), cache=cache,
-                   use_cache=True, logits_to_keep=scored).logits.float()           # (scored tokens, V), flat
-    logits = likely(restrict(model, logits.view(-1, logits.shape[-1]), t[scored]) / temperature, min_p, ids[scored])
-    logp = -torch.nn.functional.cross_entropy(logits, ids[scored], reduction="none")
-    return torch.zeros(ids.shape, device=model.device).masked_scatter(scored, logp)
+        ids, live = pad(rows, "right", 0, model.device)                            # (N, T)
+        first = torch.tensor([len(r) - k for r, k in zip(rows, scored_of)], device=model.device)
+        t = torch.arange(ids.shape[1], device=model.device) - first[:, None]       # (N, T) place in what is scored
+        scored = live.bool() & (t >= 0)
+        logits = model(torch.cat([last, ids[:, :-1]], 1), attention_mask=torch.cat([mask, live], 1),
+                       position_ids=position + torch.arange(ids.shape[1], device=model.device), cache=cache,
+                       use_cache=True, logits_to_keep=scored).logits.float()       # (scored tokens, V), flat
+        targets, t = ids[scored], t[scored]
+    logits = likely(restrict(model, logits.view(-1, logits.shape[-1]), t) / temperature, min_p, targets)
+    logp = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    out = torch.zeros(len(rows), max(map(len, rows)), device=model.device)
+    T = torch.arange(out.shape[1], device=model.device)
+    lengths = torch.tensor([len(row) for row in rows], device=model.device)[:, None]
+    where = (T < lengths) & (T >= lengths - torch.tensor(scored_of, device=model.device)[:, None])
+    return out.masked_scatter(where, logp)
 
 
 def budget(model):
@@ -340,7 +361,10 @@ def chunks(prefixes, rows, owner, budget):
     """Split the rows into lists of row numbers of about `budget` tokens, padding included: sorted by length, so that
     little is padded, the rows of one prefix side by side, so that it is computed once. A list with one prefix may hold as
     many tokens of rows: a prefix as long as the budget would be computed for every row."""
-    order = sorted(range(len(rows)), key=lambda n: (len(prefixes[owner[n]]), owner[n], len(rows[n])))
+    if len(set(owner)) == len(rows):                                               # `logprobs` pads prefix and row as one
+        order = sorted(range(len(rows)), key=lambda n: len(prefixes[owner[n]]) + len(rows[n]))
+    else:
+        order = sorted(range(len(rows)), key=lambda n: (len(prefixes[owner[n]]), owner[n], len(rows[n])))
     out, P, T, owners = [[]], 0, 0, set()
     for n in order:
         p, t, o = max(P, len(prefixes[owner[n]])), max(T, len(rows[n])), owners | {owner[n]}

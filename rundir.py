@@ -20,10 +20,11 @@ import transformers
 
 import parallel
 import pretrained
+import progress
 import swirl_idm
 from envs import records
 
-OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm",
+OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm", "sft", "rivals",
         "checkpoint-a", "checkpoint-b", "rollout.png", "rollout.gif", "codebook.npz"}
 OURS |= {name + ".new" for name in OURS}
 
@@ -36,8 +37,8 @@ def fail(message):
 class Run:
     """The files of a run (contract: config.json, metrics.jsonl, samples.jsonl, results.json, fwm/, idm/) and its clock."""
 
-    def __init__(self, cfg, started):
-        self.dir = Path(cfg.out)
+    def __init__(self, cfg, started, label=""):
+        self.dir, self.label = Path(cfg.out), label            # label: before the names of stages in what is printed
         config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "fresh")}
         try:
             if parallel.rank() == 0:
@@ -109,16 +110,26 @@ class Run:
             except ImportError:
                 print(f"  {name} is not drawn: pip install pillow")
 
+    def bar(self, name, steps):
+        """The progress of a stage, on rank 0."""
+        return progress.Bar(name, steps, silent=parallel.rank() > 0)
+
     def elapsed(self):
-        return time.time() - self.begin
+        return time.monotonic() - self.begin
 
     def spend(self, what, since):
-        self.progress["seconds"][what] = self.progress["seconds"].get(what, 0.0) + time.time() - since
+        self.progress["seconds"][what] = self.progress["seconds"].get(what, 0.0) + time.monotonic() - since
 
     def done(self, stage):
         return any(s["name"] == stage for s in self.progress["stages"])
 
-    def finish_stage(self, name, scores, P, Q, tok):
+    def keep(self, name, P, Q, tok):
+        """Both models in DIR/name, to stay."""
+        if parallel.rank() == 0:
+            for side, model in (("fwm", P), ("idm", Q)):
+                pretrained.save(model, tok, self.dir / name / side)
+
+    def finish_stage(self, stage, P, Q, tok):
         """Save both models beside the last ones, then name them in progress.json: a cut loses one stage at most."""
         folder = "checkpoint-b" if self.progress["folder"] == "checkpoint-a" else "checkpoint-a"
         if parallel.rank() == 0:
@@ -126,7 +137,7 @@ class Run:
             pretrained.save(P, tok, self.dir / folder / "fwm")
             pretrained.save(Q, tok, self.dir / folder / "idm")
             self.progress["saved"] = sorted(p.name for p in (self.dir / folder / "fwm").rglob("*"))
-        self.progress["stages"].append({"name": name, **scores})
+        self.progress["stages"].append(stage)
         self.progress["folder"] = folder
         self.save_progress()
 
@@ -157,8 +168,19 @@ def peak_rss_mb():
 
 
 def show(scores):
-    return (f"FWM exact {scores['fwm']['exact']:.3f}, of changed {scores['fwm']['exact_changed'] or 0:.3f}, "
-            f"logp {scores['fwm']['logp']:.2f} | IDM exact {scores['idm']['exact']:.3f}, logp {scores['idm']['logp']:.3f}")
+    fwm, idm = scores["fwm"], scores["idm"]
+    return (f"FWM exact {fwm['exact']:.3f}, of changed {fwm['exact_changed'] or 0:.3f}, sampled {fwm['sampled']:.3f}, "
+            f"logp {fwm['logp']:.2f} | IDM exact {idm['exact']:.3f}, logp {idm['logp']:.3f}, refused {idm['refused']:.3f}")
+
+
+def rivals_of(beside):
+    """The rows of `train.rivals` as results.json has them, under `baselines`."""
+    if not beside:
+        return {}
+    first, *then = beside["stages"]
+    return beside["baselines"] | {
+        "bootstrap": {"fwm": first["fwm"], "steps": first["steps"], "seconds": first["seconds"]},
+        "bootstrap_swirl": {"fwm": then[-1]["fwm"], "idm": then[-1]["idm"], "stages": then}}
 
 
 def show_sample(s):
@@ -172,21 +194,34 @@ def show_sample(s):
 
 def report(results):
     """The final table: a row a stage, FWM and IDM side by side."""
-    rows = [(s["name"], s["fwm"], s["idm"]) for s in results["stages"]]
-    best = results["baselines"]["best_of_8"]
-    rows += [(f"sft, best of 8 ({best['fwm']['n']})", best["fwm"], best["idm"]), ("copy x", results["baselines"]["copy_x"], None)]
+    base = results["baselines"]
+    rows = [(s["name"], s["fwm"], s["idm"], s["steps"], s["seconds"]) for s in results["stages"][:-1]]
+    if "bootstrap" in base:
+        boot, then = base["bootstrap"], base["bootstrap_swirl"]
+        rows.append(("bootstrap", boot["fwm"], None, boot["steps"], boot["seconds"]))
+        rows += [("  + " + s["name"], s["fwm"], s["idm"], s["steps"], s["seconds"]) for s in then["stages"]]
+        best, same = base["best_of_8"], base["best_of_8"]["sft"]
+        rows.append((f"sft, the first {best['fwm']['n']}", same["fwm"], same["idm"], None, None))
+        rows.append((f"  best of 8 of these", best["fwm"], best["idm"], None, None))
+    rows.append(("copy x", base["copy_x"], None, None, None))
     middle = [("BLEU", lambda fwm: fwm["bleu"], 1), ("ROUGE-L", lambda fwm: fwm["rouge_l"], 1)]
     if "patches_changed" in rows[0][1]:                        # images: right patches of those that change, also of motion kinds and at T = 6
         middle = [("patches %", lambda fwm: fwm["patches_changed"], 100),
-                  ("motion %", lambda fwm: fwm.get("kinds", {}).get("motion", {}).get("patches_changed"), 100),
-                  ("T = 6 %", lambda fwm: fwm.get("rollout_changed", [None])[-1], 100)]
-    columns = [(0, lambda fwm: fwm["exact"], 100), (0, lambda fwm: fwm["exact_changed"], 100), *((0, *column[1:]) for column in middle),
-               (0, lambda fwm: fwm["logp"], 1), (1, lambda idm: idm["exact"], 100), (1, lambda idm: idm["logp"], 1)]
-    cell = lambda value, scale: f"{value * scale:10.2f}" if value is not None else "         -"
+                  ("motion %", lambda fwm: fwm.get("kinds", {}).get("motion", {}).get("exact_changed"), 100),
+                  ("T = 6 %", lambda fwm: fwm.get("rollout_exact", [None])[-1], 100)]
+    columns = [(0, lambda fwm: fwm["exact"], 100), (0, lambda fwm: fwm["exact_changed"], 100),
+               (0, lambda fwm: fwm.get("sampled"), 100), *((0, *column[1:]) for column in middle),
+               (0, lambda fwm: fwm["logp"], 1), (1, lambda idm: idm["exact"], 100), (1, lambda idm: idm["logp"], 1),
+               (1, lambda idm: idm.get("refused"), 100)]
+    heads = ["FWM: exact", "changed", "sampled", *(head for head, _, _ in middle), "logp", "IDM: exact", "logp", "refused",
+             "steps", "seconds"]
+    cell = lambda value, scale=1, digits=2: f"{value * scale:10.{digits}f}" if value is not None else "         -"
     print(f"\n{results['env']}, seed {results['seed']}: {results['splits']['test']} held-out transitions, "
           f"{results['seconds']['total'] / 60:.1f} minutes on {results['hardware']}")
-    print(f"{'':20}{'FWM: exact %':>10}{'changed %':>10}" + "".join(f"{head:>10}" for head, _, _ in middle)
-          + f"{'logp':>10}{'IDM: ex %':>10}{'logp':>10}")
-    for name, *sides in rows:
-        print(f"{name:22}" + "".join(cell(sides[i] and get(sides[i]), scale) for i, get, scale in columns))
+    print("exact: y_hat = y, greedily; changed: the same where y != x; sampled: where y != x, one future drawn; in %")
+    print(f"{'':22}" + "".join(f"{head:>10}" for head in heads))
+    for name, fwm, idm, steps, seconds in rows:
+        sides = fwm, idm
+        print(f"{name:22}" + "".join(cell(sides[i] and get(sides[i]), scale) for i, get, scale in columns)
+              + cell(steps, digits=0) + cell(seconds, digits=0))
     return 0

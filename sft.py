@@ -1,71 +1,84 @@
-"""SFT, the stage before Algorithm 1: both directions learn log p(target | prompt) from the labelled pairs.
+"""Learning by likelihood: the warm-up of both directions on labels (SFT), and Bootstrap, the rival that stays with it.
 
-Claim: Phase I and II can only be judged against a warm-up that has converged; otherwise their gain is training that the
-warm-up had not finished. So it ends when a validation share of the labelled half stops improving, and says how it ended.
+Claim: Phase I and II can only be judged against a warm-up that has converged, and against the obvious use of the same pairs:
+let Q label them once and go on with likelihood. So both are here, with fixed numbers of steps.
 
-Departures from the paper: constant rate and a running mean of the weights in place of a cosine schedule; for tiny models
-weight decay 1 and 8 rows a step (`settings.Config.warmup_decay`, `warmup_batch`); Muon on the weight matrices (`lm.make_optimizers`).
+SFT           max over theta of E_{(x,z,y) labelled} log P(y | x, z);  of phi likewise with log Q(z | x, y)
+Bootstrap     z' = argmax Q(z | x, y) for each state-only pair, once;  then SFT of P on (x, z', y) and the labels together
+
+Departures from the paper: the rate stays, then falls to 0 over the last half of the steps, in place of a cosine;
+Muon on the weight matrices (`lm.make_optimizers`).
 """
 import random
-import time
 
 import torch
-from tqdm import tqdm
 
 import lm
 import parallel
+import swirl_fwm
+import swirl_idm
 
 
 def batches(rows, size, rng):
     """Endless batches of `size`, shuffled anew when fewer are left (these are passed over)."""
     order = []
     while True:
-        if len(order) < size:
-            order = rng.sample(rows, len(rows))
+        while len(order) < size:
+            order += rng.sample(rows, len(rows))
         yield order[:size]
         order = order[size:]
 
 
-def warm_up(model, name, rows, size, decay, validate, cfg, run, seconds):
-    """SFT: raise log p(target | prompt) of rows [(prompt, target)], `size` a step, until `patience` validations in a row
-    bring no better one, or `warmup_steps`, or `seconds`, are over. The best checkpoint is kept.
+def rate(step, steps, peak):
+    """Rises for 20 steps, stays, and falls to 0 over the last half."""
+    return peak * min(1.0, step / 20, 2 * (steps - step + 1) / steps)
 
-    The rate is constant, and what is validated and kept is `mean`, the running mean of the weights: it stands where a falling
-    rate would end, at every step. So it shows when more steps would not help; a flat end of a falling rate does not.
-    """
-    begin, batch = time.time(), batches(rows, size, random.Random(cfg.seed))
-    optimizers = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon, decay)
-    mean, best, best_at, weights, ended, step = lm.freeze(model), -1e9, 0, None, "", 0
-    bar = tqdm(total=cfg.warmup_steps, desc=f"warm-up {name}", leave=False, disable=parallel.rank() > 0 or None)
-    while not ended:
-        part, loss, step = next(batch), 0.0, step + 1
-        tokens = sum(len(target) for _, target in part)                            # of all ranks
-        prompts, targets = zip(*parallel.share(part))
-        owner = range(len(targets))
-        for chosen in lm.chunks(prompts, targets, owner, lm.budget(model)):     # of like length: little is padded
-            piece = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
-            piece.backward()
-            loss += piece.item()
-        norm = lm.optimizer_step(model, optimizers, cfg.warmup_lr * min(1.0, step / 20))
-        with torch.no_grad():
-            for m, p in zip(mean.parameters(), model.parameters()):
-                m.lerp_(p, 9 / (step + 9))                             # the last ninth of the steps so far, roughly
-        bar.update()
-        if parallel.agree(step == cfg.warmup_steps or time.time() - begin > seconds):
-            ended = "cut off by " + ("warmup_steps" if step == cfg.warmup_steps else "the budget")
-        score = validate(mean) if step % cfg.warmup_every == 0 or ended else None
-        loss = parallel.total(loss)
-        run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=step, seconds=run.elapsed(), loss=loss,
+
+def step(model, rows, optimizers, lr):
+    """One step on rows [(prompt, target)] of all processes: (mean of -log p of a target's token, gradient norm)."""
+    tokens = sum(len(target) for _, target in rows)
+    loss = 0.0
+    mine = parallel.share(rows)
+    prompts, targets = [prompt for prompt, _ in mine], [target for _, target in mine]
+    owner = range(len(mine))
+    for chosen in lm.chunks(prompts, targets, owner, lm.budget(model)) if mine else []:
+        part = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
+        part.backward()
+        loss += part.item()
+    norm = lm.optimizer_step(model, optimizers, lr)
+    return parallel.total(loss), norm
+
+
+def fit(model, name, rows, size, steps, lab, validate):
+    """SFT of `model` on rows [(prompt, target)], `size` a step; validate(model, lab) -> share right, four times on the way."""
+    cfg, run = lab.cfg, lab.run
+    batch = batches(rows, size, random.Random(f"{cfg.seed} {name}"))
+    optimizers = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon, cfg.decay)
+    bar = run.bar(f"warm-up of the {name}" if name != "Bootstrap" else name, steps)
+    for t in range(1, steps + 1):
+        loss, norm = step(model, next(batch), optimizers, rate(t, steps, cfg.warmup_lr))
+        score = validate(model, lab) if t % max(1, steps // 4) == 0 else None
+        run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=t, seconds=run.elapsed(), loss=loss,
                 grad_norm=norm, validation=score)
-        if score is None:
-            continue
-        if score > best or best == 0:                                              # nothing right yet: not converged
-            best, best_at, weights = score, step, {k: v.to("cpu", copy=True) for k, v in mean.state_dict().items()}
-        elif step - best_at >= cfg.patience * cfg.warmup_every:
-            ended = "converged"
-        bar.set_postfix(loss=f"{loss:.3f}", validation=f"{score:.3f}")
+        bar.show(t, loss=loss, validation=score)
     bar.close()
-    parallel.load(model, weights)
-    run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=step, seconds=run.elapsed(), best_step=best_at,
-            best_validation=best, ended=ended)
-    print(f"  warm-up {name}: best validation {best:.3f} at step {best_at} of {step} ({ended})")
+    return model
+
+
+def bootstrap(P, Q, lab, validate):
+    """Bootstrap: Q labels the state-only pairs once, P goes on with labels and pseudo-labels."""
+    cfg, tok = lab.cfg, lab.tok
+    xs, ys = map(list, zip(*lab.state_only))
+    z_hat = parallel.divide(lambda xs, ys: swirl_idm.predict(Q, tok, xs, ys, lab.max_z, cfg.view), xs, ys)
+    triples = lab.labelled + list(zip(xs, z_hat, ys))
+    rows = [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in triples]
+    return fit(P, "Bootstrap", rows, cfg.warmup_batch, cfg.bootstrap_steps, lab, validate)
+
+
+def replay(model, rows, n, rng):
+    """Mean of -log p over n of the rows, drawn anew at each call: joins a step of a phase (`--replay`; paper: none)."""
+    chosen = parallel.share(rng.choices(rows, k=n))
+    if not chosen:                                                                 # fewer rows than processes
+        return torch.zeros((), requires_grad=True)
+    prompts, targets = zip(*chosen)
+    return -lm.logprobs(model, prompts, targets, range(len(chosen))).sum() / n

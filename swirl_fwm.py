@@ -23,9 +23,6 @@ Departures from the paper:
 6. Each step also raises the likelihood of a few labelled rows (`grpo`, departure 6): without them P forgets its labels.
 7. Where the state is an image (`envs/images.py`), z comes before x, so that each patch of y stands as far behind the same patch of x,
    whatever z; the paper's images come first.
-8. Of more pairs than it is to `take` (`--pool`), a step keeps those whose y P gives a chance nearest to a half (`undecided`): only a group with a
-   spread teaches. Within a step this is Eq. 3 over the chosen (x, y, z); the choice, and with it H(Z|X), moves with theta, and the logged
-   reward need not rise (paper: all pairs).
 """
 import re
 
@@ -94,10 +91,10 @@ def predict(P, tok, xs, zs, max_new):
                                                 tok.eos_token_id, guess=guess(tok, xs))]
 
 
-def futures(P, tok, xs, zs, n, max_new, generator=None):
+def futures(P, tok, xs, zs, n, max_new, generator=None, temperature=1.0, top_p=1.0):
     """n sampled y_hat for each (x, z), those of one side by side."""
-    return [read(tok, row) for row in lm.sample_all(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], n, max_new,
-                                                    tok.eos_token_id, generator, guess=guess(tok, xs))]
+    return [read(tok, row) for row in lm.sample_all(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], n, max_new, tok.eos_token_id,
+                                                    generator, guess=guess(tok, xs), temperature=temperature, top_p=top_p)]
 
 
 def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
@@ -110,18 +107,9 @@ def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
 
 # --- Phase I ------------------------------------------------------------------------------------------------------------
 
-def undecided(P, tok, xs, zs, ys, n, temperature=1.0, min_p=0.0):
-    """The numbers of the n pairs with p = P(y | x, z), as P is sampled, nearest to a half: a group, of any size, most probably holds both y and other
-    futures there. (A token of y that min-p rules out keeps its small chance, as in all scores.)"""
-    logp = lm.score_tokens(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], [target(tok, y) for y in ys], range(len(ys)),
-                           temperature=temperature, min_p=min_p)                   # (N, T)
-    p = logp.sum(1).double().exp()                                                 # (N,)
-    return (p * (1 - p)).argsort(descending=True)[:n].tolist()                     # 1 - p^G - (1 - p)^G has this order for any G > 1
-
-
 def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, max_z=32, generator=None,
-                replay=None, take=None):
-    """One step on pairs [(x, y)], or on at most `take` of them (of all ranks); theta moves, phi is frozen. replay: as in `grpo.step`.
+                replay=None):
+    """One step on pairs [(x, y)]; theta moves, phi is frozen. replay: as in `grpo.step`.
     Returns (log, examples [{x, z, y, y_hat, reward}]); log is None if Q reads no action in any pair."""
     xs, ys = zip(*pairs)
     rows, _ = lm.sample(Q, [swirl_idm.prompt(tok, x, y, view) for x, y in pairs], 1, max_z, tok.eos_token_id,
@@ -131,10 +119,6 @@ def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
     if not parallel.total(len(readable)):                                          # on no rank
         return None, []
     xs, ys, zs, z_rows = ([values[i] for i in readable] for values in (xs, ys, zs, rows))
-    n = len(parallel.share(range(take))) if take else len(pairs)
-    if len(readable) > n:                                                          # departure 8
-        chosen = undecided(P, tok, xs, zs, ys, n, cfg.temperature, cfg.min_p)
-        xs, ys, zs, z_rows = ([values[i] for i in chosen] for values in (xs, ys, zs, z_rows))
 
     def reward(owner, rows):                                                       # -> (N,)
         at = lambda values: [values[o] for o in owner]
@@ -144,6 +128,7 @@ def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
 
     log, rows, R = grpo.step(P, ref, optimizers, [prompt(tok, x, z) for x, z in zip(xs, zs)], reward, cfg,
                              tok.eos_token_id, generator, replay, guess(tok, ys))
+    log["floored"] = grpo.floored(R, floor)
     G = cfg.group_size
     return log, [dict(x=x, z=z, y=y, y_hat=read(tok, rows[i * G]), reward=R[i * G].item())
                  for i, (x, z, y) in enumerate(zip(xs, zs, ys))]

@@ -24,6 +24,7 @@ Departures from the paper:
 7. Of images, "diff" lists the patches that change (place, code before, code after), then those beside them (place, code), after a
    shift of the whole if the camera moved (`envs/images.py`); a patch, or two side by side, stand for a wrong line.
 """
+import contextlib
 import difflib
 
 import torch
@@ -49,7 +50,21 @@ def line_diff(x, y):
     return out
 
 
-IMPOSSIBLE = "no action does this"
+IMPOSSIBLE = ""     # the refusal: an action without a word
+
+
+@contextlib.contextmanager
+def no_refusal(Q, tok):
+    """Within, Q may not refuse: the empty action is ruled out of sampling and scoring, the rest is renormalised."""
+    before = getattr(Q, "allowed", None)
+    allowed = torch.ones(1, Q.config.vocab_size, dtype=torch.bool, device=Q.device) if before is None else before
+    allowed = torch.cat([allowed[:1], allowed])                                    # (2 or more, V) row 0 is of the first token
+    allowed[0, tok.eos_token_id] = False
+    Q.allowed = allowed
+    try:
+        yield
+    finally:
+        Q.allowed = before
 
 
 def spoil(x, y, other, rng):
@@ -98,7 +113,7 @@ def prompt(tok, x, y, view="diff"):
 
 def target(tok, z):
     """The ids of z with its end."""
-    return [*lm.encode(tok, frame(tok).space + z), tok.eos_token_id]
+    return [*lm.encode(tok, frame(tok).space + z if z != IMPOSSIBLE else ""), tok.eos_token_id]
 
 
 def read(tok, ids):
@@ -126,14 +141,22 @@ def words_only(Q, tok):
 
 
 def predict(Q, tok, xs, ys, max_new, view="diff"):
-    """Greedy z_hat for each (x, y)."""
-    return [read(tok, row) for row in lm.greedy(Q, [prompt(tok, x, y, view) for x, y in zip(xs, ys)], max_new,
-                                                tok.eos_token_id)]
+    """Greedy z_hat for each (x, y); Q may not refuse."""
+    with no_refusal(Q, tok):
+        rows = lm.greedy(Q, [prompt(tok, x, y, view) for x, y in zip(xs, ys)], max_new, tok.eos_token_id)
+    return [read(tok, row) for row in rows]
+
+
+def refuses(Q, tok, xs, ys, view="diff"):
+    """[bool]: would Q refuse to name an action, if it may?"""
+    rows = lm.greedy(Q, [prompt(tok, x, y, view) for x, y in zip(xs, ys)], 1, tok.eos_token_id)
+    return [row == [tok.eos_token_id] for row in rows]
 
 
 def best_of_n(Q, P, tok, xs, ys, max_new, view, n=8, generator=None):
     """Of n sampled actions, the one under which P expects y most."""
-    rows = lm.sample_all(Q, [prompt(tok, x, y, view) for x, y in zip(xs, ys)], n, max_new, tok.eos_token_id, generator)
+    with no_refusal(Q, tok):
+        rows = lm.sample_all(Q, [prompt(tok, x, y, view) for x, y in zip(xs, ys)], n, max_new, tok.eos_token_id, generator)
     z_hat = [read(tok, row) for row in rows]
     R = swirl_fwm.logp(P, tok, [x for x in xs for _ in range(n)], z_hat, [y for y in ys for _ in range(n)])
     return [z_hat[i * n + k] for i, k in enumerate(R.view(-1, n).argmax(1).tolist())]
@@ -150,7 +173,9 @@ def phase2_step(Q, P, ref, optimizers, tok, pairs, cfg, view="diff", form="sum",
         logp_y = swirl_fwm.logp(P, tok, at(xs), [read(tok, row) for row in rows], at(ys))  # Eq. 5: R = log P(y | x, z)
         return grpo.shape(logp_y, [len(swirl_fwm.target(tok, y)) for y in at(ys)], form, floor)
 
-    log, rows, R = grpo.step(Q, ref, optimizers, [prompt(tok, x, y, view) for x, y in pairs], reward, cfg,
-                             tok.eos_token_id, generator, replay=replay)
+    with no_refusal(Q, tok), no_refusal(ref, tok) if ref is not None else contextlib.nullcontext():
+        log, rows, R = grpo.step(Q, ref, optimizers, [prompt(tok, x, y, view) for x, y in pairs], reward, cfg,
+                                 tok.eos_token_id, generator, replay=replay)
+    log["floored"] = grpo.floored(R, floor)
     G = cfg.group_size
     return log, [dict(x=x, y=y, z_hat=read(tok, rows[i * G]), reward=R[i * G].item()) for i, (x, y) in enumerate(pairs)]

@@ -1,19 +1,30 @@
-"""The built-in model: a tokenizer fitted on the run's own text and a Llama of a million random weights. Nothing is downloaded.
+"""How the tiny model is made: a tokenizer, a Llama of a million random weights, and what images need.
 
-Claim: with an induction head written in, which pretrained models have, 200 labelled transitions are enough to learn from.
+For texts `pretrain.py` trains it and data/tiny holds the result. For images it starts from random weights with heads written in
+that copy the picture: an untrained model then copies, as a pretrained one does.
 Departure from the paper: it stands in place of a pretrained 3B to 7B model.
 """
+from pathlib import Path
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import lm
 
-def make_tokenizer(texts, vocab_size=1024):
-    """A byte-level BPE fitted on `texts`. Frequent words become one token; a rare word falls back to pieces, at worst to
-    bytes, so that no character is unknown. A word keeps the space or line break before it (segments start with it)."""
+
+FOLDER = Path(__file__).parent / "data" / "tiny"     # made by `pretrain.py`
+
+# A word, a digit or some punctuation, each with the space or line break before it; the rest of white space
+PIECES = r"\s?\p{L}+|\s?\d|\s?[^\s\p{L}\d]+|\s+(?!\S)|\s"
+
+
+def make_tokenizer(texts, vocab_size=2048):
+    """A byte-level BPE fitted on `texts`. A frequent word is one token; a rare one falls to pieces, at worst to bytes."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\s?[^\s]+|\s"), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False,
@@ -22,42 +33,26 @@ def make_tokenizer(texts, vocab_size=1024):
                                    clean_up_tokenization_spaces=False)
 
 
-def make_model(tokenizer, width=128, layers=4, heads=4, context=2048, seed=0, induction=True):
-    """A small Llama (about 1M parameters) with random weights and an induction head: nothing is downloaded."""
+def make_model(tokenizer, width=128, layers=4, heads=4, context=4096, seed=0, bias=False):
+    """A small Llama (about 1M parameters) with random weights; bias: of queries and keys, for `write_copy_heads`."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
+    return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context, attention_bias=True,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context, attention_bias=bias,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)).eval()
-    if induction and layers > 1:
-        write_induction_head(model)
-    return model
 
 
-@torch.no_grad()
-def write_induction_head(model, previous=8.0, match=4.0, gain=2.0, scale=0.1):
-    """Write into the first two layers what every pretrained model can and a random one finds late: after "a b .. a" comes
-    "b" (Olsson et al. 2022, In-context Learning and Induction Heads). All of it stays trainable.
-
-    Layer 0, head 0 attends to the token before: constant query and key (biases), turned apart by one position of RoPE. It
-    adds a sketch of that token. Layer 1 looks for the place whose sketch is the current token, and copies what stands there.
-    The constants were found by trying: an untrained model then continues a repeated random string in four of five places.
-    """
-    W, D, E = model.config.hidden_size, model.model.layers[0].self_attn.head_dim, model.model.embed_tokens.weight
-    first, second = (layer.self_attn for layer in model.model.layers[:2])
-    E.normal_(0, scale)
-    turn = model.model.rotary_emb.inv_freq.to(E)                                   # (D/2,) radians a position
-    first.k_proj.bias[:D] = previous * torch.cat([torch.ones_like(turn), torch.zeros_like(turn)])
-    first.q_proj.bias[:D] = previous * torch.cat([turn.cos(), -turn.sin()])        # score sum_i cos(turn_i (distance - 1))
-    sketch, place = (torch.linalg.qr(torch.randn(W, D))[0].to(E) for _ in range(2))   # (W, D) orthonormal columns
-    sketch = sketch.T * (torch.cat([turn, turn]) < 0.02)[:, None]                  # only where RoPE hardly turns
-    first.v_proj.weight[:D], first.o_proj.weight[:, :D] = sketch, gain * scale * place
-    second.q_proj.weight.copy_(match * sketch.repeat(W // D, 1))                   # every head: the current token's sketch
-    second.k_proj.weight.copy_(match * place.T.repeat(W // D, 1))                  # meets the sketch of the token before
-    second.v_proj.weight.copy_(torch.eye(W))                                       # and each copies its share of the
-    second.o_proj.weight.copy_(2 * scale * torch.eye(W))                           # embedding that stands there
+def for_images(tok, added, states, book, seed):
+    """(P, Q, tok) for a world of images: random weights, embeddings that say what a code looks like, copy heads in P."""
+    tok.add_tokens(added)
+    P, Q = make_model(tok, seed=seed, bias=True), make_model(tok, seed=seed, bias=True)
+    codes, places = (tok.convert_tokens_to_ids([token for token in added if mark in token]) for mark in ("<c", ","))
+    looks = torch.tensor(book.features()) if hasattr(book, "features") else None
+    seen, _ = (embed_images(model, codes, places, looks) for model in (P, Q))
+    write_copy_heads(P, seen, len(lm.encode(tok, "\n" + states[0])))
+    return P, Q, tok
 
 
 @torch.no_grad()

@@ -1,20 +1,20 @@
 """SWIRL, Algorithm 1, straight down the page: warm up on labels, then Phase I and Phase II in turn on state-only pairs.
 
-    python train.py                                 the tools world, a tiny model from scratch, ten minutes of a laptop
+    python train.py                                 the tools world, a pretrained tiny model, some minutes of a laptop
     python train.py --env physics --seed 1
     python train.py --data transitions.jsonl.gz     your own (x, z, y); half of the training episodes lose their z
     torchrun --nproc-per-node 4 train.py --shard    four GPUs, or four processes on the CPU (`parallel.py`)
 
-Splits are by episode. Half of the training episodes keep their actions (warm-up, and `--replay` rows in the phases), the
-other half, of pixels five times as many, lose them for good: GRPO gets their pairs (x, y) and nothing else. Test episodes are apart. The same command
-again resumes an unfinished run.
+Splits are by episode. Half of the training episodes keep their actions, for the warm-up. The other half lose them for good:
+Phase I, Phase II and Bootstrap get their pairs (x, y) and nothing else. Test episodes are apart. Every stage has a fixed number
+of steps, and no number depends on a clock. The same command again resumes an unfinished run.
 
-Departures from the paper: the models are tiny and start from random weights with an induction head written in
-(`tiny.write_induction_head`), in place of pretraining; their warm-up has weight decay and keeps a running mean of the weights;
-labelled rows are replayed in the phases; Phase I is 250 steps (of pixels 300) and Phase II 60, not an epoch over 30k pairs;
-a phase that validates clearly worse than its start, on labelled rows, is undone. See `swirl_fwm.py`,
-`swirl_idm.py`, `grpo.py` for the rest.
+Departures from the paper: the models are tiny, and pretrained on made-up worlds only (`pretrain.py`); a phase is some dozens of
+steps, not an epoch over 30k pairs. See `swirl_fwm.py`, `swirl_idm.py`, `grpo.py` and `sft.py` for the rest.
 """
+import copy
+import dataclasses
+import functools
 import platform
 import random
 import sys
@@ -23,397 +23,309 @@ from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
 
-import adapters
+import aside
 import grpo
 import lm
+import loading
 import mi_bounds
 import parallel
-import pictures
+import plan
 import pretrained
 import rundir
 import sft
 import swirl_fwm
 import swirl_idm
-import tiny
-from envs import codebook, images, load_splits, pixels, records, test_episodes
-from evals import metrics, rollout
-from settings import WARMUPS, parse
+from envs import records
+from evaluate import best_of_8, evaluate, evaluate_P, evaluate_Q
+from evals import metrics
+from settings import parse
 
-# --- data ---------------------------------------------------------------------------------------------------------------
-
-def load_models(cfg, labelled, state_only):
-    """(P, Q, tok). Tiny models get a tokenizer fitted on the run's own training text; images add their codes to any."""
-    states = [s for x, _, y in labelled for s in (x, y)] + [s for pair in state_only for s in pair]
-    book = codebook(cfg)
-    added = images.vocabulary(states, book.size if book else 0)
-    if added and (cfg.lora or cfg.max_state):
-        rundir.fail("leave out --lora, which cannot learn the tokens of images, new to every model, and --max-state, which would cut images")
-    if cfg.model != "tiny":
-        try:
-            P, tok = pretrained.load(cfg.model, torch.bfloat16 if cfg.lora and lm.HALF else torch.float32)   # a base does not learn
-            P, Q = adapters.pair(P, cfg.lora) if cfg.lora else (P, lm.freeze(P).requires_grad_())
-            lm.score(P, [[0, 0]], [[0]])                              # says now if its layers cannot do what `lm` does with them
-        except Exception as e:                                        # whatever a damaged file or template makes the loaders raise
-            rundir.fail(f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, smollm2, a Hub id, a folder with safetensors "
-                        "or a .gguf file")
-        if tok.eos_token_id is None:
-            rundir.fail(f"--model {cfg.model}: its tokenizer has no end token; give a causal language model")
-        if tok.add_tokens(added):
-            for model in (P, Q):
-                model.resize_token_embeddings(max(len(tok), model.config.vocab_size))
-        return P, Q, tok
-    tok = tiny.make_tokenizer(["\n" + s for s in states if not added] + [" " + z for _, z, _ in labelled]
-                              + ["\n- \n+ \nnext:\naction: " + swirl_idm.IMPOSSIBLE] * 100)
-    tok.add_tokens(added)
-    P, Q = tiny.make_model(tok, seed=cfg.seed, induction=not added), tiny.make_model(tok, seed=cfg.seed)      # of texts one start, as in the paper
-    if added:
-        codes, places = (tok.convert_tokens_to_ids([token for token in added if mark in token]) for mark in ("<c", ","))
-        looks = torch.tensor(book.features()) if hasattr(book, "features") else None
-        seen, _ = (tiny.embed_images(model, codes, places, looks) for model in (P, Q))
-        tiny.write_copy_heads(P, seen, len(lm.encode(tok, "\n" + states[0])))
-    if cfg.lora:
-        P, Q = adapters.pair(P, cfg.lora)
-    return P, Q, tok
-
-
-def restrict(P, Q, tok, x):
-    """Of images P may draw codes alone, as many as x has, and Q words alone (`lm.restrict`)."""
-    if images.is_image(x):
-        P.allowed, Q.allowed = swirl_fwm.codes_only(P, tok, x).to(P.device), swirl_idm.words_only(Q, tok).to(Q.device)
-
-
-# --- evaluation ---------------------------------------------------------------------------------------------------------
-
-def evaluate_P(P, tok, data, longest):
-    """(scores as `fwm` in results.json, y_hat): greedy futures of held-out (x, z, y)."""
-    xs, zs, ys = map(list, zip(*data))
-    y_hat = parallel.divide(lambda xs, zs: swirl_fwm.predict(P, tok, xs, zs, longest), xs, zs)
-    logp = parallel.divide(lambda *rows: swirl_fwm.logp(P, tok, *rows).tolist(), xs, zs, ys)
-    return metrics.fwm_scores(xs, y_hat, ys, logp), y_hat
-
-
-def evaluate_Q(Q, tok, data, longest, view):
-    """(scores as `idm` in results.json, z_hat), likewise."""
-    xs, zs, ys = map(list, zip(*data))
-    z_hat = parallel.divide(lambda xs, ys: swirl_idm.predict(Q, tok, xs, ys, longest, view), xs, ys)
-    logp = parallel.divide(lambda *rows: swirl_idm.logp(Q, tok, *rows, view).tolist(), xs, zs, ys)
-    return metrics.idm_scores(z_hat, zs, logp), z_hat
-
-
-def roll_out(P, tok, steps, longest, run, book):
-    """What P makes of the windows `steps` when it reads its own output: {"rollout": the scores of T = 1..6, ..} ({} without windows)."""
-    if not steps:
-        return {}
-    y_hat = rollout.rollout(lambda xs, zs: parallel.divide(lambda *rows: swirl_fwm.predict(P, tok, *rows, longest), xs, zs), steps, 6)
-    if book:
-        first = [[window[0][0], *(y for _, _, y in window)] for window in steps[:3]]
-        rows = [([z for _, z, _ in window], images.frames(book, truth), images.frames(book, [row[i] for row in y_hat]))
-                for i, (window, truth) in enumerate(zip(steps, first))]
-        run.picture(pictures.rollouts, "rollout.png", rows)
-        run.picture(pictures.animation, "rollout.gif", [rows[0][1][0], *rows[0][2]])
-    scores = rollout.score(y_hat, steps)
-    return {"rollout": [step["score"] for step in scores], "rollout_exact": [step["exact"] for step in scores],
-            "rollout_changed": [step["changed"] for step in scores]}
-
-
-def look(run, book, name, data, y_hat):
-    """Draw some predictions of frames; {"kinds": scores by kind of sentence, and of the kinds of motion together}."""
-    xs, zs, ys = map(list, zip(*data))
-    some = [i for i in range(len(data)) if xs[i] != ys[i]][:6]
-    x, y, predicted = (images.frames(book, [states[i] for i in some]) for states in (xs, ys, y_hat))
-    run.picture(pictures.predictions, f"picture-{name.replace('/', '-')}.png", list(zip(x, [zs[i] for i in some], y, predicted)))
-    kinds = [pixels.kind(z) for z in zs]
-    return {"kinds": metrics.by_group(kinds, xs, y_hat, ys) | metrics.by_group(
-        ["motion" if kind in pixels.MOTION else "edits" for kind in kinds], xs, y_hat, ys)}
-
-
-def best_of_8(P, Q, tok, data, cfg, limits):
-    """Test-time verification with the warm-up's models, in both directions."""
-    xs, zs, ys = map(list, zip(*data))
-    gen = torch.Generator(P.device).manual_seed(cfg.seed + parallel.rank())
-    y_hat = parallel.divide(lambda xs, zs: swirl_fwm.best_of_n(P, Q, tok, xs, zs, limits[0], cfg.view, 8, gen), xs, zs)
-    z_hat = parallel.divide(lambda xs, ys: swirl_idm.best_of_n(Q, P, tok, xs, ys, limits[1], cfg.view, 8, gen), xs, ys)
-    return {"fwm": metrics.fwm_scores(xs, y_hat, ys), "idm": metrics.idm_scores(z_hat, zs)}
-
-
-# --- the job ------------------------------------------------------------------------------------------------------------
 
 def train(cfg):
-    started = time.time()
+    """Algorithm 1: warm up on labels, then Phase I and Phase II in turn on pairs (x, y)."""
+    started = time.monotonic()
     if not cfg.fresh and (Path(cfg.out) / "results.json").is_file():
         return rundir.report(rundir.Run(cfg, started).load("results.json"))
+    device = begin(cfg)
+    P, Q, lab = loading.open_lab(cfg, device)
+    plan.fix_steps(cfg, steps_to_time(P, Q, lab) if cfg.minutes else {})                  # --minutes sets the steps
+    run = lab.run = rundir.Run(cfg, started)                           # nothing is written before this
+    P, Q = settle(P, Q, lab, device, run.progress["folder"])
+    introduce(P, lab)
+
+    # Warm-up: SFT of both directions on the labelled half
+    if not run.done("sft"):
+        since = time.monotonic()
+        job = aside.start(cfg, warm_up_Q, Q, lab)
+        P = warm_up_P(P, lab)
+        Q = job.result()
+        loading.restrict(P, Q, lab.tok, lab.labelled[0][0])
+        end_stage("sft", P, Q, lab, since, "warmup", cfg.warmup_steps)
+        run.keep("sft", P, Q, lab.tok)
+
+    # The rivals start from the same P and Q, beside Algorithm 1
+    job = aside.start(cfg, rivals, cfg) if cfg.rivals else None
+    P, Q = alternate(P, Q, lab)
+    beside = job.result() if job else {}
+    return finish(P, Q, lab, beside) if parallel.rank() == 0 else 0
+
+
+def alternate(P, Q, lab):
+    """Phase I and Phase II in turn, `--iterations` times, each on state-only pairs of its own where there are enough."""
+    cfg, run = lab.cfg, lab.run
+    reward = dict(view=cfg.view, form=cfg.reward_form, floor=cfg.floor)
+    pairs = [(x, y) for x, y in lab.state_only if x != y or not cfg.skip_unchanged]
+    for i in range(1, cfg.iterations + 1):
+        # Phase I: theta moves, phi is frozen (Eq. 3, Theorem 3.1)
+        name = f"iteration{i}/phase1"
+        if not run.done(name):
+            since = time.monotonic()
+            settings = phase_settings(cfg, cfg.phase1_steps, beta=cfg.beta_fwm, lr=cfg.lr_fwm, max_new=lab.max_y,
+                                      temperature=cfg.temperature_fwm, min_p=cfg.min_p_fwm)
+            step = functools.partial(swirl_fwm.phase1_step, max_z=lab.max_z, **reward)
+            run_phase(name, step, P, Q, share_of(pairs, i, cfg, cfg.phase1_steps), settings, lab, rows_of_P(lab))
+            end_stage(name, P, Q, lab, since, "phase1", cfg.phase1_steps)
+        # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
+        name = f"iteration{i}/phase2"
+        if not run.done(name):
+            since = time.monotonic()
+            settings = phase_settings(cfg, cfg.phase2_steps, beta=cfg.beta, lr=cfg.lr_idm, max_new=lab.max_z,
+                                      temperature=cfg.temperature)
+            step = functools.partial(swirl_idm.phase2_step, **reward)
+            run_phase(name, step, Q, P, share_of(pairs, i, cfg, cfg.phase2_steps), settings, lab, rows_of_Q(lab))
+            end_stage(name, P, Q, lab, since, "phase2", cfg.phase2_steps)
+    return P, Q
+
+
+def share_of(pairs, i, cfg, steps):
+    """The pairs of iteration i: its own share, or all of them where a share is less than the phase takes."""
+    size = len(pairs) // cfg.iterations
+    return pairs[(i - 1) * size:i * size] if size >= steps * cfg.batch else pairs
+
+
+def phase_settings(cfg, steps, **own):
+    """Settings of one phase: its own, and those that both share."""
+    return grpo.GRPO(steps=steps, group_size=cfg.group_size, top_p=cfg.top_p, top_k=cfg.top_k, scale=cfg.scale, kl=cfg.kl,
+                     updates=cfg.updates, clip=cfg.clip, **own)
+
+
+def run_phase(name, step, policy, frozen, pairs, settings, lab, rows):
+    """GRPO steps of `policy` against `frozen` on pairs (x, y); rows [(prompt, target)] are replayed if `--replay` says so.
+    The rate rises for ten steps and falls to 0 with the last one."""
+    cfg, run, steps, peak = lab.cfg, lab.run, settings.steps, settings.lr
+    rng = random.Random(f"{cfg.seed} {name}")
+    batch = sft.batches(pairs, cfg.batch, rng)
+    generator = torch.Generator(policy.device).manual_seed(rng.randrange(2**31) + parallel.rank())
+    ref, optimizers = lm.freeze(policy), lm.make_optimizers(policy, peak, muon=False)          # pi_ref: pi as the phase begins
+    before = [p.detach().to("cpu", copy=True) for p in frozen.parameters()]
+    replay = functools.partial(sft.replay, policy, rows, cfg.replay, rng) if cfg.replay else None
+    iteration, kind = name.removeprefix("iteration").split("/")
+    bar, taught, floored = run.bar(run.label + name, steps), 0, []
+    for t in range(1, steps + 1):
+        since = time.monotonic()
+        settings.lr = peak * min(1, t / 10) * (1 - (t - 1) / steps)
+        need_ref = settings.beta or t % 10 == 1                                    # without beta the KL is only logged
+        log, examples = step(policy, frozen, ref if need_ref else None, optimizers, lab.tok, parallel.share(next(batch)),
+                             settings, generator=generator, replay=replay)
+        if log is None:                                                            # Q read no action: nothing to learn
+            run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=t, seconds=run.elapsed(), reward=None)
+            continue
+        if not taught and settings.top_p == 1 and settings.top_k == 0:
+            check_gap(log["gap"], settings.min_p)
+        taught += log["zero_std_groups"] < 1
+        floored.append(log["floored"])
+        log["tokens_per_second"] = log.pop("tokens") / (time.monotonic() - since)
+        run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=t, seconds=run.elapsed(), **log)
+        bar.show(t, reward=log["reward"], kl=log["kl"])
+        for example in examples if t in (1, steps) else []:
+            run.log("samples.jsonl", stage=name, **example)
+    bar.close()
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(before, frozen.parameters())), "the frozen model moved"
+    if not taught:
+        print(f"warning: {name} could learn nothing: in no step did the rollouts of a group differ in reward")
+    elif sum(floored) > len(floored) / 2:
+        print(f"warning: {name}: {sum(floored) / len(floored):.0%} of the rewards lie on the floor; give --reward-form mean "
+              "or --floor 0")
+
+
+def check_gap(gap, min_p):
+    """Sampler and trainer must see the same distribution."""
+    if not gap < (2.0 if lm.HALF else 1e-3) + min_p:
+        raise RuntimeError(f"sampler and trainer disagree by {gap} nats a token")
+
+
+# --- the warm-up and the rivals -----------------------------------------------------------------------------------------
+
+def rows_of_P(lab):
+    return [(swirl_fwm.prompt(lab.tok, x, z), swirl_fwm.target(lab.tok, y)) for x, z, y in lab.labelled]
+
+
+def rows_of_Q(lab):
+    return swirl_idm.warmup_rows(lab.tok, lab.labelled, lab.cfg.view, lab.cfg.spoiled, random.Random(lab.cfg.seed))
+
+
+def validate_P(P, lab):
+    """Share of the validation futures that are right, greedily."""
+    xs, zs, ys = map(list, zip(*lab.validation))
+    y_hat = parallel.divide(lambda *rows: swirl_fwm.predict(P, lab.tok, *rows, lab.max_y), xs, zs)
+    return metrics.exact(y_hat, ys)
+
+
+def validate_Q(Q, lab):
+    """Share of the validation actions that are read right, greedily."""
+    xs, zs, ys = map(list, zip(*lab.validation))
+    z_hat = parallel.divide(lambda *rows: swirl_idm.predict(Q, lab.tok, *rows, lab.max_z, lab.cfg.view), xs, ys)
+    return metrics.exact(z_hat, zs)
+
+
+def warm_up_P(P, lab):
+    cfg = lab.cfg
+    return sft.fit(P, "FWM", rows_of_P(lab), cfg.warmup_batch, cfg.warmup_steps, lab, validate_P)
+
+
+def warm_up_Q(Q, lab):
+    cfg = lab.cfg
+    return sft.fit(Q, "IDM", rows_of_Q(lab), cfg.warmup_batch_idm, cfg.warmup_steps_idm, lab, validate_Q)
+
+
+def rivals(cfg):
+    """What else the same P, Q and pairs are good for: best of 8, Bootstrap, and Bootstrap followed by Algorithm 1.
+    Lives in DIR/rivals, as a run of its own; returns {"baselines": .., "stages": ..}."""
+    started, folder = time.monotonic(), str(Path(cfg.out) / "rivals")
+    device = begin(cfg)
+    P, Q, lab = loading.open_lab(cfg, device)
+    run = lab.run = rundir.Run(dataclasses.replace(cfg, out=folder, fresh=False), started, "bootstrap, ")
+    P, Q = settle(P, Q, lab, device, run.progress["folder"] or "../sft")
+
+    if "best_of_8" not in run.progress["baselines"]:
+        few = lab.test[:120]                                                       # sampling 8 is dear
+        same = {"fwm": evaluate_P(P, lab, few)[0], "idm": evaluate_Q(Q, lab, few)[0]}
+        run.progress["baselines"] = {"best_of_8": best_of_8(P, Q, lab, few) | {"sft": same}}
+        run.save_progress()
+    if not run.done("bootstrap"):
+        since = time.monotonic()
+        P = sft.bootstrap(P, Q, lab, validate_P)
+        end_stage("bootstrap", P, Q, lab, since, "bootstrap", cfg.bootstrap_steps)
+    alternate(P, Q, lab)
+    return {"baselines": run.progress["baselines"], "stages": run.progress["stages"]}
+
+
+# --- the beginning, the end of a stage, the end -------------------------------------------------------------------------
+
+def steps_to_time(P, Q, lab):
+    """{stage: f() takes one step of it}, on copies of the models: what `--minutes` measures."""
+    cfg, tok = lab.cfg, lab.tok
+    P, Q, frozen_P, frozen_Q = copy.deepcopy(P), copy.deepcopy(Q), lm.freeze(P), lm.freeze(Q)
+    rng = random.Random(cfg.seed)
+    rows_p, rows_q = (sft.batches(rows, size, rng) for rows, size in
+                      ((rows_of_P(lab), cfg.warmup_batch), (rows_of_Q(lab), cfg.warmup_batch_idm)))
+    pairs = sft.batches([(x, y) for x, y in lab.state_only if x != y], cfg.batch, rng)
+    optimizers = {model: lm.make_optimizers(model, cfg.warmup_lr, cfg.muon) for model in (P, Q)}
+    one = phase_settings(cfg, 1, beta=cfg.beta_fwm, lr=0.0, max_new=lab.max_y, temperature=cfg.temperature_fwm)
+    two = phase_settings(cfg, 1, beta=cfg.beta, lr=0.0, max_new=lab.max_z, temperature=cfg.temperature)
+    few = lab.test[:64]
+    return {"warmup_steps": lambda: sft.step(P, next(rows_p), optimizers[P], cfg.warmup_lr),
+            "bootstrap_steps": lambda: sft.step(P, next(rows_p), optimizers[P], cfg.warmup_lr),
+            "warmup_steps_idm": lambda: sft.step(Q, next(rows_q), optimizers[Q], cfg.warmup_lr),
+            "phase1_steps": lambda: swirl_fwm.phase1_step(P, frozen_Q, None, optimizers[P], tok, next(pairs), one, cfg.view,
+                                                          max_z=lab.max_z),
+            "phase2_steps": lambda: swirl_idm.phase2_step(Q, frozen_P, frozen_Q, optimizers[Q], tok, next(pairs), two, cfg.view),
+            "evaluate": lambda: (evaluate_P(P, lab, few), evaluate_Q(Q, lab, few))}
+
+
+def begin(cfg):
+    """Threads, seed; returns the device."""
+    torch.set_num_threads(cfg.threads)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    check_processes(cfg, device)
+    loading.check_processes(cfg, device)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(cfg.seed)
-    set_precision(cfg, device)
-    labelled, validation, state_only, test = load_splits(cfg)
-    P, Q, tok = load_models(cfg, labelled, state_only)
-    labelled, validation, state_only, test = shorten(tok, (labelled, validation, state_only, test), cfg.max_state)
-    limits = check_data(P, tok, labelled, validation, state_only, test, cfg)
-    test = affordable(tok, test)
-    run = rundir.Run(cfg, started)                                    # nothing is written before the input has been checked
-    if run.progress["folder"]:
-        last = run.dir / run.progress["folder"]
+    return device
+
+
+def settle(P, Q, lab, device, folder):
+    """P and Q of a folder of the run, if there is one, on their device and, under --shard, among the processes."""
+    run, cfg = lab.run, lab.cfg
+    if folder:
+        last = run.dir / folder
         folders = [last / side if (last / side).exists() else run.dir / side for side in ("fwm", "idm")]
         if cfg.lora:
-            P.load(folders[0]), Q.load(folders[1])                    # on the base that load_models has loaded anew
+            P.load(folders[0]), Q.load(folders[1])                     # on the base that open_lab has loaded
         else:
-            (P, tok), (Q, _) = map(pretrained.load, folders)
-        print(f"resuming after {run.progress['stages'][-1]['name']}")
+            (P, _), (Q, _) = map(pretrained.load, folders)
+    if run.progress["stages"]:
+        print(f"resuming after {run.label}{run.progress['stages'][-1]['name']}")
     P, Q = P.to(device), Q.to(device)
     if cfg.shard:
         P, Q = parallel.shard(P), parallel.shard(Q)
-    restrict(P, Q, tok, labelled[0][0])
-    budget = cfg.minutes * 54 if cfg.minutes else float("inf")         # the rest: installing, what cannot be planned
-    print(f"SWIRL on {cfg.data or cfg.env}: {len(labelled)} labelled, {len(validation)} validation, {len(state_only)} "
-          f"state-only, {len(test)} test transitions; {P.num_parameters()/1e6:.2f}M parameters a model; "
-          f"{run.dir}" + (f"; plans to end within {cfg.minutes:g} minutes" if cfg.minutes else ""))
-
-    book = codebook(cfg)                                               # None for text
-    if book and not cfg.vq and parallel.rank() == 0:
-        with records.whole(run.dir / "codebook.npz") as file:
-            book.save(file)
-    windows = []                                                       # of frames most; of a real model on texts none, evals/rollout.py makes them: T decodings one after the other
-    if book or cfg.model == "tiny":
-        windows = rollout.windows(shorten(tok, test_episodes(cfg), cfg.max_state), 6, every=1)[:max(4, len(test) * 2 // 3 if book else len(test) // 10)]
-    held_out = {}                                                      # side: (its scores, its predictions), until it moves
-
-    def stage_ends(name, since, what):
-        run.spend(what, since)
-        since = time.time()
-        if what != "phase2" or "fwm" not in held_out:
-            held_out["fwm"] = evaluate_P(P, tok, test, limits[0])
-            held_out["fwm"][0].update(roll_out(P, tok, windows, limits[0], run, book))
-            if book:
-                held_out["fwm"][0].update(look(run, book, name, test, held_out["fwm"][1]))
-        if what != "phase1" or "idm" not in held_out:
-            held_out["idm"] = evaluate_Q(Q, tok, test, limits[1], cfg.view)
-        scores = {side: score for side, (score, _) in held_out.items()}
-        samples = [dict(x=x, z=z, y=y, y_hat=y_hat, z_hat=z_hat) for (x, z, y), y_hat, z_hat in
-                   zip(test, held_out["fwm"][1], held_out["idm"][1])]
-        few = samples[:20]
-        R = swirl_idm.logp(Q, tok, *([s[k] for s in few] for k in ("x", "z", "y_hat")), cfg.view)    # log Q(z | x, y_hat)
-        for s, r in zip(few, R.tolist()):
-            run.log("samples.jsonl", stage=name, **s, reward=r)
-        iteration = 0 if name == "sft" else int(name.removeprefix("iteration").split("/")[0])
-        run.log("metrics.jsonl", phase="eval", stage=name, iteration=iteration, step=0, seconds=run.elapsed(), **scores)
-        print(f"{name}: {rundir.show(scores)}  [{run.elapsed()/60:.1f} min]\n{rundir.show_sample(samples[0])}", flush=True)
-        run.spend("eval", since)
-        run.progress["eval_seconds"] = max(run.progress["eval_seconds"], time.time() - since)      # of both sides
-        run.finish_stage(name, scores, P, Q, tok)
-
-    # Warm-up: SFT of both directions on the labelled half
-    rows_Q = swirl_idm.warmup_rows(tok, labelled, cfg.view, cfg.spoiled, random.Random(cfg.seed))
-    rows_P = [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in labelled]
-    xs, zs, ys = map(list, zip(*validation))
-    validate_P = lambda P: metrics.exact(parallel.divide(lambda *rows: swirl_fwm.predict(P, tok, *rows, limits[0]), xs, zs), ys)
-    validate_Q = lambda Q: metrics.exact(parallel.divide(
-        lambda *rows: swirl_idm.predict(Q, tok, *rows, limits[1], cfg.view), xs, ys), zs)
-    if not run.done("sft"):
-        since = time.time()
-        sft.warm_up(Q, "IDM", rows_Q, cfg.warmup_batch_idm, cfg.warmup_decay_idm, validate_Q, cfg, run, cfg.share_idm * budget)
-        sft.warm_up(P, "FWM", rows_P, cfg.warmup_batch, cfg.warmup_decay, validate_P, cfg, run, (WARMUPS - cfg.share_idm) * budget)
-        stage_ends("sft", since, "warmup")
-    if "best_of_8" not in run.progress["baselines"]:
-        since = time.time()
-        part = parallel.agree(min(1, 0.02 * budget / run.progress["eval_seconds"]))              # sampling 8 is dear
-        few = test[:max(10, int(len(test) * part))]
-        run.progress["baselines"] = {"copy_x": metrics.copy_x([x for x, _, _ in test], [y for _, _, y in test]),
-                                     "best_of_8": best_of_8(P, Q, tok, few, cfg, limits)}
-        run.spend("eval", since)
-        run.save_progress()
-
-    # Algorithm 1
-    reward = dict(view=cfg.view, form=cfg.reward_form, floor=cfg.floor)
-    for i in range(1, cfg.iterations + 1):
-        left = 2 * (cfg.iterations - i) + 2                                        # phases to come
-        # Phase I: theta moves, phi is frozen (Eq. 3, Theorem 3.1)
-        if not run.done(f"iteration{i}/phase1"):
-            since = time.time()
-            settings = phase_settings(cfg, cfg.beta_fwm, cfg.lr_fwm, cfg.temperature_fwm, limits[0], cfg.min_p_fwm)
-            pairs = [(x, y) for x, y in state_only if x != y or not cfg.skip_unchanged]
-            phase(run, cfg, f"iteration{i}/phase1", P, Q, validate_P, pairs, rows_P, settings, cfg.phase1_steps,
-                  time_share(run, budget, left), lambda ref, opt, pairs, gen, replay: swirl_fwm.phase1_step(
-                      P, Q, ref, opt, tok, pairs, settings, **reward, max_z=limits[1], generator=gen, replay=replay, take=cfg.batch), pool=cfg.pool)
-            stage_ends(f"iteration{i}/phase1", since, "phase1")
-        # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
-        if not run.done(f"iteration{i}/phase2"):
-            since = time.time()
-            settings = phase_settings(cfg, cfg.beta, cfg.lr_idm, cfg.temperature, limits[1])
-            phase(run, cfg, f"iteration{i}/phase2", Q, P, validate_Q, state_only, rows_Q, settings, cfg.phase2_steps,
-                  time_share(run, budget, left - 1), lambda ref, opt, pairs, gen, replay: swirl_idm.phase2_step(
-                      Q, P, ref, opt, tok, pairs, settings, **reward, generator=gen, replay=replay))
-            stage_ends(f"iteration{i}/phase2", since, "phase2")
-    if parallel.rank():
-        return 0
-    return finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device)
+    loading.restrict(P, Q, lab.tok, lab.labelled[0][0])
+    return P, Q
 
 
-def shorten(tok, splits, longest):
-    """The splits with `pretrained.shorten` applied to every state; says how many it cut."""
-    if not longest:
-        return splits
-    states = {s for rows in splits for row in rows for s in (row[0], row[-1])}
-    short = {s: pretrained.shorten(tok, s, longest) for s in states}
-    cut = sum(short[s] != s for s in states)
-    if cut:
-        lost = sum(row[0] != row[-1] and short[row[0]] == short[row[-1]] for rows in splits for row in rows)
-        print(f"{cut} of {len(states)} states have more than {longest} tokens: the middle of each is left out (--max-state), and with it "
-              f"all that changes in {lost} of {sum(map(len, splits))} transitions")
-    return tuple([(short[row[0]], *row[1:-1], short[row[-1]]) for row in rows] for rows in splits)
+def introduce(P, lab):
+    """What the run is about to do, in three lines."""
+    cfg = lab.cfg
+    print(f"SWIRL on {cfg.data or cfg.env}: {len(lab.labelled)} labelled, {len(lab.validation)} validation, "
+          f"{len(lab.state_only)} state-only, {len(lab.test)} test transitions")
+    print(f"  {P.num_parameters() / 1e6:.2f}M parameters a model; {cfg.threads} thread(s) a process"
+          + (", two processes where stages are independent" if aside.possible(cfg) else "") + f"; {lab.run.dir}")
+    print(f"  steps: warm-up {cfg.warmup_steps} (FWM) and {cfg.warmup_steps_idm} (IDM), then {cfg.iterations} times "
+          f"Phase I {cfg.phase1_steps} and Phase II {cfg.phase2_steps}"
+          + (f"; Bootstrap {cfg.bootstrap_steps}" if cfg.rivals else ""))
+    if lab.book and not cfg.vq and parallel.rank() == 0:
+        with records.whole(lab.run.dir / "codebook.npz") as file:
+            lab.book.save(file)
 
 
-def set_precision(cfg, device):
-    lm.TOKENS, lm.HALF = cfg.tokens, cfg.dtype == "bfloat16" or (
-        cfg.dtype == "auto" and cfg.model != "tiny" and device == "cuda" and torch.cuda.is_bf16_supported())
+def end_stage(name, P, Q, lab, since, what, steps):
+    """Score the stage on held-out transitions, save it, print it."""
+    run, seconds = lab.run, time.monotonic() - since
+    run.spend(what, since)
+    since = time.monotonic()
+    moved = {"phase1": ("fwm",), "bootstrap": ("fwm",), "phase2": ("idm",)}.get(what, ("fwm", "idm"))
+    scores, sample = evaluate(P, Q, lab, name, moved)
+    iteration = int(name.removeprefix("iteration").split("/")[0]) if name.startswith("iteration") else 0
+    run.log("metrics.jsonl", phase="eval", stage=name, iteration=iteration, step=0, seconds=run.elapsed(), **scores)
+    run.spend("eval", since)
+    run.finish_stage({"name": name, **scores, "steps": steps, "seconds": seconds}, P, Q, lab.tok)
+    print(f"{run.label}{name}: {rundir.show(scores)}  [{run.elapsed() / 60:.1f} min]\n{rundir.show_sample(sample)}", flush=True)
 
 
-def check_processes(cfg, device):
-    """Fails if torchrun started more processes than there are GPUs or rows of a batch."""
-    world = parallel.world()
-    if device == "cuda" and parallel.too_many():
-        rundir.fail(f"more processes than GPUs ({torch.cuda.device_count()}) on a machine; give torchrun fewer, or --device cpu")
-    if cfg.shard and cfg.lora:
-        rundir.fail("--shard and --lora exclude each other: an adapter is small; give one of the two")
-    if cfg.shard and world == 1:
-        rundir.fail("--shard needs several processes: torchrun --nproc-per-node N train.py --shard ...")
-    for name in ("batch", "warmup_batch", "warmup_batch_idm"):
-        if getattr(cfg, name) < world:
-            rundir.fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} cannot be divided among {world} processes; "
-                        f"give at least {world}, or start fewer")
-
-
-def affordable(tok, test):
-    """The first of the test transitions: as many as hold 30,000 tokens of y, to be decoded at every evaluation; at least 20."""
-    return test[:max(20, 30000 * len(test) // sum(len(lm.encode(tok, "\n" + y)) for _, _, y in test))]
-
-
-def check_data(P, tok, labelled, validation, state_only, test, cfg):
-    """(longest y, longest z) to sample, in tokens: the longest in training and a margin (images are of one size). Fails if a split is empty or a
-    prompt and its completion do not fit the model."""
-    name, few = cfg.data or cfg.env, "no" if parallel.world() == 1 else f"fewer than {parallel.world()} (one a process)"
-    for what, rows in (("labelled", labelled), ("validation", validation), ("state-only", state_only), ("test", test)):
-        if sum(row[0] != row[-1] for row in rows) < parallel.world():
-            rundir.fail(f"{name}: {few} {what} transition with y != x; give more episodes")
-    longest_z = lambda rows: max(len(lm.encode(tok, " " + z)) for _, z, _ in rows) + 8
-    frame = len(pretrained.frame(tok).head) + len(pretrained.frame(tok).tail) + 16
-    n = {s: len(lm.encode(tok, "\n" + s)) for rows in (labelled, validation, state_only, test) for row in rows
-         for s in (row[0], row[-1])}
-    shown = [images.patches(s) or [] for s in n if images.is_image(s)]
-    if shown and (not all(shown) or len({len(patches) for patches in shown}) > 1 or len(shown) < len(n) or not set().union(*shown) <= set(tok.get_added_vocab())):
-        rundir.fail(f"{name}: where a state is an image, all are: {images.spell([['0', '1'], ['2', '3']])}, rows as long as columns, all of one "
-                    "size, every code seen in training")
-    y = max(n[s] for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])) + (1 if shown else 16)      # an image's end
-    longest = max(n, key=n.get)
-    marks = 6 * (1 + longest.count("\n")) + longest.count("<c") if cfg.view == "diff" else 0     # what Q reads beside codes and lines
-    if n[longest] + max(y, n[longest]) + marks + 2 * longest_z(labelled + validation + test) + frame > pretrained.context(P):
-        rundir.fail(f"{name}: a state of {n[longest]} tokens ({longest[:40]!r}...) is longer than the model takes "
-             f"({pretrained.context(P)} tokens for x, z and y together); give --max-state, shorten the states or choose another --model")
-    lost = sum(swirl_fwm.read(tok, swirl_fwm.target(tok, s)) != s for s in n)
-    if lost:
-        print(f"warning: {name}: the tokenizer does not give {lost} of {len(n)} states back as they are; P cannot predict these exactly")
-    return y, longest_z(labelled)
-
-
-def time_share(run, budget, phases_left):
-    """Seconds that the next phase may take: what is left after what comes at its end and at the run's, reckoned in evaluations of
-    both sides (.8 a phase: of one side, and two validations; .5 for the bounds), Phase I taking four times Phase II's share
-    (its rollouts are whole states)."""
-    left = max(2.0, budget - run.elapsed() - run.progress["eval_seconds"] * (0.8 * phases_left + 0.5))
-    return left * (4 if phases_left % 2 == 0 else 1) / (5 * ((phases_left + 1) // 2) - (4 if phases_left % 2 else 0))
-
-
-def phase_settings(cfg, beta, lr, temperature, max_new, min_p=0.0):
-    return grpo.GRPO(group_size=cfg.group_size, max_new=max_new, temperature=temperature, min_p=min_p, top_p=cfg.top_p,
-                     top_k=cfg.top_k, scale=cfg.scale, beta=beta, kl=cfg.kl, updates=cfg.updates, clip=cfg.clip, lr=lr)
-
-
-def phase(run, cfg, name, policy, frozen, validate, pairs, rows, settings, steps, seconds, take_step, pool=1):
-    """`steps` GRPO steps of `policy` against `frozen`, or as many as `seconds` hold, each given `--batch` times `pool` pairs; labelled `rows`
-    are replayed in each.
-    A phase that lowers the validation score by more than `cfg.undo` is undone (`--undo 1`: never, as in the paper)."""
-    begin, rng = time.time(), random.Random(f"{cfg.seed} {name}")
-    batch = sft.batches(pairs, cfg.batch * pool, rng)
-    gen = torch.Generator(policy.device).manual_seed(rng.randrange(2**31) + parallel.rank())
-    ref, optimizers = lm.freeze(policy), lm.make_optimizers(policy, settings.lr, muon=False)   # the reference: pi at the start
-    before = [p.detach().to("cpu", copy=True) for p in frozen.parameters()]        # the device has no room for it
-    iteration, kind = name.removeprefix("iteration").split("/")
-    bar = tqdm(range(1, steps + 1), desc=name, leave=False, disable=parallel.rank() > 0 or None)
-    checked, kl, peak, side = False, 0.0, settings.lr, "fwm" if kind == "phase1" else "idm"
-    heldout = f"{run.progress['stages'][-1][side]['exact']:.3f}"                   # at the last evaluation
-
-    def replay():                                                                  # mean of -log pi(row | prompt)
-        chosen = parallel.share(rng.choices(rows, k=cfg.replay))
-        if not chosen:                                                             # fewer rows than processes
-            return torch.zeros((), requires_grad=True)
-        prompts, targets = zip(*chosen)
-        return -lm.logprobs(policy, prompts, targets, range(len(chosen))).sum() / cfg.replay
-
-    for step in bar:
-        if parallel.agree(step > 1 and time.time() - begin > seconds * (step - 1) / step):     # the next one would not fit
-            step -= 1
-            break
-        part, since = parallel.share(next(batch)), time.time()
-        late = parallel.agree(0 if step == 1 else max((step - 1) / steps, min(1.0, (since - begin) / seconds)))
-        settings.lr = peak * min(1, step / 10) * (1 - late)
-        need_ref = settings.beta or step % 10 == 1                                 # without beta the KL is only logged
-        log, examples = take_step(ref if need_ref else None, optimizers, part, gen, replay if cfg.replay else None)
-        if log is None:                                                            # Q read no action: nothing to learn
-            run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), reward=None)
-            continue
-        if not checked and not log["gap"] < (2.0 if lm.HALF else 1e-3) + settings.min_p and settings.top_p == 1 and settings.top_k == 0:
-            raise RuntimeError(f"sampler and trainer disagree by {log['gap']} nats a token")
-        checked = checked or log["gap"] > 0                                        # 0: no rollout had an advantage
-        kl = kl if log["kl"] is None else log["kl"]
-        log["tokens_per_second"] = log.pop("tokens") / (time.time() - since)
-        run.log("metrics.jsonl", phase=kind, iteration=int(iteration), step=step, seconds=run.elapsed(), **log)
-        bar.set_postfix(reward=f"{log['reward']:.3f}", kl=f"{kl:.3f}", heldout=heldout)
-    bar.close()
-    for example in examples:
-        run.log("samples.jsonl", stage=name, **example)
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(before, frozen.parameters())), "the frozen model moved"
-    was, now = validate(ref), validate(policy)
-    undone = now < was - cfg.undo
-    if undone:
-        parallel.load(policy, ref.state_dict())
-    run.log("metrics.jsonl", phase="eval", stage=name, iteration=int(iteration), step=step, seconds=run.elapsed(),
-            validation_start=was, validation_end=now, undone=undone)
-    print(f"  {name}: {step} steps" + (f" (planned {steps}, the budget held {step})" if step < steps else "")
-          + f", {kind[-1] == '1' and 'Q' or 'P'} frozen and unchanged; validation {was:.3f} to {now:.3f}"
-          + (", undone" if undone else ""))
-
-
-# --- the end ------------------------------------------------------------------------------------------------------------
-
-def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
-    gen = torch.Generator(Q.device).manual_seed(cfg.seed)
-    rng, n = random.Random(cfg.seed), min(256, max(20, len(test) // 2), len(state_only), len(labelled))   # half an evaluation, as `time_share` plans
-    some, true = rng.sample(state_only, n), [z for _, z, _ in rng.sample(labelled, n)]
-    z_hat = [swirl_idm.read(tok, row) for row in lm.sample_all(
-        Q, [swirl_idm.prompt(tok, x, y, cfg.view) for x, y in some], 1, limits[1], tok.eos_token_id, gen)]
+def finish(P, Q, lab, beside):
+    """Both bounds by sampling, results.json, the last models in fwm/ and idm/, the table."""
+    cfg, tok, run = lab.cfg, lab.tok, lab.run
+    generator = torch.Generator(Q.device).manual_seed(cfg.seed)
+    rng, n = random.Random(cfg.seed), min(256, len(lab.state_only), len(lab.labelled))
+    some, true = rng.sample(lab.state_only, n), [z for _, z, _ in rng.sample(lab.labelled, n)]
     xs, ys = map(list, zip(*some))
-    y_hat = swirl_fwm.futures(P, tok, xs, z_hat, 1, limits[0], gen)
+    with swirl_idm.no_refusal(Q, tok):
+        rows = lm.sample_all(Q, [swirl_idm.prompt(tok, x, y, cfg.view) for x, y in some], 1, lab.max_z, tok.eos_token_id,
+                             generator)
+    z_hat = [swirl_idm.read(tok, row) for row in rows]
+    y_hat = swirl_fwm.futures(P, tok, xs, z_hat, 1, lab.max_y, generator)
     logq = swirl_idm.logp(Q, tok, xs, z_hat, y_hat, cfg.view).cpu()
-    trained = [i for i in range(n) if xs[i] != ys[i] and z_hat[i] != swirl_idm.IMPOSSIBLE] or list(range(n))   # as Phase I may take
+    trained = [i for i in range(n) if xs[i] != ys[i]] or list(range(n))            # as Phase I takes them
     eq3 = mi_bounds.barber_agakov_from_samples(logq[trained])
-    progress, seconds = run.progress, run.progress["seconds"]
+    stages, seconds = run.progress["stages"], run.progress["seconds"]
+    xs_test, ys_test = [x for x, _, _ in lab.test], [y for _, _, y in lab.test]
     results = {
-        "version": 1, "env": cfg.data or cfg.env, "model": cfg.model, "seed": cfg.seed,
+        "version": 2, "env": cfg.data or cfg.env, "model": cfg.model, "seed": cfg.seed,
         "hardware": (f"{parallel.world()} processes, " if parallel.world() > 1 else "") + (
-            torch.cuda.get_device_name() if device == "cuda" else
+            torch.cuda.get_device_name() if P.device.type == "cuda" else
             f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"),
         "seconds": {"total": run.elapsed()} | {k: seconds.get(k, 0.0) for k in ("warmup", "phase1", "phase2", "eval")},
-        "splits": {"labelled": len(labelled), "state_only": len(state_only), "test": len(test)},
-        "baselines": progress["baselines"],
-        "stages": progress["stages"] + [progress["stages"][-1] | {"name": "swirl"}],
-        "bounds": {"eq3": eq3.mean, "eq3_standard_error": eq3.standard_error,      # E log Q(z|x,y_hat), no floor, and
+        "splits": {"labelled": len(lab.labelled), "state_only": len(lab.state_only), "test": len(lab.test)},
+        "baselines": {"copy_x": metrics.copy_x(xs_test, ys_test)} | rundir.rivals_of(beside),
+        "stages": stages + [stages[-1] | {"name": "swirl"}],
+        "bounds": {"eq3": eq3.mean, "eq3_standard_error": eq3.standard_error,      # E log Q(z|x,y_hat), and
                    "eq5_reward": swirl_fwm.logp(P, tok, xs, z_hat, ys).mean().item()},   # E log P(y|x,z), in nats
         "collapse": mi_bounds.collapse(z_hat, true),
-        "presets": {"bleu": "mirrorapi (characters, method3, mean)", "rouge_l": "rouge_score, no stemmer"},
+        "presets": {"bleu": "mirrorapi (characters, method3, mean)", "rouge_l": "rouge_score, no stemmer",
+                    "sampled": "temperature .75, top-p .96, two draws a transition"},
         "sizes": {"parameters": P.num_parameters(), "peak_rss_mb": rundir.peak_rss_mb(),
-                  "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None}}
+                  "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if P.device.type == "cuda" else None}}
     run.finish(results)
     return rundir.report(results)
 
@@ -421,8 +333,6 @@ def finish(run, cfg, P, Q, tok, state_only, labelled, test, limits, device):
 def main(argv=None):
     parallel.start()
     cfg = parse(argv)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     try:
         return train(cfg)
     except records.BadData as e:

@@ -28,6 +28,9 @@ Departures from the benchmark:
  2. No amounts, no hot empty vessels; melting points are moved to fit (sugar melts above 100 C here).
  3. A failed action says nothing (ScienceWorld answers with a message). No plants, circuits or friction.
 
+Busy logs (`--busy`): in training episodes a housemate acts as well, after us: any action but `wait`, chosen with the same
+habits. z does not name it.
+
 To add an action: a `case` in step() (and a method, if it is long), a line in propose(), its name in KINDS.
 To add a substance or a recipe: a line in SUBSTANCES or RECIPES (and STOCK, if the shelf may offer it).
 """
@@ -36,6 +39,7 @@ import copy
 STEPS = 14
 EPISODES = 90       # to train on, unless --episodes says else
 STATE_ONLY = 1
+PRESET = {}         # settings of this world, where they differ from settings.py's
 KINDS = ("put", "take", "turn on", "turn off", "open", "close",
          "fill", "pour", "empty", "stir", "add", "wait")
 NEVER = 999                                         # a temperature that nothing here reaches
@@ -175,12 +179,21 @@ class World:
             if careless or trial.text() != self.text():
                 return z
 
+    def others_act(self, rng):
+        """The housemate does something; only we wait."""
+        z = "wait"
+        while z == "wait":
+            z = self.propose(rng)
+        self.step(z)
 
-def episode(rng, steps=STEPS):
-    """One drawn episode: [(x, z, y)], y of one step is x of the next."""
+
+def episode(rng, steps=STEPS, busy=0.0):
+    """[(x, z, y)], y of one step is x of the next; busy: the chance that somebody else acts, too, between x and y."""
     world, out = World(rng), []
     for _ in range(steps):
         x, z = world.text(), world.propose(rng)
         world.step(z)
+        if busy and rng.random() < busy:
+            world.others_act(rng)
         out.append((x, z, world.text()))
     return out

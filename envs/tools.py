@@ -35,6 +35,10 @@ Rules
 10. Bookings, cancellations, money, sorting, filtering and reminders are answered by a bare ok when they succeed:
     which call it was must be read from its effect. An error gives its reason and does not name the call.
 
+Busy logs (`--busy`): in training episodes the rest of the family acts as well, each on an own device. After our call one of
+them books, cancels, moves money or changes a reminder (OTHERS). z does not name that call. Who is signed in here, the results
+and the reply are ours: the others do not touch them.
+
 To add an action: a row in CALLS (its name and the slots of its arguments) and in HABITS, a method of World of that name
 which changes the fields and returns the new reply (None: keep the old one), and a rule above.
 
@@ -51,6 +55,7 @@ import copy
 STEPS = 14
 EPISODES = 54       # to train on, unless --episodes says else
 STATE_ONLY = 1
+PRESET = {}         # settings of this world, where they differ from settings.py's
 REPEAT = 0.06       # share of calls that repeat the call before: an impatient caller
 SLIP = 0.1          # share of calls made without a look at the state
 BOLD = 0.05         # share of calls known to end in an error that are made all the same
@@ -76,6 +81,7 @@ CALLS = {
     "clear_reminder": ("busy",),
 }
 KINDS = tuple(CALLS)
+OTHERS = ("book", "cancel", "transfer", "deposit", "set_reminder", "reschedule", "move_reminder", "clear_reminder")
 
 # How often the family makes each kind of call.
 HABITS = {"sign_in": 2, "sign_out": 2, "search": 3, "filter_results": 2, "sort_results": 2, "check_price": 1, "book": 7,
@@ -222,6 +228,16 @@ class World:
             if rng.random() < BOLD or not after.reply.startswith("error") or after.text() == self.text():
                 return call
 
+    def others_act(self, rng):
+        """Somebody else of the family makes a call on another device."""
+        ours = self.user, self.results, self.reply
+        self.user = rng.choice(VALUES["user"])
+        call = ""
+        while call.partition("(")[0] not in OTHERS:
+            call = self.propose(rng)
+        self.step(call)
+        self.user, self.results, self.reply = ours
+
     def idea(self, rng):
         """A call; its arguments mostly come from what is listed, held or noted in the state."""
         slip = rng.random() < SLIP
@@ -239,12 +255,15 @@ class World:
                 return f"{kind}({', '.join(args)})"
 
 
-def episode(rng, steps=STEPS):
+def episode(rng, steps=STEPS, busy=0.0):
+    """[(x, z, y)], y of one step is x of the next; busy: the chance that somebody else acts, too, between x and y."""
     world = World(rng)
     transitions = []
     for _ in range(steps):
         x = world.text()
         z = transitions[-1][1] if transitions and rng.random() < REPEAT else world.propose(rng)
         world.step(z)
+        if busy and rng.random() < busy:
+            world.others_act(rng)
         transitions.append((x, z, world.text()))
     return transitions

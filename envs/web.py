@@ -42,6 +42,9 @@ Departures from the benchmark
     habits draws them (`propose`), not a person with a task.
  4. The page answers at once and in full: nothing loads, no hidden server state, nothing random.
 
+Busy logs (`--busy`): in training episodes the same account is open on a second device. After our action somebody changes the
+cart, the form or the code there (OTHERS). z does not name that. View, search, colour, sort, page and message are ours.
+
 To add an action: a line in ACTIONS (each string with its argument), a weight in HABITS, an `elif kind == ...`
 in `step`. Whatever the rule needs must be printed by `text`, or be the same in every episode.
 """
@@ -89,6 +92,7 @@ ACTIONS = {
     "close": {"[button] close -> CLICK": None},
 }
 KINDS = tuple(ACTIONS)
+OTHERS = ("amount", "remove", "name", "street", "time", "delivery", "coupon")
 
 # How much a visitor likes each kind.
 HABITS = {"search": 2, "clear": 4, "colour": 2, "sort": 2, "next": 9, "previous": 14, "add": 5, "amount": 3, "remove": 3,
@@ -96,6 +100,7 @@ HABITS = {"search": 2, "clear": 4, "colour": 2, "sort": 2, "next": 9, "previous"
           "yes": 7, "close": 2}
 EPISODES = 74    # to train on, unless --episodes says else
 STATE_ONLY = 1
+PRESET = {}         # settings of this world, where they differ from settings.py's
 CARELESS = 0.16   # share of actions drawn without a look at the page: most of these change nothing
 BOLD = 0.3        # share of errors that a visitor who looks at the page runs into all the same
 
@@ -272,8 +277,18 @@ class World:
                 if vars(twin) != vars(self) and (not error or rng.random() < BOLD):
                     return z
 
+    def others_act(self, rng):
+        """Somebody changes the cart, the form or the code on the other device."""
+        ours = self.view, self.message
+        before = self.text()
+        while self.text() == before:
+            self.view, self.message = "checkout", "note: ready"
+            self.step(rng.choice(list(ACTIONS[rng.choice(OTHERS)])))
+            self.view, self.message = ours
 
-def episode(rng, steps=STEPS):
+
+def episode(rng, steps=STEPS, busy=0.0):
+    """[(x, z, y)], y of one step is x of the next; busy: the chance that somebody else acts, too, between x and y."""
     world = World(rng)
     transitions, seen = [], set()
     for _ in range(steps):
@@ -282,5 +297,7 @@ def episode(rng, steps=STEPS):
             z = world.propose(rng)
         seen.add(x)
         world.step(z)
+        if busy and rng.random() < busy:
+            world.others_act(rng)
         transitions.append((x, z, world.text()))
     return transitions
