@@ -264,12 +264,10 @@ def guessed(folder, turns=10):
     cfg, P, tok, gen = run.cfg, run.P, run.tok, torch.Generator(run.P.device).manual_seed(0)
     if swirl_fwm.guess(tok, [run.test[0][0]]) is None:
         raise records.BadData(f"{folder} is a run of texts; give one of pixels: only pictures are guessed")
-    batch = sft.batches([(x, y) for x, y in load_splits(cfg)[2] if x != y], cfg.batch * cfg.pool, random.Random(0))
+    batch = sft.batches([(x, y) for x, y in load_splits(cfg)[2] if x != y], cfg.batch, random.Random(0))
     for _ in range(turns):
         xs, ys = zip(*next(batch))
         xs, ys, zs = zip(*[row for row in zip(xs, ys, run.read(xs, ys)) if row[2] != swirl_idm.IMPOSSIBLE])
-        kept = swirl_fwm.undecided(P, tok, xs, zs, ys, cfg.batch, cfg.temperature_fwm, cfg.min_p_fwm)
-        xs, ys, zs = ([values[i] for i in kept] for values in (xs, ys, zs))
         prompts, rows, costs = [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, zs)], swirl_fwm.guess(tok, ys), []
         for guess in (None, rows):
             begin = time.perf_counter()

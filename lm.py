@@ -282,9 +282,9 @@ def greedy(model, prefixes, max_new, eos, batch=128, guess=None):
     return out
 
 
-def sample_all(model, prefixes, n, max_new, eos, generator=None, guess=None, temperature=1.0, top_p=1.0):
-    """n rows after each prefix, in batches of 256 rows. guess: as in `sample`."""
-    batch = max(1, 256 // n)
+def sample_all(model, prefixes, n, max_new, eos, generator=None, batch=None, guess=None, temperature=1.0, top_p=1.0):
+    """n rows after each prefix, in batches (of 256 rows). guess: as in `sample`."""
+    batch = batch or max(1, 256 // n)
     batch = max(1, min(batch, 16 * TOKENS // (max(map(len, prefixes)) + max_new) // n)) if TOKENS else batch
     return [row for i in range(0, len(prefixes), batch)
             for row in sample(model, prefixes[i:i + batch], n, max_new, eos, temperature, top_p, generator=generator,

@@ -56,8 +56,10 @@ class Run:
 
     def prepare(self, cfg, config):
         found = {p.name for p in self.dir.iterdir()} if self.dir.exists() else set()
+        data = records.sha256(cfg.data)
         try:
-            old = self.load("config.json")["settings"] if "config.json" in found else {}
+            before = self.load("config.json") if "config.json" in found else {"settings": {}}
+            old = before["settings"]
         except (KeyError, TypeError):
             fail(f"--out {cfg.out} holds a config.json that no run wrote; give another folder")
         if found - {"config.json.new"} and not old:
@@ -74,11 +76,13 @@ class Run:
             if k != "tokens" and old and old.get(k) != config[k]:
                 fail(f"--out {cfg.out} holds a run with {k}={old.get(k)}, this one has {k}={config[k]}; "
                      "give another --out, or --fresh to start over")
+        if old and before.get("data_sha256") != data:
+            fail(f"{cfg.data} has changed since the run in {cfg.out} began; give back the old file, or --fresh to start over")
         self.dir.mkdir(parents=True, exist_ok=True)
         if not old:
             git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
                                  ).stdout.strip() if shutil.which("git") else None
-            self.write("config.json", {"settings": config, "git": git or None, "versions": {
+            self.write("config.json", {"settings": config, "data_sha256": data, "git": git or None, "versions": {
                 "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}})
 
     def load(self, name):

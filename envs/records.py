@@ -23,6 +23,7 @@ Notes:
 import contextlib
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -175,6 +176,20 @@ def whole(path):
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+
+
+def sha256(path):
+    """Of the file's bytes, in hex; None for no path. BadData if it cannot be read."""
+    if not path:
+        return None
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise BadData(f"{path}: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 # ---- Split -------------------------------------------------------------------------------------------------

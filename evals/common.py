@@ -140,7 +140,8 @@ def open_run(folder):
     """Opened. BadData if the folder holds no finished run, or its transitions file is gone or has changed."""
     folder = Path(folder)
     try:
-        settings = json.loads((folder / "config.json").read_text())["settings"]
+        config = json.loads((folder / "config.json").read_text())
+        settings = config["settings"]
         finished = (folder / "results.json").is_file()
         n = json.loads((folder / "results.json").read_text())["splits"]["test"] if finished else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -151,10 +152,11 @@ def open_run(folder):
     import torch  # here and not above: note 4
     import transformers
 
+    import evaluate
+    import loading
     import pretrained
     import swirl_fwm
     import swirl_idm
-    import train
     from envs import codebook, images, load_splits, test_episodes
     from settings import Config
 
@@ -163,7 +165,9 @@ def open_run(folder):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         cfg = Config(**settings)
-        train.set_precision(cfg, device)
+        loading.set_precision(cfg, device)
+        if config.get("data_sha256") != records.sha256(cfg.data):
+            raise records.BadData(f"{folder}: {cfg.data} has changed since this run; give back the old file, or train again")
         uncut = load_splits(cfg)
         (P, tok), (Q, _) = (pretrained.load(folder / side) for side in ("fwm", "idm"))
         book = codebook(cfg)
@@ -174,15 +178,15 @@ def open_run(folder):
     except Exception as error:  # whatever a damaged folder makes the loaders raise
         raise records.BadData(f"{folder}: cannot open the run ({str(error).partition(chr(10))[0]}); train it again with "
                               "this version, or give another folder") from None
-    parts = train.shorten(tok, uncut, cfg.max_state)
-    max_y, max_z = train.check_data(P, tok, *parts, cfg)
-    test = train.affordable(tok, parts[3])
+    parts = loading.shorten(tok, uncut, cfg.max_state)
+    max_y, max_z = loading.check_data(P, tok, *parts, cfg)
+    test = evaluate.affordable(tok, parts[3])
     if len(test) != n:
         raise records.BadData(f"{folder}: it was trained with {n} test transitions, and now there are {len(test)}; give it "
                               "back its data, or train it again")
     P, Q = P.to(device), Q.to(device)
-    train.restrict(P, Q, tok, test[0][0])
-    return Opened(cfg, test, uncut[3][:n], train.shorten(tok, test_episodes(cfg), cfg.max_state), lambda xs, zs: swirl_fwm.predict(P, tok, xs, zs, max_y),
+    loading.restrict(P, Q, tok, test[0][0])
+    return Opened(cfg, test, uncut[3][:n], loading.shorten(tok, test_episodes(cfg), cfg.max_state), lambda xs, zs: swirl_fwm.predict(P, tok, xs, zs, max_y),
                   lambda xs, ys: swirl_idm.predict(Q, tok, xs, ys, max_z, cfg.view), P, tok)
 
 

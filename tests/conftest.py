@@ -54,21 +54,19 @@ def tok():
     return tiny.make_tokenizer(TEXTS, vocab_size=300)
 
 
-def random_tiny(tok, seed, monkeypatch):
+def random_tiny(tok, seed):
     """`tiny.make_model` as Llama's own random weights leave it, sharpened: rows of a group then differ."""
-    with monkeypatch.context() as m:
-        m.setattr(tiny, "write_induction_head", lambda model: None)
-        return sharpen(tiny.make_model(tok, width=32, layers=2, context=512, seed=seed), 8.0)
+    return sharpen(tiny.make_model(tok, width=32, layers=2, context=512, seed=seed), 8.0)
 
 
 @pytest.fixture
-def P(tok, monkeypatch):
-    return random_tiny(tok, 1, monkeypatch)
+def P(tok):
+    return random_tiny(tok, 1)
 
 
 @pytest.fixture
-def Q(tok, monkeypatch):
-    return random_tiny(tok, 2, monkeypatch)
+def Q(tok):
+    return random_tiny(tok, 2)
 
 
 def ending(model, eos, bias):
