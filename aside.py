@@ -6,8 +6,13 @@ and the rivals beside Algorithm 1. No number depends on it: `--no-aside` runs th
 import concurrent.futures
 import multiprocessing
 import os
+import signal
+import threading
+import time
 
 import torch
+
+import parallel
 
 
 class Now:
@@ -21,8 +26,8 @@ class Now:
 
 
 def possible(cfg):
-    """One thread a process, and a second core to use."""
-    return cfg.aside and cfg.device != "cuda" and cfg.threads == 1 and cores() > 1
+    """A CPU with a core to spare, one thread a process, and no torchrun."""
+    return cfg.aside and cfg.device != "cuda" and cfg.threads == 1 and cores() > 1 and parallel.world() == 1
 
 
 def cores():
@@ -34,7 +39,20 @@ def start(cfg, f, *args):
     if not possible(cfg):
         return Now(f, args)
     spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(1, spawn, torch.set_num_threads, (cfg.threads,))
+    pool = concurrent.futures.ProcessPoolExecutor(1, spawn, begin, (cfg.threads, os.getpid()))
     future = pool.submit(f, *args)
     pool.shutdown(wait=False)
     return future
+
+
+def begin(threads, parent):
+    """In the second process: its threads; ^C ends it without a word, and so does the end of the first process."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

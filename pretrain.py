@@ -32,36 +32,38 @@ def make_tokenizer(rng, n=8000):
 
 
 def rows(tok, transitions, rng):
-    """[(prompt, target)]: a row for P and, of some, rows for Q."""
+    """[((prompt, target), side)]: a row for P (side 0) and, where something changes, one for Q (side 1)."""
     out = []
     for x, z, y in transitions:
-        out.append((swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)))
+        out.append(((swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)), 0))
         if x != y:
-            out.append((swirl_idm.prompt(tok, x, y, "diff"), swirl_idm.target(tok, z)))
-        if rng.random() < 0.1:
-            out.append((swirl_idm.prompt(tok, x, y, "full"), swirl_idm.target(tok, z)))
+            view = "full" if rng.random() < 0.1 else "diff"
+            out.append(((swirl_idm.prompt(tok, x, y, view), swirl_idm.target(tok, z)), 1))
     return out
 
 
 def draw(tok, step, args, rng):
     """Rows of about args.tokens tokens. Worlds of a few cells come first: in short rows a model finds out how to copy."""
     most = int(4 + 60 * min(1.0, 4 * step / args.steps) ** 2)
-    out = []
-    while sum(len(prompt) + len(target) for prompt, target in out) < args.tokens:
-        out += rows(tok, [made_up.transition(rng, most)], rng)
+    out, tokens = [], 0
+    while tokens < args.tokens or not any(side for _, side in out):
+        new = rows(tok, [made_up.transition(rng, most)], rng)
+        out += new
+        tokens += sum(len(prompt) + len(target) for (prompt, target), _ in new)
     return out
 
 
 def loss_of(model, pairs):
-    """Mean of -log p(token) over the targets; adds its gradient."""
-    prompts, targets = zip(*pairs)
-    owner = range(len(targets))
-    tokens = sum(map(len, targets))
+    """Mean of -log p(token) over all y, plus the mean over all z; adds its gradient. z is short: one mean of both would
+    leave Q a twentieth of the weight."""
     total = 0.0
-    for chosen in lm.chunks(prompts, targets, owner, 1024):
-        loss = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
-        loss.backward()
-        total += loss.item()
+    for side in (0, 1):
+        prompts, targets = zip(*[pair for pair, which in pairs if which == side])
+        owner, tokens = range(len(targets)), sum(map(len, targets))
+        for chosen in lm.chunks(prompts, targets, owner, 1024):
+            loss = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
+            loss.backward()
+            total += loss.item()
     return total
 
 

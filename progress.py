@@ -1,4 +1,5 @@
 """How far a stage is: a bar on a terminal, and elsewhere a plain line every half a minute."""
+import multiprocessing
 import sys
 import time
 
@@ -14,8 +15,9 @@ class Bar:
         self.name, self.steps = name, steps
         self.begin = self.last = time.monotonic()
         self.numbers = {}
-        self.silent = silent
         terminal = sys.stdout.isatty() and not silent
+        self.silent = silent or (terminal and multiprocessing.parent_process() is not None)    # one bar at a time
+        terminal = terminal and not self.silent
         self.tqdm = tqdm(total=steps, desc=name, leave=False) if terminal else None
 
     def show(self, step, **numbers):

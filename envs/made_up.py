@@ -116,7 +116,7 @@ class World:
 
     def size(self):
         """Things in the world: mostly few, sometimes so many that the state has 600 tokens."""
-        most = min(self.most, self.rng.choice((16, 16, 24, 24, 40, 64)))
+        most = min(self.most, self.rng.choice((6, 6, 10, 10, 16, 16, 24, 64)))
         return max(2, self.rng.randint(1, most) // len(self.fields))
 
     def name(self):

@@ -1,11 +1,18 @@
 """Tiny random models, and the two oracles that everything is held against: one row, no cache, no padding."""
 
+import random
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lm
+import pretrained
+import sft
+import swirl_fwm
+import swirl_idm
 import tiny
+from envs import records, tools
 
 torch.set_num_threads(1)
 
@@ -120,3 +127,46 @@ class Recorder:
 
     def zero_grad(self, set_to_none=True):
         self.model.zero_grad(set_to_none=set_to_none)
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """What whole runs take in place of data/tiny: one layer that has seen some rows, so that they end and differ."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    triples = [row for seed in range(6) for row in tools.episode(random.Random(seed))] + lamp_rows()
+    texts = [text for x, z, _ in triples for text in ("\n" + x, " " + z, "\nnext:", "\naction: " + z, "\n- ", "\n+ ")]
+    tok = tiny.make_tokenizer(texts, vocab_size=500)
+    model = tiny.make_model(tok, width=32, layers=1, context=1024)
+    rows = [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in triples]
+    rows += [(swirl_idm.prompt(tok, x, y), swirl_idm.target(tok, z)) for x, z, y in triples]
+    batch, optimizers = sft.batches(rows, 8, random.Random(0)), lm.make_optimizers(model, 0.01)
+    for n in range(60):
+        sft.step(model, next(batch), optimizers, 0.01 * (1 - n / 60))
+    pretrained.save(model, tok, folder)
+    return folder
+
+
+def without_times(results):
+    """results.json but for what a clock or a machine decides."""
+    if isinstance(results, dict):
+        return {key: without_times(value) for key, value in results.items() if key not in ("seconds", "hardware", "sizes")}
+    return [without_times(value) for value in results] if isinstance(results, list) else results
+
+
+def lamp_rows(n=16, steps=3):
+    """[(x, z, y)] of short states, `steps` an episode."""
+    rng, rows = random.Random(0), []
+    shown = lambda on: "\n".join(f"{name} is {'on' if name in on else 'off'}" for name in "abcd")
+    for _ in range(n):
+        on = set(rng.sample("abcd", 2))
+        for _ in range(steps):
+            z, x = rng.choice("abcd"), on
+            on = x ^ {z} if rng.random() < 0.8 else x
+            rows.append((shown(x), f"turn {z}", shown(on)))
+    return rows
+
+
+def write_lamps(path, steps=3):
+    """`lamp_rows` as a transitions file."""
+    records.write(path, [records.Transition(f"e{i // steps}", i % steps, *row) for i, row in enumerate(lamp_rows(steps=steps))])
+    return path

@@ -62,6 +62,56 @@ def test_shared_prefix_equals_each_row_alone_in_values_and_gradients(model, part
     assert relative(ours, grads(model)) < 1e-5
 
 
+def one_by_one(model, prefix, row, temperature, min_p):
+    """(T,) log p(row_t | prefix, row_<t) by full passes, among what `model.allowed` leaves of each token."""
+    allowed, out = getattr(model, "allowed", None), []
+    for t, token in enumerate(row):
+        logits = model(torch.tensor([[*prefix, *row[:t]]]), use_cache=False).logits[0, -1] / temperature
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed[min(t, len(allowed) - 1)], -torch.inf)
+        likely = logits.detach().softmax(-1) >= min_p * logits.detach().softmax(-1).max()
+        likely[token] = True
+        out.append(logits.masked_fill(~likely, -torch.inf).log_softmax(-1)[token])
+    return torch.stack(out)
+
+
+ALONE = [[3, 1, 4], [1], [2, 6, EOS, 5, 3, 1, 7], [8, EOS], [5, 5, 5, 2]]         # a row for each of RAGGED
+
+
+@pytest.mark.parametrize("temperature, min_p, few", [(1.0, 0.0, False), (0.7, 0.0, False), (1.5, 0.1, False), (0.7, 0.05, True)])
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_prefix_a_row_is_one_pass_equal_to_each_row_alone(model, monkeypatch, partial, temperature, min_p, few):
+    """Unlike lengths, prefixes in any order and one of them not asked: values, and gradients."""
+    if few:                                                                        # of the first scored tokens, each another set
+        model.allowed = torch.rand(3, 9, generator=torch.Generator().manual_seed(4)) < 0.7
+        model.allowed[:, 1] = True
+    owner, rows = [3, 0, 4, 2], [ALONE[n] for n in (3, 0, 2, 4)]
+    rows = [[1] * len(row) for row in rows] if few else rows
+    k = [2, 1, 4, 3] if partial else None
+    passes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **kw: passes.append(kw) or forward(*a, **kw))
+    logp = lm.logprobs(model, RAGGED, rows, owner, k, temperature, min_p)
+    assert len(passes) == 1 and passes[0].get("attention_mask") is None
+    weight = torch.randn(logp.shape, generator=torch.Generator().manual_seed(3))
+    (logp * weight).sum().backward()
+    ours = grads(model)
+    model.zero_grad()
+    for n, row in enumerate(rows):
+        first = len(row) - k[n] if partial else 0
+        truth = one_by_one(model, RAGGED[owner[n]] + row[:first], row[first:], temperature, min_p)
+        assert torch.allclose(logp[n, first:len(row)], truth, rtol=1e-4, atol=1e-4)
+        assert not logp[n, :first].any() and not logp[n, len(row):].any()
+        (truth * weight[n, first:len(row)]).sum().backward()
+    assert ours.norm() > 1e-2 and relative(ours, grads(model)) < 1e-4
+
+
+def test_one_pass_and_the_shared_prefix_give_the_same_numbers(model):
+    """The same rows with one of them twice, so that the prefixes are cached."""
+    owner = [0, 1, 2, 3, 4]
+    once, twice = lm.logprobs(model, RAGGED, ALONE, owner), lm.logprobs(model, RAGGED, [*ALONE, ALONE[0]], [*owner, 0])
+    assert torch.allclose(once, twice[:5], atol=1e-4)
+
+
 def test_gradient_reaches_the_prompt(model):
     """The cache is not detached: the embedding of a token that only the prompt holds learns."""
     lm.logprobs(model, [[7, 3, 2]], [[1, 4], [5]], [0, 0]).sum().backward()
@@ -99,6 +149,20 @@ def test_chunks_hold_every_row_once_and_keep_to_the_budget(budget):
             many = len(used) if len(used) > 1 else 0                                # one prefix is free
             assert many * max(prompts) + len(part) * max(ours) <= budget or len(part) == 1
         assert len(parts) == 1 or budget < 10**6
+
+
+@pytest.mark.parametrize("budget", [1, 15, 40, 10**6])
+def test_chunks_of_a_prefix_a_row_are_sorted_by_the_whole(budget):
+    rng = random.Random(0)
+    prefixes, rows = ([[1] * rng.randint(1, 12) for _ in range(25)] for _ in range(2))
+    owner = rng.sample(range(25), 25)
+    whole = [len(prefixes[o]) + len(row) for o, row in zip(owner, rows)]
+    parts = lm.chunks(prefixes, rows, owner, budget)
+    order = [n for part in parts for n in part]
+    assert sorted(order) == list(range(25)) and [whole[n] for n in order] == sorted(whole)
+    for part in parts:
+        assert len(part) * max(whole[n] for n in part) <= budget or len(part) == 1
+    assert len(parts) == 1 or budget < 10**6
 
 
 def test_rows_of_one_long_prompt_stay_together():
@@ -462,6 +526,14 @@ def test_sample_all_draws_n_rows_of_each_prompt_in_order(model):
     gen = torch.Generator().manual_seed(0)
     truth = [r for i in (0, 2, 4) for r in lm.sample(model, RAGGED[i:i + 2], 3, 4, EOS, generator=gen)[0]]
     assert rows == truth and len(rows) == 15
+
+
+def test_sample_all_draws_at_its_temperature_and_top_p(model):
+    gen = torch.Generator()
+    rows = lm.sample_all(model, RAGGED, 20, 4, EOS, gen.manual_seed(0), temperature=0.75, top_p=0.6)
+    assert rows == lm.sample(model, RAGGED, 20, 4, EOS, 0.75, 0.6, generator=gen.manual_seed(0))[0]
+    others = lm.sample_all(model, RAGGED, 20, 4, EOS, gen.manual_seed(0), top_p=0.6)
+    assert rows not in (others, lm.sample_all(model, RAGGED, 20, 4, EOS, gen.manual_seed(0), temperature=0.75))
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------------

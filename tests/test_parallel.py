@@ -54,6 +54,13 @@ def drawn_by_prompt(model, prefixes, G, *rest):
     return [row for rows, _ in out for row in rows], [lp for _, logps in out for lp in logps]
 
 
+def lab_of(logged, *argv):
+    """A lab without data, whose run logs into a list."""
+    bar = types.SimpleNamespace(show=lambda *_, **__: None, close=lambda: None)
+    run = types.SimpleNamespace(log=lambda _, **line: logged.append(line), elapsed=lambda: 0.0, label="", bar=lambda *_: bar)
+    return types.SimpleNamespace(cfg=train.parse([*argv]), run=run, tok=None)
+
+
 def cases(prepare):
     """{case: (log, [gradients that the optimizer sees])}, of this process's share. prepare(model) -> the model to train."""
     out, cfg = {}, settings(beta=0.3, max_norm=0.5, budget=20)                     # unlike numbers of micro-batches; clipped
@@ -80,11 +87,10 @@ def cases(prepare):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(lm, "make_optimizers", lambda *_: [recorder])
         m.setattr(lm, "budget", lambda model: 8)
-        run = types.SimpleNamespace(log=lambda *_, **line: logged.append(line), elapsed=lambda: 0.0)
-        sft.warm_up(model, "P", ROWS, 5, 1.0, lambda mean: 0.0, train.parse(["--warmup-steps", "1"]), run, 60)
+        sft.fit(model, "FWM", ROWS, 5, 1, lab_of(logged), lambda model, lab: 0.0)
     out["warm-up"] = {k: logged[0][k] for k in ("loss", "grad_norm")}, recorder.seen
 
-    tok = tiny.make_tokenizer(TEXTS + ["\naction: " + swirl_idm.IMPOSSIBLE] * 9, vocab_size=300)
+    tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
     P, Q = prepare(tiny.make_model(tok, 32, 2, seed=1)), tiny.make_model(tok, 32, 2, seed=2)
     read = {tuple(swirl_idm.prompt(tok, x, y)): swirl_idm.target(tok, z)            # the second pair's action cannot be read
             for (x, y), z in zip(PAIRS, ("turn off", swirl_idm.IMPOSSIBLE))}
@@ -100,22 +106,21 @@ def cases(prepare):
 
 
 def a_phase(prepare):
-    """[of each of two steps: the pairs, a number drawn, the gradient of the replayed rows], and the weights: `train.phase` undoes it."""
-    policy, frozen, seen, scores = prepare(tiny_llama(9, 1)), prepare(tiny_llama(9, 2)), [], iter([0.9, 0.1])
+    """[of each of two steps: the pairs, a number drawn, the gradient of the replayed rows], and the weights at the end."""
+    policy, frozen, seen = prepare(tiny_llama(9, 1)), prepare(tiny_llama(9, 2)), []
 
-    def take_step(ref, optimizers, pairs, gen, replay):
+    def step(policy, frozen, ref, optimizers, tok, pairs, settings, generator, replay):
         replay().backward()
         recorder = Recorder(policy)
         lm.optimizer_step(policy, [recorder], 0.1, clip=1e9)
-        seen.append((pairs, torch.rand(1, generator=gen).item(), recorder.seen[0]))
-        lm.logprobs(policy, [[1]], [[2]], [0]).sum().backward()
-        lm.optimizer_step(policy, optimizers, 0.1)
-        return {"reward": 0.0, "kl": None, "gap": 0.0, "tokens": 1}, []
+        seen.append((pairs, torch.rand(1, generator=generator).item(), recorder.seen[0]))
+        (lm.logprobs(policy, [[1]], [[2]], [0]).sum() / parallel.world()).backward()
+        lm.optimizer_step(policy, optimizers, settings.lr)
+        return {"reward": 0.0, "kl": None, "gap": 0.0, "tokens": 1, "zero_std_groups": 0.0, "floored": 0.0}, []
 
-    run = types.SimpleNamespace(log=lambda *_, **__: None, elapsed=lambda: 0.0, progress={"stages": [{"fwm": {"exact": 0.0}}]})
-    cfg = train.parse(["--batch", "5", "--replay", "5", "--no-muon"])
-    train.phase(run, cfg, "iteration1/phase1", policy, frozen, lambda model: next(scores), [(n, n) for n in range(20)], ROWS,
-                train.phase_settings(cfg, 0.0, 0.1, 1.0, 4), 2, 60, take_step)
+    lab = lab_of([], "--batch", "5", "--replay", "5", "--no-muon")
+    options = train.phase_settings(lab.cfg, 2, beta=0.0, lr=0.1, max_new=4, temperature=1.0)
+    train.run_phase("iteration1/phase1", step, policy, frozen, [(n, n) for n in range(20)], options, lab, ROWS)
     return seen, weights(policy)
 
 
@@ -235,13 +240,14 @@ def test_weights_after_three_steps_are_those_of_one_process_and_are_saved_alike(
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
-def test_a_phase_cuts_one_batch_draws_apart_replays_together_and_is_undone(ranks, alone, how):
+def test_a_phase_cuts_one_batch_draws_apart_and_replays_together(ranks, alone, how):
     one, (zero, end), (first, other) = alone[2], *(rank[how][2] for rank in ranks[0])
     for (pairs, u, grad), (pairs_0, u_0, grad_0), (pairs_1, u_1, grad_1) in zip(one[0], zero, first):
         assert pairs_0 == pairs[::2] and pairs_1 == pairs[1::2] and len(pairs) == 5
         assert u_0 == u != u_1                                 # rollouts of their own
         assert grad.norm() > 1e-3 and relative(grad_0, grad) < 1e-5 and torch.equal(grad_0, grad_1)
-    assert torch.equal(end, weights(tiny_llama(9, 1))) and torch.equal(other, end) and torch.equal(one[1], end)
+    start = weights(tiny_llama(9, 1))
+    assert torch.equal(other, end) and not torch.equal(end, start)
 
 
 def test_rows_are_gathered_in_their_order_and_rank_0_decides(ranks):
@@ -262,19 +268,23 @@ def test_shard_alone_is_refused(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    out = tmp_path_factory.mktemp("one") / "run"
-    assert train.main([*SMALL, "--minutes", "300", "--out", str(out)]) == 0
-    return out
+def one(tmp_path_factory, small_folder):
+    """(arguments, the folder of what one process made of them)."""
+    out, sizes = tmp_path_factory.mktemp("one") / "run", ["--warmup-batch", "8", "--warmup-lr", "2e-3", "--lr-fwm", "4e-4"]
+    argv = [*SMALL, "--model", str(small_folder), *sizes]
+    train.main([*argv, "--out", str(out)])
+    return argv, out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["copies", "shards"])
 def test_torchrun_takes_a_run_to_its_end_and_resumes_a_cut_one(one, tmp_path, shard):
     """The same files as one process leaves; a run that was killed before Phase II ends as the one that was not."""
+    argv, one = one
+
     def start(out):
         return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train.__file__,
-                                 *SMALL, "--minutes", "300", *shard, "--out", str(out)], stdout=subprocess.PIPE,
+                                 *argv, *shard, "--out", str(out)], stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
 
     two, cut = tmp_path / "two", tmp_path / "cut"

@@ -12,11 +12,12 @@ import torch
 
 import bench
 import envs
+import evaluate
 import grpo
 import lm
+import loading
 import pictures
 import rundir
-import sft
 import swirl_fwm
 import swirl_idm
 import tiny
@@ -329,9 +330,9 @@ def test_codes_and_places_are_embedded_by_their_meaning(pixel_tok, book):
 
 
 def test_p_draws_an_image_and_q_words_whatever_the_weights(rows, pixel_tok):
-    P = tiny.make_model(pixel_tok, width=32, layers=2)                             # random but for the induction head: it knows nothing
+    P = tiny.make_model(pixel_tok, width=32, layers=2)                             # random: it knows nothing
     x, z, y = rows[0]
-    train.restrict(P, Q := copy.deepcopy(P), pixel_tok, x)
+    loading.restrict(P, Q := copy.deepcopy(P), pixel_tok, x)
     gen = torch.Generator().manual_seed(0)
     drawn = lm.sample(P, [swirl_fwm.prompt(pixel_tok, x, z)], 8, 100, pixel_tok.eos_token_id, generator=gen)[0]
     y_hat = [swirl_fwm.read(pixel_tok, row) for row in drawn]
@@ -351,8 +352,8 @@ def test_images_begin_as_a_guess_and_end_as_without(rows, pixel_tok, monkeypatch
     """y where it is known, else x; each prompt its own, also where Q reads no action in some pair. Texts have none."""
     some = [row for row in rows if row[0] != row[2]][:4]
     (xs, zs, ys), eos = zip(*some), pixel_tok.eos_token_id
-    P, Q = copying(pixel_tok), tiny.make_model(pixel_tok, induction=False)
-    train.restrict(P, Q, pixel_tok, xs[0])
+    P, Q = copying(pixel_tok), tiny.make_model(pixel_tok)
+    loading.restrict(P, Q, pixel_tok, xs[0])
     guesses, settle, sample = [], lm.settle, lm.sample
     plain = [swirl_fwm.read(pixel_tok, row) for row in lm.greedy(P, [swirl_fwm.prompt(pixel_tok, x, z) for x, z in zip(xs, zs)], 68, eos)]
     monkeypatch.setattr(lm, "settle", lambda model, prefixes, guess, *rest: guesses.append((prefixes, guess)) or settle(model, prefixes, guess, *rest))
@@ -365,12 +366,12 @@ def test_images_begin_as_a_guess_and_end_as_without(rows, pixel_tok, monkeypatch
     pairs = [dict(zip(map(tuple, prefixes), guess)) for prefixes, guess in guesses]
     asked = lambda states, kept: {tuple(swirl_fwm.prompt(pixel_tok, xs[i], zs[i])): swirl_fwm.target(pixel_tok, states[i]) for i in kept}
     assert pairs == [asked(xs, range(4)), asked(xs, range(4)), asked(ys, (0, 2, 3))]
-    assert train.check_data(P, pixel_tok, some, some, list(zip(xs, ys)), some, train.parse(SMALL))[0] == 68      # an image and its end
+    assert loading.check_data(P, pixel_tok, some, some, list(zip(xs, ys)), some, train.parse(SMALL))[0] == 68      # an image and its end
     assert swirl_fwm.guess(pixel_tok, []) is None and swirl_fwm.guess(pixel_tok, ["lamp is on"]) is None
 
 
 def copying(tok, features=None):
-    P = tiny.make_model(tok, induction=False)
+    P = tiny.make_model(tok, bias=True)
     ids = lambda mark: [i for i, t in sorted((i, t) for t, i in tok.get_added_vocab().items()) if re.match(mark, t)]
     tiny.write_copy_heads(P, tiny.embed_images(P, ids("<c"), ids(r"<\d"), features), 67)
     return P
@@ -378,7 +379,7 @@ def copying(tok, features=None):
 
 def test_logp_is_the_same_whatever_else_is_in_the_batch(rows, pixel_tok):
     P = copying(pixel_tok)
-    train.restrict(P, copy.deepcopy(P), pixel_tok, rows[0][0])
+    loading.restrict(P, copy.deepcopy(P), pixel_tok, rows[0][0])
     xs, zs, ys = map(list, zip(*rows[:6]))
     alone = [swirl_fwm.logp(P, pixel_tok, [x], [z], [y]).item() for x, z, y in rows[:6]]
     assert swirl_fwm.logp(P, pixel_tok, xs, zs, ys).tolist() == pytest.approx(alone, abs=1e-3)
@@ -387,7 +388,7 @@ def test_logp_is_the_same_whatever_else_is_in_the_batch(rows, pixel_tok):
 @pytest.mark.parametrize("known", [True, False])
 def test_heads_that_copy_by_place(rows, pixel_tok, book, known):
     P = copying(pixel_tok, torch.tensor(book.features()) if known else None)
-    train.restrict(P, copy.deepcopy(P), pixel_tok, rows[0][0])
+    loading.restrict(P, copy.deepcopy(P), pixel_tok, rows[0][0])
     xs, zs, _ = map(list, zip(*rows[::15]))
     right = metrics.right_patches(swirl_fwm.predict(P, pixel_tok, xs, zs, 80), xs)
     with torch.no_grad():
@@ -516,7 +517,8 @@ def test_a_world_is_read_through_a_vq_model(tmp_path, monkeypatch):
     cfg = train.parse(["--env", "pixels", "--episodes", "4", "--vq", str(tmp_path)])
     labelled, validation, state_only, test = envs.load_splits(cfg)
     assert {len(images.patches(s)) for x, _, y in labelled + test for s in (x, y)} == {64}
-    P, Q, tok = train.load_models(cfg, labelled, state_only)
+    states = [s for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])]
+    P, Q, tok = loading.load_models(cfg, states)
     for model in (P, Q):
         near, far = torch.nn.functional.normalize(model.get_input_embeddings().weight[tok.convert_tokens_to_ids(["<0,0>", "<0,1>", "<7,7>"])], dim=1).split([2, 1])
         assert near[0] @ near[1] > 0.6 > 0.3 > near[0] @ far[0]                    # both know the places
@@ -585,24 +587,41 @@ def test_the_scorers_read_what_is_exported(episodes, tmp_path):
 
 # ---- The whole job in small --------------------------------------------------------------------------------------------
 
-SMALL = ["--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-every", "2", "--phase1-steps", "2", "--phase2-steps", "2",
-         "--group-size", "4", "--batch", "4", "--eval-size", "6", "--validation-size", "10", "--minutes", "3"]
+SMALL = ["--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-steps-idm", "3", "--bootstrap-steps", "2",
+         "--iterations", "1", "--phase1-steps", "2", "--phase2-steps", "2", "--group-size", "4", "--batch", "4", "--eval-size", "6",
+         "--validation-size", "10", "--no-aside"]
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    out, seen, decays, firsts = tmp_path_factory.mktemp("run") / "pixels", [], [], []
-    warm_up, roll_out = sft.warm_up, train.roll_out
+def watched(tmp_path_factory):
+    """(folder of a run, [(temperature, min_p, pairs) of each step of a phase], [the windows of each evaluation])."""
+    out, steps, windows, roll_out = tmp_path_factory.mktemp("run") / "pixels", [], [], evaluate.roll_out
+
+    def noting(step):
+        def call(*args, **more):
+            steps.append((args[6].temperature, args[6].min_p, len(args[5])))
+            return step(*args, **more)
+        return call
+
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((swirl_fwm, "phase1_step"), (swirl_idm, "phase2_step")):
-            patch.setattr(module, name, lambda *args, step=getattr(module, name), **more: seen.append((args[6].temperature, args[6].min_p, len(args[5]), more.get("take"))) or step(*args, **more))
-        patch.setattr(sft, "warm_up", lambda *args: decays.append((args[1], args[4])) or warm_up(*args))
-        patch.setattr(train, "roll_out", lambda P, tok, steps, *args: firsts.append([w[0] for w in steps]) or roll_out(P, tok, steps, *args))
-        assert train.main([*SMALL, "--out", str(out)]) == 0
-    assert all(len(first) == 4 for first in firsts) and firsts[0] == [steps[0] for steps in envs.test_episodes(train.parse(SMALL))[:4]]
-    assert decays == [("IDM", 1.0), ("FWM", 0.1)]
-    assert seen == [(1.3, 0.05, 12, 4)] * 2 + [(1, 0, 4, None)] * 2                # Phase I, Phase II
-    return out
+        patch.setattr(swirl_fwm, "phase1_step", noting(swirl_fwm.phase1_step))
+        patch.setattr(swirl_idm, "phase2_step", noting(swirl_idm.phase2_step))
+        patch.setattr(evaluate, "roll_out", lambda P, lab: windows.append(lab.windows) or roll_out(P, lab))
+        train.main([*SMALL, "--out", str(out)])
+    return out, steps, windows
+
+
+@pytest.fixture(scope="module")
+def done(watched):
+    return watched[0]
+
+
+def test_a_run_of_pixels_takes_its_own_temperature_and_windows(watched):
+    """Phase I, Phase II; of the rivals first."""
+    _, steps, windows = watched
+    assert steps == ([(1.3, 0.05, 4)] * 2 + [(1, 0, 4)] * 2) * 2
+    firsts = [episode[0] for episode in envs.test_episodes(train.parse(SMALL))[:4]]
+    assert len(windows) == 4 and all([window[0] for window in some] == firsts for some in windows)
 
 
 def test_a_run_of_pixels_leaves_scores_and_pictures(done):
@@ -611,7 +630,7 @@ def test_a_run_of_pixels_leaves_scores_and_pictures(done):
     for stage in result["stages"]:
         assert len(stage["fwm"]["rollout"]) == 6 and all(0 <= score <= 100 for score in stage["fwm"]["rollout"])
         assert 0 <= stage["fwm"]["patches_changed"] <= 1
-    for name in ("picture-sft.png", "picture-iteration1-phase1.png", "rollout.png", "rollout.gif"):
+    for name in ("picture-sft.png", "picture-iteration1-phase1.png", "rollout.png", "rollout.gif", "rivals/picture-bootstrap.png"):
         with Image.open(done / name) as picture:
             assert picture.size[0] > 200
     with Image.open(done / "rollout.gif") as film:                                 # frames that are alike are one, shown longer
@@ -628,11 +647,13 @@ def test_what_a_guess_saves_is_measured_on_a_run(done, capsys):
 
 def test_the_table_of_a_run_of_pixels_holds_its_own_columns(done, capsys):
     result = json.loads((done / "results.json").read_text())
-    result["stages"][-1]["fwm"].update(patches_changed=0.1234, kinds={"motion": {"patches_changed": 0.2345}}, rollout_changed=[0.9] * 5 + [0.3456])
+    result["stages"][-2]["fwm"].update(patches_changed=0.1234, kinds={"motion": {"exact_changed": 0.2345}}, rollout_exact=[0.9] * 5 + [0.3456])
     rundir.report(result)
-    head, *_, last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ") or line.startswith("swirl")]
-    assert [head.split("%")[i].strip() for i in (2, 3, 4)] == ["patches", "motion", "T = 6"] and "BLEU" not in head
-    assert last.split()[3:6] == ["12.34", "23.45", "34.56"]
+    lines = capsys.readouterr().out.splitlines()
+    head, last = (next(line for line in lines if line.startswith(begin)) for begin in (" " * 22, "iteration1/phase2"))
+    names = [head[i:i + 10].strip() for i in range(22, len(head), 10)]
+    assert names[3:6] == ["patches %", "motion %", "T = 6 %"] and "BLEU" not in head
+    assert last.split()[4:7] == ["12.34", "23.45", "34.56"]
 
 
 @pytest.mark.parametrize("spoil", [lambda s: s.replace("</image>", ""), lambda s: s.replace("<c", "<c999", 1), lambda s: "a text",

@@ -1,21 +1,21 @@
 """Claims of `swirl_fwm.py`, `swirl_idm.py`: prompts, rewards; a phase moves one model and is given no z."""
 
 import copy
-import itertools
-import math
 import random
+import types
 
 import pytest
 import torch
 
+import evaluate
 import grpo
 import lm
-import parallel
 import swirl_fwm
 import swirl_idm
-from conftest import Recorder, ending, naive, naive_greedy, weights
+from conftest import EOS, Recorder, ending, naive, tiny_llama, weights
 from envs import tools
 from grpo import GRPO
+from test_grpo import sequences
 
 PAIRS = [("lamp is on\ndoor is shut", "lamp is off\ndoor is shut"), ("a\nb\nc", "a\nc"),
          ("door is open", "door is open"), ("x\ny", "x\ny\nlamp is on\nq")]
@@ -65,7 +65,8 @@ def logq_ids(Q, tok, x, row, y, view):
 
 
 def logq_z(Q, tok, x, z, y, view):
-    return logq_ids(Q, tok, x, ids(tok, " " + z) + [tok.eos_token_id], y, view)
+    """Of the text z; the empty one is the refusal, the end alone."""
+    return logq_ids(Q, tok, x, (ids(tok, " " + z) if z else []) + [tok.eos_token_id], y, view)
 
 
 def shaped(logp, length, form, floor):
@@ -186,7 +187,7 @@ def test_what_is_written_is_read(tok, text):
         row = module.target(tok, text)
         assert module.read(tok, row) == text and module.read(tok, row[:-1]) == text
         assert row[-1] == tok.eos_token_id and row.count(tok.eos_token_id) == 1
-        assert len(row) > 1  # also "" is a text to score
+        assert len(row) > 1 or (module is swirl_idm and text == swirl_idm.IMPOSSIBLE)   # else "" is a text to score
 
 
 def test_only_the_final_end_is_not_read(tok):
@@ -301,7 +302,7 @@ def dictate(monkeypatch, Q, drawn):
 
 
 def test_phase_1_leaves_out_pairs_in_which_q_reads_no_action(monkeypatch, tok, P, Q):
-    zs = ["go", swirl_idm.IMPOSSIBLE, "", "stop"]
+    zs = ["go", swirl_idm.IMPOSSIBLE, "a", "stop"]
     dictate(monkeypatch, Q, [swirl_idm.target(tok, z) for z in zs])
     got = captured(monkeypatch, 1, P, Q, tok, floor=0.0)
     kept = [(*PAIRS[i], zs[i]) for i in (0, 2, 3)]
@@ -320,10 +321,11 @@ def test_phase_1_leaves_out_z_that_do_not_end(monkeypatch, tok, P, Q, view):
     for seed in range(5):
         with monkeypatch.context() as patch:
             got = captured(patch, 1, P, Q, tok, view=view, max_z=3, seed=seed)
-        ended = [row[-1] == tok.eos_token_id for row in got["z_rows"]]
-        kept = [(x, y, swirl_idm.read(tok, z)) for (x, y), z, end in zip(PAIRS, got["z_rows"], ended) if end]
+        named = [(row, row[-1] == tok.eos_token_id) for row in got["z_rows"]]
+        kept = [(x, y, swirl_idm.read(tok, row)) for (x, y), (row, end) in zip(PAIRS, named)
+                if end and row != swirl_idm.target(tok, swirl_idm.IMPOSSIBLE)]
         assert [(e["x"], e["y"], e["z"]) for e in got["examples"]] == kept
-        for end in ended:
+        for _, end in named:
             numbers[end] += 1
     assert min(numbers.values()) >= 4
     cut, whole = ids(tok, " go"), swirl_idm.target(tok, "go")
@@ -342,57 +344,6 @@ def test_phase_1_does_nothing_if_no_z_is_readable(monkeypatch, tok, P, Q, why):
     for optimizers in ([recorder], None):
         assert run_phase(1, P, Q, tok, settings(), optimizers=optimizers) == (None, [])
     assert torch.equal(weights(P), before[0]) and torch.equal(weights(Q), before[1]) and not recorder.seen
-
-
-def mixed(p, G):
-    """The chance that of G futures, each y with probability p, some are y and some are not: over all 2^G outcomes."""
-    return sum(math.prod(p if hit else 1 - p for hit in hits) for hits in itertools.product((0, 1), repeat=G) if 0 < sum(hits) < G)
-
-
-def taught(P, tok, rows):
-    """P after some steps on these (x, z, y)."""
-    optimizers, owner = lm.make_optimizers(P, 1e-2, muon=False), range(len(rows))
-    for _ in range(60):
-        (-lm.logprobs(P, [fwm_prompt(tok, x, z) for x, z, _ in rows], [swirl_fwm.target(tok, y) for *_, y in rows], owner).sum() / len(rows)).backward()
-        lm.optimizer_step(P, optimizers, 1e-2)
-    return P
-
-
-# What P is taught: of the first pair one future, of the second two, of the third four; the fourth is new to it
-TAUGHT = [(XS[0], "go", YS[0])] * 4 + [(XS[1], "", y) for y in (YS[1], "b")] * 2 + [(XS[2], "stop", y) for y in (YS[2], "a", "c", "lamp is on")]
-
-
-@pytest.mark.parametrize("temperature, min_p", [(1.0, 0.0), (3.0, 0.0), (3.0, 0.3)])
-def test_undecided_pairs_are_those_whose_group_most_probably_holds_y_and_another_future(tok, P, temperature, min_p):
-    P, zs = taught(P, tok, TAUGHT), ["go", "", "stop", "x"]
-    p = [naive(P, fwm_prompt(tok, x, z), swirl_fwm.target(tok, y), temperature, min_p).sum().exp().item() for x, z, y in zip(XS, zs, YS)]
-    order = sorted(range(4), key=lambda i: -mixed(p[i], 4))
-    assert order == sorted(range(4), key=lambda i: -mixed(p[i], 9))                # G does not matter
-    if temperature == 1:                                                           # neither the likeliest y nor the unlikeliest
-        assert p[0] > 0.95 > 0.65 > p[1] > 0.35 > p[2] > 0.1 > 0.01 > p[3] and set(order[:2]) == {1, 2}
-    for n in range(1, 4):
-        assert swirl_fwm.undecided(P, tok, XS, zs, YS, n, temperature, min_p) == order[:n]
-    assert len(swirl_fwm.undecided(P, tok, XS, zs, YS, 9)) == 4
-
-
-@pytest.mark.parametrize("take, ranks, n", [(None, 1, 3), (4, 1, 3), (3, 1, 3), (2, 1, 2), (1, 1, 1), (3, 2, 2)])
-def test_phase_1_takes_so_many_of_the_pairs(monkeypatch, tok, P, Q, take, ranks, n):
-    """Of those in which Q reads an action, by P as it is sampled, if there are more; each keeps its z, its y and its reward. Of several
-    processes this one, the first, takes its share."""
-    P, zs, cfg = taught(P, tok, TAUGHT), ["go", "", swirl_idm.IMPOSSIBLE, "stop"], settings(temperature=1.3, min_p=0.05)
-    p = {i: naive(P, fwm_prompt(tok, XS[i], zs[i]), swirl_fwm.target(tok, YS[i]), 1.3, 0.05).sum().exp().item() for i in (0, 1, 3)}
-    dictate(monkeypatch, Q, [swirl_idm.target(tok, z) for z in zs])
-    asked, undecided = [], swirl_fwm.undecided
-    monkeypatch.setattr(swirl_fwm, "undecided", lambda *args: asked.append(args[5:]) or undecided(*args))
-    monkeypatch.setattr(parallel, "share", lambda rows: rows[::ranks])
-    got = captured(monkeypatch, 1, P, Q, tok, cfg, floor=0.0, take=take)
-    order = sorted(p, key=lambda i: -mixed(p[i], 3)) if n < 3 else [0, 1, 3]
-    assert order[0] == (1 if n < 3 else 0) and asked == ([(n, 1.3, 0.05)] if n < 3 else [])
-    kept = [(*PAIRS[i], zs[i]) for i in order[:n]]
-    assert [(e["x"], e["y"], e["z"]) for e in got["examples"]] == kept
-    assert got["prompts"] == [fwm_prompt(tok, x, z) for x, _, z in kept]
-    rewards = got["reward"](range(n), [swirl_fwm.target(tok, "b")] * n).tolist()
-    assert rewards == pytest.approx([logq_z(Q, tok, x, z, "b", "diff") for x, _, z in kept], abs=1e-3)
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -546,14 +497,36 @@ def test_phase_1_draws_z_from_q_given_x_and_y(monkeypatch, tok, P, Q, view):
 
 # --- forecasts ----------------------------------------------------------------------------------------------
 
+@torch.no_grad()
+def greedy_row(model, prefix, max_new, eos, may_refuse=True):
+    """The likeliest row, token by token, the whole text anew for each."""
+    row = []
+    while len(row) < max_new and eos not in row:
+        logits = model(torch.tensor([[*prefix, *row]]), use_cache=False).logits[0, -1]
+        if not row and not may_refuse:
+            logits[eos] = -torch.inf
+        row.append(logits.argmax().item())
+    return row
+
+
 def test_predict_is_greedy_and_in_order(tok, P, Q):
-    """Also when the batch is sorted by length inside."""
-    row = lambda model, prefix: naive_greedy(model, prefix, 6, tok.eos_token_id)
-    truth = [swirl_fwm.read(tok, row(P, fwm_prompt(tok, x, z))) for x, z in zip(XS, ZS)]
+    """Also when the batch is sorted by length inside. Q names an action where it would rather refuse."""
+    eos = tok.eos_token_id
+    truth = [swirl_fwm.read(tok, greedy_row(P, fwm_prompt(tok, x, z), 6, eos)) for x, z in zip(XS, ZS)]
     assert swirl_fwm.predict(P, tok, XS, ZS, 6) == truth
     for view in VIEWS:
-        truth = [swirl_idm.read(tok, row(Q, idm_prompt(tok, x, y, view))) for x, y in PAIRS]
+        prompts = [idm_prompt(tok, x, y, view) for x, y in PAIRS]
+        truth = [swirl_idm.read(tok, greedy_row(Q, prompt, 6, eos, may_refuse=False)) for prompt in prompts]
         assert swirl_idm.predict(Q, tok, XS, YS, 6, view) == truth
+        refused = [greedy_row(Q, prompt, 6, eos) == [eos] for prompt in prompts]
+        assert swirl_idm.refuses(Q, tok, XS, YS, view) == refused and any(refused)
+
+
+def not_at_first(model, token):
+    """`model.allowed` by hand: `token` may stand anywhere but at the beginning."""
+    allowed = torch.ones(2, model.config.vocab_size, dtype=torch.bool)
+    allowed[0, token] = False
+    return allowed
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -564,8 +537,109 @@ def test_best_of_n_is_the_likeliest_under_the_opposite(tok, P, Q, view):
     best = [max(drawn[5 * i:5 * i + 5], key=lambda h: logq_z(Q, tok, x, z, h, view))
             for i, (x, z) in enumerate(zip(XS, ZS))]
     assert swirl_fwm.best_of_n(P, Q, tok, XS, ZS, 6, view, n=5, generator=gen()) == best
+    Q.allowed = not_at_first(Q, tok.eos_token_id)
     rows = lm.sample_all(Q, [idm_prompt(tok, x, y, view) for x, y in PAIRS], 5, 6, tok.eos_token_id, gen())
+    Q.allowed = None
     drawn = [swirl_idm.read(tok, r) for r in rows]
     best = [max(drawn[5 * i:5 * i + 5], key=lambda z: logp_y(P, tok, x, z, y))
             for i, (x, y) in enumerate(PAIRS)]
     assert swirl_idm.best_of_n(Q, P, tok, XS, YS, 6, view, n=5, generator=gen()) == best
+
+
+# --- the refusal --------------------------------------------------------------------------------------------
+
+END = types.SimpleNamespace(eos_token_id=EOS)       # all that `no_refusal` asks of a tokenizer
+
+
+def test_without_refusal_log_q_is_renormalised():
+    """log Q - log(1 - Q(refusal)) of every row, which then sum to 1; the refusal itself has none of it."""
+    Q, rows = tiny_llama(4, 3), sequences(4, 3)
+    refusal = naive(Q, [1, 2], [EOS]).item()
+    free = torch.stack([naive(Q, [1, 2], row).sum() for row in rows]).detach()
+    with swirl_idm.no_refusal(Q, END):
+        bound = lm.score(Q, [[1, 2]] * len(rows), [list(row) for row in rows])
+    others = [n for n, row in enumerate(rows) if row != (EOS,)]
+    truth = free[others] - torch.log1p(-torch.tensor(refusal).exp())
+    assert -3 < refusal < -0.05 and torch.allclose(bound[others], truth, atol=1e-4)
+    assert bound[rows.index((EOS,))] == -torch.inf and bound.exp().sum().item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_without_refusal_no_row_is_the_end_alone(temperature):
+    Q, prompts, gen = ending(tiny_llama(9, 3), EOS, 8.0), [[1, 2], [3], [4, 5, 6]], torch.Generator()
+    draw = lambda: lm.sample(Q, prompts, 30, 5, EOS, temperature, generator=gen.manual_seed(0))
+    assert [EOS] in draw()[0]
+    with swirl_idm.no_refusal(Q, END):
+        rows, sampled = draw()
+        scored = lm.logprobs(Q, prompts, rows, [n // 30 for n in range(90)])
+    assert [EOS] not in rows and any(row[-1] == EOS for row in rows)
+    if temperature:                                                                # the trainer sees what was drawn from
+        assert all(scored[n, :len(lp)].tolist() == pytest.approx(lp, abs=1e-4) for n, lp in enumerate(sampled))
+
+
+@pytest.mark.parametrize("before", [None, torch.tensor([[True] * 7 + [False] * 2])])
+def test_allowed_is_put_back_even_after_an_exception(before):
+    Q = tiny_llama(9, 3)
+    if before is not None:
+        Q.allowed = before
+    with pytest.raises(KeyError), swirl_idm.no_refusal(Q, END):
+        assert not Q.allowed[0, EOS] and Q.allowed[1, EOS]
+        raise KeyError
+    assert getattr(Q, "allowed", None) is before
+
+
+def test_without_refusal_what_was_ruled_out_stays_so():
+    """As Q of images has it, which may draw words alone."""
+    Q = ending(tiny_llama(9, 3), EOS, 3.0)
+    Q.allowed = torch.tensor([[True] * 4 + [False] * 5])
+    with swirl_idm.no_refusal(Q, END):
+        rows = lm.sample(Q, [[1, 2]], 200, 4, EOS, generator=torch.Generator().manual_seed(0))[0]
+    assert {token for row in rows for token in row} == {EOS, 1, 2, 3}
+    assert {row[0] for row in rows} == {1, 2, 3}
+
+
+@pytest.mark.xfail(strict=True, reason="swirl_idm.no_refusal puts a second copy of row 0 of `allowed` before the rest: "
+                   "sets of several rows, its own among them, move on by one token")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_without_refusal_later_tokens_keep_their_own_sets(rows):
+    """rows 1: within itself, so that the end stays allowed as the second token."""
+    Q = tiny_llama(9, 3)
+    if rows == 3:
+        Q.allowed = torch.eye(9, dtype=torch.bool)[[2, 3, EOS]]
+    with swirl_idm.no_refusal(Q, END), swirl_idm.no_refusal(Q, END):
+        drawn = lm.sample(Q, [[1, 2]], 400, 3, EOS, generator=torch.Generator().manual_seed(0))[0]
+    assert any(len(row) == 2 for row in drawn) if rows == 1 else all(row == [2, 3, EOS] for row in drawn)
+
+
+def test_scores_of_q_do_not_depend_on_its_wish_to_refuse(monkeypatch, tok, Q):
+    """`refused` alone does."""
+    data, restrict, scores = list(zip(XS, ["turn off", "b", "open the door", "a"], YS)), lm.restrict, []
+    lab = types.SimpleNamespace(tok=tok, cfg=types.SimpleNamespace(view="diff"), max_z=8)
+
+    def wishing(shift):
+        def shifted(model, logits, t):
+            first = (torch.as_tensor(t) == 0).expand(len(logits))
+            return restrict(model, logits + shift * first[:, None] * one_hot, t)
+        return shifted
+
+    one_hot = torch.eye(Q.config.vocab_size)[tok.eos_token_id]
+    for shift in (-50.0, 0.0, 50.0):
+        monkeypatch.setattr(lm, "restrict", wishing(shift))
+        scores.append(evaluate.evaluate_Q(Q, lab, data))
+    refused = [found.pop("refused") for found, _ in scores]
+    assert refused[0] == 0 and refused[2] == 1
+    assert scores[0] == scores[1] == scores[2] and scores[0][0]["logp"] < -1
+
+
+@pytest.mark.parametrize("kl", ["reward", "loss"])
+def test_phase_2_never_draws_a_refusal_and_scores_as_it_draws(monkeypatch, tok, P, Q, kl):
+    """Neither does the reference: the KL is 0 as the phase begins."""
+    drawn, sample = [], lm.sample
+    monkeypatch.setattr(lm, "sample", lambda *args, **kw: drawn.append(sample(*args, **kw)) or drawn[-1])
+    ref, cfg = lm.freeze(Q), settings(group_size=30, beta=0.1, kl=kl)
+    log, _ = run_phase(2, P, Q, tok, cfg, ref=ref)
+    (rows, _), = drawn
+    assert [tok.eos_token_id] not in rows and any(row[-1] == tok.eos_token_id for row in rows)
+    assert log["gap"] < 1e-4 and abs(log["kl"]) < 1e-4
+    assert getattr(Q, "allowed", None) is None and getattr(ref, "allowed", None) is None
+    assert [tok.eos_token_id] in sample(Q, [idm_prompt(tok, *PAIRS[0], "diff")], 100, 5, tok.eos_token_id)[0]

@@ -1,45 +1,93 @@
-"""Claims of `tiny.py`: its induction head does what it says, and a seed and a folder hold the whole model."""
+"""Claims of `tiny.py`: how texts fall to pieces, what a seed and a folder hold, what is shipped, what images start from."""
+import random
+
+import pytest
 import torch
 
 import lm
 import pretrained
 import tiny
 from conftest import naive, weights
+from envs import images, physics, tools, web
 
 
-def test_a_saved_tiny_model_keeps_its_induction_head(tok, tmp_path):
-    """The head lives in the biases of q and k: a folder that lost them would give other numbers."""
-    model = tiny.make_model(tok, seed=5)
-    pretrained.save(model, tok, tmp_path)
-    prefix, row = list(range(5, 25)) + list(range(40, 45)), list(range(5, 15))
-    a, b = (naive(m, prefix, row) for m in (model, pretrained.load(str(tmp_path))[0]))
-    assert torch.allclose(a, b, atol=1e-5) and model.model.layers[0].self_attn.k_proj.bias.abs().max() > 1
+# --- the tokenizer ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def frequent():
+    """A tokenizer for which every piece of a word or more is frequent."""
+    return tiny.make_tokenizer(["\nred-lamp: 30 left, 127\n{\"on\": true} lamp-lamp\nlamp"] * 50, vocab_size=400)
 
 
-def test_the_first_head_looks_at_the_token_before(tok):
-    model = tiny.make_model(tok, seed=5)
-    model.set_attn_implementation("eager")
-    attention = model(torch.arange(5, 65)[None], output_attentions=True).attentions[0][0, 0]       # (T, T) of layer 0, head 0
-    assert (attention.argmax(1)[1:] == torch.arange(59)).all() and attention.diagonal(-1).min() > 0.5
+def pieces(tok, text):
+    return [tok.decode([i]) for i in lm.encode(tok, text)]
 
+
+def test_a_digit_is_a_token_of_its_own(frequent):
+    assert pieces(frequent, "\nred-lamp: 127 30") == ["\nred", "-", "lamp", ":", " 1", "2", "7", " 3", "0"]
+
+
+def test_punctuation_is_apart_from_words(frequent):
+    assert pieces(frequent, '{"on": true}') == ['{"', "on", '":', " true", "}"]
+
+
+def test_a_word_comes_with_the_space_or_line_break_before_it(frequent):
+    assert pieces(frequent, " lamp\nlamp lamp") == [" lamp", "\nlamp", " lamp"]
+    assert pieces(frequent, "\nred  lamp \n\nred") == ["\nred", " ", " lamp", " ", "\n", "\nred"]
+
+
+@pytest.mark.parametrize("text", ["", " ", "a  b \n\n c\t", "É-ß 中12", "\u2028x\x00", "3.14 <eos> -> [x]"])
+def test_every_text_comes_back_as_it_was(frequent, text):
+    assert lm.decode(frequent, lm.encode(frequent, text)) == text
+
+
+# --- the model ----------------------------------------------------------------------------------------------------------
 
 def test_a_tiny_model_is_a_function_of_its_seed(tok):
     make = lambda seed: weights(tiny.make_model(tok, width=32, layers=2, seed=seed))
     assert torch.equal(make(3), make(3)) and not torch.equal(make(3), make(4))
 
 
-def test_an_untrained_tiny_model_repeats_a_random_string(monkeypatch):
-    """[20 tokens][10 others][the 20 again]: the likeliest token is the right one in most places, and nowhere without the head."""
-    ids = torch.randint(2, 700, (16, 30), generator=torch.Generator().manual_seed(0))
-    ids = torch.cat([ids, ids[:, :20]], 1)                                         # (16, 50)
-    tok = type("Tok", (), {"eos_token_id": 1, "pad_token_id": 0, "__len__": lambda self: 700})()
-
-    def hits(model):
-        return (model(ids).logits[:, 30:-1].argmax(-1) == ids[:, 31:]).float().mean().item()
-
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_saved_tiny_model_gives_the_same_numbers(tok, tmp_path, bias):
+    """Its biases of queries and keys, if it has them, are saved as well."""
+    model = tiny.make_model(tok, width=32, layers=2, seed=5, bias=bias)
     with torch.no_grad():
-        assert min(hits(tiny.make_model(tok, seed=seed)) for seed in range(3)) > 0.75
-        assert hits(tiny.make_model(tok, width=64, heads=2)) > 0.3                    # other shapes, less room
-        assert hits(tiny.make_model(tok, layers=1)) < 0.05                            # one layer cannot hold it
-        monkeypatch.setattr(tiny, "write_induction_head", lambda model: None)
-        assert hits(tiny.make_model(tok)) < 0.05
+        for layer in model.model.layers if bias else []:
+            layer.self_attn.q_proj.bias.normal_(0, 3)
+            layer.self_attn.k_proj.bias.normal_(0, 3)
+    pretrained.save(model, tok, tmp_path)
+    prefix, row = list(range(5, 25)), list(range(5, 15))
+    a, b = (naive(m, prefix, row) for m in (model, pretrained.load(str(tmp_path))[0]))
+    assert torch.allclose(a, b, atol=1e-5) and (model.model.layers[0].self_attn.q_proj.bias is not None) == bias
+
+
+def test_the_shipped_model_is_one_that_this_code_makes():
+    """Its shapes and its context, whatever its weights."""
+    model, tok = pretrained.load(tiny.FOLDER)
+    made = tiny.make_model(tok)
+    shapes = lambda model: {name: p.shape for name, p in model.named_parameters()}
+    assert shapes(model) == shapes(made) and pretrained.context(model) == pretrained.context(made)
+    assert 1.0e6 < model.num_parameters() < 1.3e6 and all(p.isfinite().all() for p in model.parameters())
+    assert tok.eos_token_id == model.config.eos_token_id and tok.chat_template is None
+
+
+def test_the_shipped_tokenizer_gives_every_state_of_the_worlds_back():
+    _, tok = pretrained.load(tiny.FOLDER)
+    for world in (physics, tools, web):
+        for x, z, y in world.episode(random.Random(0)):
+            for text in ("\n" + x, " " + z, "\n" + y):
+                assert lm.decode(tok, lm.encode(tok, text)) == text
+
+
+def test_for_images_p_copies_and_q_does_not():
+    """Both know the codes and the places; P alone has heads that look at x."""
+    shown = [images.spell([[str(4 * i + j) for j in range(4)] for i in range(4)])]
+    added = images.vocabulary(shown, 16)
+    tok = tiny.make_tokenizer([" move it\n- \n+ \nnext:\naction:"] * 20, vocab_size=300)
+    P, Q, again = tiny.for_images(tok, added, shown, None, seed=0)
+    assert again is tok and set(added) <= set(tok.get_added_vocab()) and P.config.vocab_size == len(tok)
+    biases = [model.model.layers[0].self_attn.k_proj.bias.abs().max() for model in (P, Q)]
+    assert biases[0] > 1 and biases[1] == 0
+    codes = tok.convert_tokens_to_ids(["<c0>", "<c15>"])
+    assert all(model.model.embed_tokens.weight[codes].norm(dim=1).min() > 0.5 for model in (P, Q))
