@@ -14,8 +14,8 @@ Departures from the paper and its released scripts:
 4. Later optimizer steps on one batch of rollouts (`updates` > 1; the paper takes one, as does our default) clip the ratio to
    the sampling policy. At the first the ratio is 1 and the loss's gradient is -A grad log pi: a loss near 0 is normal.
 5. Equal rows of a group are scored once and weighted by their count; rows without advantage are not run. Both exact.
-6. `replay`, if given, is a loss whose gradient joins each optimizer step: labelled rows, so that the policy does not forget
-   what it was taught (measured: README). The logged `loss` leaves it out, `grad_norm` and its clip do not. None: the paper.
+6. `replay`, if given, is a loss whose gradient joins each optimizer step: labelled rows, so that the policy does not forget what it
+   was taught. The logged `loss` leaves it out, `grad_norm` and its clip do not. None, the default: the paper.
 7. Rollouts are sampled and scored at one temperature (1) and one `min_p` (0): at any other the objective is that policy's, exactly
    (with `min_p`, but for the instants at which a token enters or leaves its set).
 8. Under torchrun the prompts of a step are cut among the processes (`parallel.py`); B is then the number of all.

@@ -12,17 +12,17 @@ which the inverse model can read the action. Q is frozen throughout. `mi_bounds.
 | y_hat  | ids, then str    | one of G futures that P draws; its reward is R_k = log Q(z | x, y_hat_k), in nats      |
 
 Departures from the paper:
-1. The reward is the summed log-probability of z with its end token (Eq. 3), floored at -10 (`floor`): a few catastrophes
-   would rule the mean. The released scripts take the mean per token and floor that, which hardly ever binds.
+1. The reward is the summed log-probability of z with its end token (Eq. 3), without a floor. `--reward-form mean` with `--floor 10`
+   is the released scripts' form; it is the default for files of your own and for real models, whose rows are long.
 2. No KL by default (Eq. 3 and 4 have none; the released scripts add .04).
-3. The IDM may read the line diff of x and y instead of both states (`swirl_idm.prompt`, `view`): a small Q that reads
-   whole states is too weak a judge, P learns to fool it and gets worse while its reward rises. `--view full` shows that.
-4. A pair in which Q reads no action (`swirl_idm.IMPOSSIBLE`) is left out, and so are, by default, pairs with y = x.
-5. P is sampled and scored at temperature 1 (paper .75, top-p .96), as z and the reward are: Eq. 3. Of pixels at 1.3 among the tokens at least .05
-   times as likely as the likeliest (`min_p`): at 1 a third of its groups have no spread, and 1.3 alone spoils patches that P is sure of.
-6. Each step also raises the likelihood of a few labelled rows (`grpo`, departure 6): without them P forgets its labels.
-7. Where the state is an image (`envs/images.py`), z comes before x, so that each patch of y stands as far behind the same patch of x,
-   whatever z; the paper's images come first.
+3. Q may read the line diff of x and y instead of both states (`swirl_idm.prompt`, `view`); the paper's Q reads both.
+4. Pairs with y = x are left out by default (`skip_unchanged`): no action can be read in them, so P would be paid for inventing an
+   effect. If Q has learnt to refuse (`--spoiled`), a pair in which it refuses is left out, too.
+5. P is sampled and scored at temperature 1 (paper: .75, top-p .96), as z and the reward are: Eq. 3. For pixels at 1.3, among the
+   tokens at least .05 times as likely as the likeliest (`min_p`): at 1 a third of its groups have no spread, and 1.3 alone spoils
+   patches that P is sure of.
+6. Where the state is an image (`envs/images.py`), z comes before x, so that each patch of y stands as far behind the same patch
+   of x, whatever z; the paper's images come first.
 """
 import re
 

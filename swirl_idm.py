@@ -14,14 +14,14 @@ Departures from the paper:
 1. pi_ref here reads (x, y), as Q does: the IDM at the phase's start, which is what the paper uses in practice. Theorem 3.2
    wants a prior of x alone; then at beta = 1 this J is the ELBO under the prior "what Q believed before the phase".
 2. beta = .1 as in the paper's experiments is not the ELBO, only beta = 1 is. The KL sits in the reward, per row (`grpo`).
-3. The reward is the summed log-probability (the ELBO's), floored at -10 (`floor`): unfloored, a few hopeless y with
-   log P = -40 rule the gradient, and Q learns "safe" actions. The released scripts use the mean per token.
-4. Q also learns to say that no action does this, on eight spoiled copies of each labelled pair, each with another wrong
-   line (`spoil`): one that should have stayed, one that changed to something else, or one that did not change. Trained on true pairs
-   alone it ignores a wrong line beside a right one, and Phase I then makes P worse (README). `--spoiled 0`: paper.
+3. The reward is the summed log-probability (the ELBO's), without a floor; the released scripts use the mean per token, floored at
+   -10 (`--reward-form mean --floor 10`).
+4. With `--spoiled` (images only, by default) Q also learns to refuse, on spoiled copies of the labelled pairs, each with a wrong
+   line (`spoil`): one that should have stayed, one that changed to something else, or one that did not change. The refusal is the
+   empty action. Only Phase I's reward sees it: scores, candidates of Phase II and labels are drawn without it (`no_refusal`).
 5. `view="diff"` shows Q only the lines that change from x to y; the paper's Q reads both states: `view="full"`.
-6. Each step also raises the likelihood of a few rows of its warm-up (`grpo`, departure 6): without them Q forgets to refuse.
-7. Of images, "diff" lists the patches that change (place, code before, code after), then those beside them (place, code), after a
+6. Pairs with y = x are left out by default, as in Phase I.
+7. For images "diff" lists the patches that change (place, code before, code after), then those beside them (place, code), after a
    shift of the whole if the camera moved (`envs/images.py`); a patch, or two side by side, stand for a wrong line.
 """
 import contextlib

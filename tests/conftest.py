@@ -131,10 +131,12 @@ class Recorder:
 
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory):
-    """What whole runs take in place of data/tiny: one layer that has seen some rows, so that they end and differ."""
+    """What whole runs take in place of data/tiny: one layer that has seen some rows, so that they
+    end and differ."""
     folder = tmp_path_factory.mktemp("small") / "model"
     triples = [row for seed in range(6) for row in tools.episode(random.Random(seed))] + lamp_rows()
-    texts = [text for x, z, _ in triples for text in ("\n" + x, " " + z, "\nnext:", "\naction: " + z, "\n- ", "\n+ ")]
+    texts = [text for x, z, _ in triples
+             for text in ("\n" + x, " " + z, "\nnext:", "\naction: " + z, "\n- ", "\n+ ")]
     tok = tiny.make_tokenizer(texts, vocab_size=500)
     model = tiny.make_model(tok, width=32, layers=1, context=1024)
     rows = [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in triples]
@@ -149,14 +151,18 @@ def small_folder(tmp_path_factory):
 def without_times(results):
     """results.json but for what a clock or a machine decides."""
     if isinstance(results, dict):
-        return {key: without_times(value) for key, value in results.items() if key not in ("seconds", "hardware", "sizes")}
+        return {key: without_times(value) for key, value in results.items()
+                if key not in ("seconds", "hardware", "sizes")}
     return [without_times(value) for value in results] if isinstance(results, list) else results
 
 
 def lamp_rows(n=16, steps=3):
     """[(x, z, y)] of short states, `steps` an episode."""
     rng, rows = random.Random(0), []
-    shown = lambda on: "\n".join(f"{name} is {'on' if name in on else 'off'}" for name in "abcd")
+
+    def shown(on):
+        return "\n".join(f"{name} is {'on' if name in on else 'off'}" for name in "abcd")
+
     for _ in range(n):
         on = set(rng.sample("abcd", 2))
         for _ in range(steps):
@@ -168,5 +174,6 @@ def lamp_rows(n=16, steps=3):
 
 def write_lamps(path, steps=3):
     """`lamp_rows` as a transitions file."""
-    records.write(path, [records.Transition(f"e{i // steps}", i % steps, *row) for i, row in enumerate(lamp_rows(steps=steps))])
+    rows = enumerate(lamp_rows(steps=steps))
+    records.write(path, [records.Transition(f"e{i // steps}", i % steps, *row) for i, row in rows])
     return path

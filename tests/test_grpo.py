@@ -447,8 +447,9 @@ def test_replay_acts_even_when_no_group_has_spread():
 def some_flat(which):
     """A reward without spread in all groups, or in that of the first prompt."""
     def R(owner, rows):
-        there = torch.tensor(owner) == 0
-        return torch.where(there, -2.0, reward(owner, rows)) if which == "first flat" else torch.full((len(rows),), -7.3)
+        if which == "flat":
+            return torch.full((len(rows),), -7.3)
+        return torch.where(torch.tensor(owner) == 0, -2.0, reward(owner, rows))
     return R
 
 
@@ -458,20 +459,23 @@ def some_flat(which):
 def test_zero_std_groups_are_of_the_reward_alone(which, share, scale, kl):
     """Although the KL, which sits in the reward or not, differs within each group."""
     policy, ref = tiny_llama(9, 1), tiny_llama(9, 2)
-    log, *_ = grpo.step(policy, ref, [Recorder(policy)], PROMPTS, some_flat(which), settings(beta=0.5, kl=kl, scale=scale), EOS,
+    log, *_ = grpo.step(policy, ref, [Recorder(policy)], PROMPTS, some_flat(which),
+                        settings(beta=0.5, kl=kl, scale=scale), EOS,
                         torch.Generator().manual_seed(0))
     assert log["zero_std_groups"] == pytest.approx(share) and abs(log["kl"]) > 0.1
 
 
 @pytest.mark.parametrize("which", ["flat", "first flat"])
 def test_divided_by_std_a_kl_alone_teaches_nothing(monkeypatch, which):
-    """Its noise would be blown up to 1. With "mean" the KL goes on to draw the policy to the reference."""
+    """Its noise would be blown up to 1. With "mean" the KL goes on to draw the policy to the
+    reference."""
     seen, update = {}, grpo.update
     for scale in ("std", "mean"):
         policy, ref = tiny_llama(9, 1), tiny_llama(9, 2)
-        monkeypatch.setattr(grpo, "update", lambda *args: seen.update({scale: (args[4], args[5])}) or update(*args))
-        grpo.step(policy, ref, [Recorder(policy)], PROMPTS, some_flat(which), settings(beta=0.5, scale=scale), EOS,
-                  torch.Generator().manual_seed(0))
+        monkeypatch.setattr(grpo, "update", lambda *args: seen.update({scale: (args[4], args[5])})
+                            or update(*args))
+        cfg, generator = settings(beta=0.5, scale=scale), torch.Generator().manual_seed(0)
+        grpo.step(policy, ref, [Recorder(policy)], PROMPTS, some_flat(which), cfg, EOS, generator)
     owner, A = seen["std"]
     flat = [which == "flat" or o == 0 for o in owner]
     assert not A[flat].any() and A[[not f for f in flat]].all() and seen["mean"][1][flat].any()
@@ -479,8 +483,10 @@ def test_divided_by_std_a_kl_alone_teaches_nothing(monkeypatch, which):
 
 def test_floored_is_the_share_that_lies_on_the_floor():
     R = grpo.shape(torch.tensor([-3.0, -30.0, -9.99, -10.0]), [1] * 4, "sum", 10.0)
-    assert grpo.floored(R, 10.0) == 0.5 and grpo.floored(R[:1], 10.0) == 0 and grpo.floored(R[1:2], 10.0) == 1
-    assert grpo.floored(torch.tensor([-99.0]), 0) == 0 and grpo.floored(torch.zeros(0), 10.0) == 0      # no floor; no rewards
+    assert grpo.floored(R, 10.0) == 0.5 and grpo.floored(R[:1], 10.0) == 0
+    assert grpo.floored(R[1:2], 10.0) == 1
+    # No floor; no rewards
+    assert grpo.floored(torch.tensor([-99.0]), 0) == 0 and grpo.floored(torch.zeros(0), 10.0) == 0
 
 
 @pytest.mark.parametrize("scale", ["mean", "std", "loo"])

@@ -63,10 +63,12 @@ def test_shared_prefix_equals_each_row_alone_in_values_and_gradients(model, part
 
 
 def one_by_one(model, prefix, row, temperature, min_p):
-    """(T,) log p(row_t | prefix, row_<t) by full passes, among what `model.allowed` leaves of each token."""
+    """(T,) log p(row_t | prefix, row_<t) by full passes, among what `model.allowed` leaves of each
+    token."""
     allowed, out = getattr(model, "allowed", None), []
     for t, token in enumerate(row):
-        logits = model(torch.tensor([[*prefix, *row[:t]]]), use_cache=False).logits[0, -1] / temperature
+        ids = torch.tensor([[*prefix, *row[:t]]])
+        logits = model(ids, use_cache=False).logits[0, -1] / temperature
         if allowed is not None:
             logits = logits.masked_fill(~allowed[min(t, len(allowed) - 1)], -torch.inf)
         likely = logits.detach().softmax(-1) >= min_p * logits.detach().softmax(-1).max()
@@ -75,14 +77,17 @@ def one_by_one(model, prefix, row, temperature, min_p):
     return torch.stack(out)
 
 
-ALONE = [[3, 1, 4], [1], [2, 6, EOS, 5, 3, 1, 7], [8, EOS], [5, 5, 5, 2]]         # a row for each of RAGGED
+# A row for each of RAGGED
+ALONE = [[3, 1, 4], [1], [2, 6, EOS, 5, 3, 1, 7], [8, EOS], [5, 5, 5, 2]]
 
 
-@pytest.mark.parametrize("temperature, min_p, few", [(1.0, 0.0, False), (0.7, 0.0, False), (1.5, 0.1, False), (0.7, 0.05, True)])
+@pytest.mark.parametrize("temperature, min_p, few", [(1.0, 0.0, False), (0.7, 0.0, False),
+                                                     (1.5, 0.1, False), (0.7, 0.05, True)])
 @pytest.mark.parametrize("partial", [False, True])
-def test_a_prefix_a_row_is_one_pass_equal_to_each_row_alone(model, monkeypatch, partial, temperature, min_p, few):
+def test_a_prefix_a_row_is_one_pass_equal_to_each_row_alone(model, monkeypatch, partial,
+                                                            temperature, min_p, few):
     """Unlike lengths, prefixes in any order and one of them not asked: values, and gradients."""
-    if few:                                                                        # of the first scored tokens, each another set
+    if few:  # of the first scored tokens, each another set
         model.allowed = torch.rand(3, 9, generator=torch.Generator().manual_seed(4)) < 0.7
         model.allowed[:, 1] = True
     owner, rows = [3, 0, 4, 2], [ALONE[n] for n in (3, 0, 2, 4)]
@@ -108,7 +113,8 @@ def test_a_prefix_a_row_is_one_pass_equal_to_each_row_alone(model, monkeypatch, 
 def test_one_pass_and_the_shared_prefix_give_the_same_numbers(model):
     """The same rows with one of them twice, so that the prefixes are cached."""
     owner = [0, 1, 2, 3, 4]
-    once, twice = lm.logprobs(model, RAGGED, ALONE, owner), lm.logprobs(model, RAGGED, [*ALONE, ALONE[0]], [*owner, 0])
+    once = lm.logprobs(model, RAGGED, ALONE, owner)
+    twice = lm.logprobs(model, RAGGED, [*ALONE, ALONE[0]], [*owner, 0])
     assert torch.allclose(once, twice[:5], atol=1e-4)
 
 
@@ -533,7 +539,8 @@ def test_sample_all_draws_at_its_temperature_and_top_p(model):
     rows = lm.sample_all(model, RAGGED, 20, 4, EOS, gen.manual_seed(0), temperature=0.75, top_p=0.6)
     assert rows == lm.sample(model, RAGGED, 20, 4, EOS, 0.75, 0.6, generator=gen.manual_seed(0))[0]
     others = lm.sample_all(model, RAGGED, 20, 4, EOS, gen.manual_seed(0), top_p=0.6)
-    assert rows not in (others, lm.sample_all(model, RAGGED, 20, 4, EOS, gen.manual_seed(0), temperature=0.75))
+    assert rows not in (others, lm.sample_all(model, RAGGED, 20, 4, EOS, gen.manual_seed(0),
+                                              temperature=0.75))
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_a_reference_is_an_exact_copy_that_does_not_move():
     assert same(bits(ref), before) and same(bits(P.base), base) and same(bits(Q), opposite)
     assert all(not torch.equal(p, before[n]) for n, p in P.named_parameters())
     own = P.parameters()
-    P.load_state_dict(ref.state_dict())                                            # back to the reference
+    P.load_state_dict(ref.state_dict())  # back to the reference
     assert same(bits(P), before) and all(a is b for a, b in zip(own, P.parameters()))
     with pytest.raises(ValueError):
         P.load_state_dict(adapters.pair(tiny_llama(), 2)[0].state_dict())
@@ -172,8 +172,10 @@ def test_a_bfloat16_base_keeps_float32_adapters(tmp_path):
     assert {w.dtype for w in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
 
 
-SHORT = ["--lora", "2", "--warmup-steps", "4", "--warmup-steps-idm", "4", "--bootstrap-steps", "2", "--iterations", "1", "--phase1-steps", "2",
-         "--phase2-steps", "2", "--group-size", "3", "--batch", "3", "--eval-size", "4", "--validation-size", "4", "--warmup-batch-idm", "8",
+SHORT = ["--lora", "2", "--warmup-steps", "4", "--warmup-steps-idm", "4", "--bootstrap-steps", "2",
+         "--iterations", "1", "--phase1-steps", "2",
+         "--phase2-steps", "2", "--group-size", "3", "--batch", "3", "--eval-size", "4",
+         "--validation-size", "4", "--warmup-batch-idm", "8",
          "--no-aside"]
 
 
@@ -190,7 +192,7 @@ def test_a_cut_run_goes_on_with_its_adapters(short, tmp_path, monkeypatch, capsy
 
     def copied(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:                                                        # the rivals made two
+        if len(calls) == 3:  # the rivals made two
             shutil.copytree(tmp_path / "whole", tmp_path / "cut")
         return step(*args, **kwargs)
     monkeypatch.setattr(train.swirl_idm, "phase2_step", copied)
@@ -198,7 +200,8 @@ def test_a_cut_run_goes_on_with_its_adapters(short, tmp_path, monkeypatch, capsy
     assert train.main([*short, "--out", str(tmp_path / "cut")]) == 0
     assert "resuming after iteration1/phase1" in capsys.readouterr().out
     a, b = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
-    assert without_times(a["stages"]) == without_times(b["stages"]) and without_times(a["baselines"]) == without_times(b["baselines"])
+    assert without_times(a["stages"]) == without_times(b["stages"])
+    assert without_times(a["baselines"]) == without_times(b["baselines"])
     for file in ("fwm/model.safetensors", "fwm/adapter/adapter_model.safetensors", "idm/adapter/adapter_model.safetensors"):
         one, two = (load_file(tmp_path / name / file) for name in ("whole", "cut"))
         assert same(one, two)
@@ -267,7 +270,8 @@ def test_the_allowance_for_activations_is_what_autograd_keeps(r, half, monkeypat
         seen = {}
         keep = lambda t: seen.update({t.untyped_storage().data_ptr(): t}) or t     # alive, so that no address comes twice
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            lm.logprobs(model, [[1, 2]] * 2, [[2] * T] * 4, [0, 0, 1, 1])          # as in a phase: rows share a prefix
+            # As in a phase: rows share a prefix
+            lm.logprobs(model, [[1, 2]] * 2, [[2] * T] * 4, [0, 0, 1, 1])
         return sum(t.untyped_storage().nbytes() for place, t in seen.items() if place not in weights)
 
     a_token = lambda **shape: (kept(128, **shape) - kept(64, **shape)) / 256       # without the weights' casts

@@ -1,4 +1,5 @@
-"""Claims of `envs/made_up.py`: its transitions are sound and of many forms, and nothing in it comes from the other worlds."""
+"""Claims of `envs/made_up.py`: its transitions are sound and of many forms, and nothing in it comes
+from the other worlds."""
 import ast
 import json
 import random
@@ -13,16 +14,18 @@ WORLDS = {"tools": tools, "physics": physics, "web": web}
 SOURCE = open(made_up.__file__).read()
 DRAWN = [made_up.transition(random.Random(seed)) for seed in range(2000)]
 
-# Words of the worlds that stand in the source, each because no text about things and what is done to them lacks it:
+# Words of the worlds that stand in the source, each because no text about things and what is done
+# to them lacks it:
 COMMON = {
     "on", "off", "open", "yes",                          # pairs of opposites
     "put", "take", "add", "remove", "clear", "close", "empty", "transfer", "turn",      # verbs
     "in", "into", "to", "of", "for", "the", "next",      # links
     "none", "nothing", "ok", "error",                    # values of anything, how anything ends
-    "name", "list", "amount", "call", "max", "post"}     # words of the code itself (`max(`) and of its docstring
+    # Words of the code itself (`max(`) and of its docstring
+    "name", "list", "amount", "call", "max", "post"}
 
 
-# --- the transitions ----------------------------------------------------------------------------------------
+# --- the transitions ------------------------------------------------------------------------------
 
 def test_a_transition_is_a_function_of_its_seed():
     again = [made_up.transition(random.Random(seed)) for seed in range(100)]
@@ -50,13 +53,15 @@ def test_some_transitions_change_nothing():
 
 def test_little_changes_at_a_time():
     """Of a state of many lines most stay, where they stood or moved by one that came or went."""
-    kept = [len(Counter(x.split("\n")) & Counter(y.split("\n"))) / len(x.split("\n")) for x, _, y in DRAWN if x.count("\n") > 9]
+    kept = [len(Counter(x.split("\n")) & Counter(y.split("\n"))) / len(x.split("\n"))
+            for x, _, y in DRAWN if x.count("\n") > 9]
     assert len(kept) > 400 and sorted(kept)[len(kept) // 2] > 0.85
 
 
 def test_each_form_of_state_and_of_action_occurs():
     worlds = [made_up.World(random.Random(seed)) for seed in range(700)]
-    states, actions = (Counter(getattr(world, name) for world in worlds) for name in ("form", "speech"))
+    states, actions = (Counter(getattr(world, name) for world in worlds)
+                       for name in ("form", "speech"))
     assert set(states) == set(made_up.FORMS) and min(states.values()) > 50
     assert set(actions) == set(made_up.SPEECH) and min(actions.values()) > 50
 
@@ -68,27 +73,32 @@ def test_forms_are_what_they_are_called():
         if world.form == "json":
             assert set(json.loads(text)) - {"reply"} == {cell.thing for cell in world.cells}
         if world.form == "html":
-            assert text.count(f"<{world.tag} ") == text.count(f"</{world.tag}>") == len({c.thing for c in world.cells})
+            things = {cell.thing for cell in world.cells}
+            assert text.count(f"<{world.tag} ") == text.count(f"</{world.tag}>") == len(things)
         if world.form == "lines":
             assert text.count("\n") + 1 == len(world.cells) + bool(world.reply)
 
 
 def test_each_kind_of_action_occurs_and_some_fail():
     verbs = {verb.replace(" ", "_") for names in made_up.VERBS.values() for verb in names}
-    said = {re.match(r'(?:\{"do": ")?([a-z_ ]+)', z).group(1).strip().replace(" ", "_") for _, z, _ in DRAWN}
-    assert len({verb for verb in verbs if any(z == verb or z.startswith(verb + "_") for z in said)}) > 0.9 * len(verbs)
+    said = {re.match(r'(?:\{"do": ")?([a-z_ ]+)', z).group(1).strip().replace(" ", "_")
+            for _, z, _ in DRAWN}
+    found = {verb for verb in verbs if any(z == verb or z.startswith(verb + "_") for z in said)}
+    assert len(found) > 0.9 * len(verbs)
     assert sum("error" in y and "error" not in x for x, _, y in DRAWN) > 20
 
 
-# --- no leak ------------------------------------------------------------------------------------------------
+# --- no leak --------------------------------------------------------------------------------------
 
 def strings(module):
     """String constants of a module's code, those of f-strings too, without docstrings."""
     tree = ast.parse(open(module.__file__).read())
     docs = {id(node.body[0].value) for node in ast.walk(tree)
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and isinstance(node.body[0], ast.Expr)}
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and isinstance(node.body[0], ast.Expr)}
     return {node.value for node in ast.walk(tree)
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs}
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            and id(node) not in docs}
 
 
 def flat(*tables):
@@ -106,9 +116,10 @@ def flat(*tables):
 
 TABLES = {
     "tools": flat(tools.PRICE, tools.CITY, tools.VALUES, tools.CALLS),
-    "physics": flat(physics.SUBSTANCES, physics.RECIPES, physics.STOCK, physics.VESSELS, physics.PLACES, physics.KINDS),
-    "web": flat(web.PRICES, web.THINGS, web.COLOURS, web.SORTS, web.NAMES, web.STREETS, web.TIMES, web.FORM, web.DELIVERY,
-                web.COUPONS, web.ACTIONS)}
+    "physics": flat(physics.SUBSTANCES, physics.RECIPES, physics.STOCK, physics.VESSELS,
+                    physics.PLACES, physics.KINDS),
+    "web": flat(web.PRICES, web.THINGS, web.COLOURS, web.SORTS, web.NAMES, web.STREETS, web.TIMES,
+                web.FORM, web.DELIVERY, web.COUPONS, web.ACTIONS)}
 
 
 def in_the_source(texts):
@@ -119,14 +130,16 @@ def in_the_source(texts):
 
 
 def test_the_source_imports_none_of_the_worlds():
-    names = [alias.name for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.ImportFrom)]
+    nodes = list(ast.walk(ast.parse(SOURCE)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     assert set(names) == {"functools", "json", "random", "sys", "dataclasses", "pathlib"}
     assert not re.search(r"__import__|importlib|exec\(|eval\(", SOURCE)
 
 
 def test_what_is_called_common_is_used_and_looked_for():
-    """No word stays in the list that no longer stands in the source; what is not common would be found."""
+    """No word stays in the list that no longer stands in the source; what is not common would be
+    found."""
     assert all(re.search(rf"(?<![A-Za-z]){word}(?![A-Za-z])", SOURCE) for word in COMMON)
     assert in_the_source({"nobody", "caramel"}) == {"nobody"}
 
@@ -137,8 +150,9 @@ def test_no_name_of_the_worlds_stands_in_the_source(world):
     assert in_the_source(TABLES[world]) == set()
 
 
-REPLY = pytest.mark.xfail(strict=True, reason="envs/made_up.py prints a last line `reply: ok` and errors `.. too low`, as the "
-                          "tools world does; another word for `reply` and for `too low` would do")
+REPLY = pytest.mark.xfail(
+    strict=True, reason="envs/made_up.py prints a last line `reply: ok` and errors `.. too low`, "
+    "as the tools world does; another word for `reply` and for `too low` would do")
 
 
 @pytest.mark.parametrize("world", [pytest.param("tools", marks=REPLY), "physics", "web"])
@@ -149,7 +163,8 @@ def test_no_template_of_the_worlds_stands_in_the_source(world):
 @pytest.mark.parametrize("world", [pytest.param("tools", marks=REPLY), "physics", "web"])
 def test_no_line_of_the_worlds_is_printed(world):
     rows = [row for seed in range(50) for row in WORLDS[world].episode(random.Random(seed))]
-    theirs, ours = ({line for x, _, y in some for s in (x, y) for line in s.split("\n")} for some in (rows, DRAWN))
+    theirs, ours = ({line for x, _, y in some for s in (x, y) for line in s.split("\n")}
+                    for some in (rows, DRAWN))
     assert len(theirs) > 90 and theirs & ours == set()
 
 

@@ -330,7 +330,7 @@ def test_codes_and_places_are_embedded_by_their_meaning(pixel_tok, book):
 
 
 def test_p_draws_an_image_and_q_words_whatever_the_weights(rows, pixel_tok):
-    P = tiny.make_model(pixel_tok, width=32, layers=2)                             # random: it knows nothing
+    P = tiny.make_model(pixel_tok, width=32, layers=2)  # random: it knows nothing
     x, z, y = rows[0]
     loading.restrict(P, Q := copy.deepcopy(P), pixel_tok, x)
     gen = torch.Generator().manual_seed(0)
@@ -366,7 +366,9 @@ def test_images_begin_as_a_guess_and_end_as_without(rows, pixel_tok, monkeypatch
     pairs = [dict(zip(map(tuple, prefixes), guess)) for prefixes, guess in guesses]
     asked = lambda states, kept: {tuple(swirl_fwm.prompt(pixel_tok, xs[i], zs[i])): swirl_fwm.target(pixel_tok, states[i]) for i in kept}
     assert pairs == [asked(xs, range(4)), asked(xs, range(4)), asked(ys, (0, 2, 3))]
-    assert loading.check_data(P, pixel_tok, some, some, list(zip(xs, ys)), some, train.parse(SMALL))[0] == 68      # an image and its end
+    # An image and its end
+    assert loading.check_data(P, pixel_tok, some, some, list(zip(xs, ys)), some,
+                              train.parse(SMALL))[0] == 68
     assert swirl_fwm.guess(pixel_tok, []) is None and swirl_fwm.guess(pixel_tok, ["lamp is on"]) is None
 
 
@@ -587,15 +589,18 @@ def test_the_scorers_read_what_is_exported(episodes, tmp_path):
 
 # ---- The whole job in small --------------------------------------------------------------------------------------------
 
-SMALL = ["--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-steps-idm", "3", "--bootstrap-steps", "2",
-         "--iterations", "1", "--phase1-steps", "2", "--phase2-steps", "2", "--group-size", "4", "--batch", "4", "--eval-size", "6",
+SMALL = ["--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-steps-idm", "3",
+         "--bootstrap-steps", "2", "--iterations", "1", "--phase1-steps", "2", "--phase2-steps", "2",
+         "--group-size", "4", "--batch", "4", "--eval-size", "6",
          "--validation-size", "10", "--no-aside"]
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    """(folder of a run, [(temperature, min_p, pairs) of each step of a phase], [the windows of each evaluation])."""
-    out, steps, windows, roll_out = tmp_path_factory.mktemp("run") / "pixels", [], [], evaluate.roll_out
+    """(folder of a run, [(temperature, min_p, pairs) of each step of a phase], [the windows of each
+    evaluation])."""
+    out, steps, windows = tmp_path_factory.mktemp("run") / "pixels", [], []
+    roll_out = evaluate.roll_out
 
     def noting(step):
         def call(*args, **more):
@@ -606,7 +611,8 @@ def watched(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(swirl_fwm, "phase1_step", noting(swirl_fwm.phase1_step))
         patch.setattr(swirl_idm, "phase2_step", noting(swirl_idm.phase2_step))
-        patch.setattr(evaluate, "roll_out", lambda P, lab: windows.append(lab.windows) or roll_out(P, lab))
+        patch.setattr(evaluate, "roll_out", lambda P, lab: windows.append(lab.windows)
+                      or roll_out(P, lab))
         train.main([*SMALL, "--out", str(out)])
     return out, steps, windows
 
@@ -630,7 +636,8 @@ def test_a_run_of_pixels_leaves_scores_and_pictures(done):
     for stage in result["stages"]:
         assert len(stage["fwm"]["rollout"]) == 6 and all(0 <= score <= 100 for score in stage["fwm"]["rollout"])
         assert 0 <= stage["fwm"]["patches_changed"] <= 1
-    for name in ("picture-sft.png", "picture-iteration1-phase1.png", "rollout.png", "rollout.gif", "rivals/picture-bootstrap.png"):
+    for name in ("picture-sft.png", "picture-iteration1-phase1.png", "rollout.png", "rollout.gif",
+                 "rivals/picture-bootstrap.png"):
         with Image.open(done / name) as picture:
             assert picture.size[0] > 200
     with Image.open(done / "rollout.gif") as film:                                 # frames that are alike are one, shown longer
@@ -647,10 +654,13 @@ def test_what_a_guess_saves_is_measured_on_a_run(done, capsys):
 
 def test_the_table_of_a_run_of_pixels_holds_its_own_columns(done, capsys):
     result = json.loads((done / "results.json").read_text())
-    result["stages"][-2]["fwm"].update(patches_changed=0.1234, kinds={"motion": {"exact_changed": 0.2345}}, rollout_exact=[0.9] * 5 + [0.3456])
+    result["stages"][-2]["fwm"].update(patches_changed=0.1234,
+                                       kinds={"motion": {"exact_changed": 0.2345}},
+                                       rollout_exact=[0.9] * 5 + [0.3456])
     rundir.report(result)
     lines = capsys.readouterr().out.splitlines()
-    head, last = (next(line for line in lines if line.startswith(begin)) for begin in (" " * 22, "iteration1/phase2"))
+    head, last = (next(line for line in lines if line.startswith(begin))
+                  for begin in (" " * 22, "iteration1/phase2"))
     names = [head[i:i + 10].strip() for i in range(22, len(head), 10)]
     assert names[3:6] == ["patches %", "motion %", "T = 6 %"] and "BLEU" not in head
     assert last.split()[4:7] == ["12.34", "23.45", "34.56"]

@@ -152,8 +152,10 @@ def test_each_family_goes_through_a_whole_run(family, folder, tmp_path):
     steps = [(f"e{i}", t, sorted(rng.sample("abcd", 2)), rng.choice("abcd")) for i in range(20) for t in range(2)]
     records.write(data, [records.Transition(e, t, lamps(on), f"turn {z}", lamps(set(on) ^ {z})) for e, t, on, z in steps])
     steps = [f"--{name}-steps" for name in ("warmup", "phase1", "phase2")]
-    sizes = ["--warmup-batch", "4", "--warmup-batch-idm", "4", "--group-size", "3", "--batch", "2", "--eval-size", "3", "--validation-size", "3"]
-    assert train.main(["--model", folder, "--data", str(data), "--no-rivals", *[arg for name in steps for arg in (name, "2")], "--warmup-steps-idm", "2",
+    sizes = ["--warmup-batch", "4", "--warmup-batch-idm", "4", "--group-size", "3", "--batch", "2",
+             "--eval-size", "3", "--validation-size", "3"]
+    assert train.main(["--model", folder, "--data", str(data), "--no-rivals",
+                       *[arg for name in steps for arg in (name, "2")], "--warmup-steps-idm", "2",
                        "--iterations", "1", *sizes, "--lr-fwm", "1e-3", "--out", str(out)]) == 0
     assert len(json.loads((out / "results.json").read_text())["stages"]) == 4
     for side in ("fwm", "idm"):
@@ -202,10 +204,12 @@ def test_states_are_shortened_in_every_split_and_counted(tok, capsys):
     long = " ".join(["lamp"] * 200)
     splits = [[("a", "z", long)], [(long, "z", "b")], [(long, "c")], [("a", "z", "b")]]
     short = pretrained.shorten(tok, long, 50)
-    assert loading.shorten(tok, splits, 50) == ([("a", "z", short)], [(short, "z", "b")], [(short, "c")], [("a", "z", "b")])
+    assert loading.shorten(tok, splits, 50) == ([("a", "z", short)], [(short, "z", "b")],
+                                                [(short, "c")], [("a", "z", "b")])
     out = capsys.readouterr().out
     assert "1 of 4 states" in out and "in 0 of 4 transitions" in out
-    loading.shorten(tok, [[(long, "z", long.replace("lamp", "door", 100).replace("door", "lamp", 99))]], 50)
+    loading.shorten(tok, [[(long, "z", long.replace("lamp", "door", 100).replace("door", "lamp",
+                                                                                 99))]], 50)
     assert "in 1 of 1 transitions" in capsys.readouterr().out
     assert loading.shorten(tok, splits, 0) is splits
 

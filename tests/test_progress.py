@@ -1,4 +1,5 @@
-"""Claims of `progress.py`: away from a terminal a plain line every half a minute, with the time that is left."""
+"""Claims of `progress.py`: away from a terminal a plain line every half a minute, with the time
+that is left."""
 import itertools
 import sys
 import time
@@ -24,14 +25,16 @@ def test_a_line_comes_after_30_s_and_none_before(clock, capsys):
     assert capsys.readouterr().out == ""
     clock[0] = 130.0
     bar.show(20, loss=1.5)
-    assert capsys.readouterr().out == "  warm-up: step 20 of 60, loss 1.500, 60 s left in this stage\n"
-    clock[0] = 159.0                                                               # the next 30 s have begun
+    line = "  warm-up: step 20 of 60, loss 1.500, 60 s left in this stage\n"
+    assert capsys.readouterr().out == line
+    clock[0] = 159.0  # the next 30 s have begun
     bar.show(30, loss=1.0)
     assert capsys.readouterr().out == ""
     clock[0] = 160.0
     bar.show(45, loss=1.0)
     bar.close()
-    assert capsys.readouterr().out == "  warm-up: step 45 of 60, loss 1.000, 20 s left in this stage\n"
+    line = "  warm-up: step 45 of 60, loss 1.000, 20 s left in this stage\n"
+    assert capsys.readouterr().out == line
 
 
 def test_a_number_that_is_none_keeps_its_last_value(clock, capsys):

@@ -1,4 +1,5 @@
-"""Claims of `sft.py`: the rate, the gradient, as many steps as it is told, and what Bootstrap is given to learn."""
+"""Claims of `sft.py`: the rate, the gradient, as many steps as it is told, and what Bootstrap is
+given to learn."""
 import itertools
 import random
 import time
@@ -14,17 +15,19 @@ import swirl_idm
 from conftest import Recorder, grads, naive, relative, tiny_llama, weights
 from settings import parse
 
-ROWS = [([1, 2], [3, 4, 0]), ([2], [5, 6, 7, 8, 0]), ([3, 1, 4], [1, 0]), ([5], [0]), ([2, 7, 1, 8], [2, 8, 0])]   # 14 tokens
+ROWS = [([1, 2], [3, 4, 0]), ([2], [5, 6, 7, 8, 0]), ([3, 1, 4], [1, 0]), ([5], [0]),
+        ([2, 7, 1, 8], [2, 8, 0])]                             # 14 tokens in the targets
 
 
 def lab_of(*argv, **parts):
     """A Lab with the settings of argv, whose run keeps its log in `lines`."""
     lines, bar = [], types.SimpleNamespace(show=lambda *_, **__: None, close=lambda: None)
-    run = types.SimpleNamespace(log=lambda _, **line: lines.append(line), elapsed=lambda: 0.0, bar=lambda name, steps: bar)
+    run = types.SimpleNamespace(log=lambda _, **line: lines.append(line), elapsed=lambda: 0.0,
+                                bar=lambda name, steps: bar)
     return types.SimpleNamespace(cfg=parse([*argv]), run=run, lines=lines, **parts)
 
 
-# --- the rate -----------------------------------------------------------------------------------------------------------
+# --- the rate -------------------------------------------------------------------------------------
 
 def test_the_rate_rises_stays_and_falls_to_0():
     rates = [sft.rate(t, 100, 3.0) for t in range(1, 101)]
@@ -40,7 +43,7 @@ def test_the_rate_is_never_0_nor_above_its_peak(steps):
     assert 0 < min(rates) and max(rates) <= 2e-3
 
 
-# --- a step -------------------------------------------------------------------------------------------------------------
+# --- a step ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tokens", [1, 8, 15, 10**6])
 def test_a_step_s_gradient_is_that_of_the_mean_nll(monkeypatch, tokens):
@@ -52,17 +55,19 @@ def test_a_step_s_gradient_is_that_of_the_mean_nll(monkeypatch, tokens):
     exact, recorder = grads(model), Recorder(model)
     model.zero_grad()
     loss, norm = sft.step(model, ROWS, [recorder], 0.5)
-    assert loss == pytest.approx(truth.item(), rel=1e-5) and norm == pytest.approx(exact.norm().item(), rel=1e-4)
+    assert loss == pytest.approx(truth.item(), rel=1e-5)
+    assert norm == pytest.approx(exact.norm().item(), rel=1e-4)
     assert len(recorder.seen) == 1 and recorder.param_groups[0]["lr"] == 0.5
     assert relative(recorder.seen[0], exact / max(1, exact.norm())) < 1e-4         # clipped to 1
 
 
-# --- fit ----------------------------------------------------------------------------------------------------------------
+# --- fit ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps", [1, 3, 9])
 def test_fit_takes_the_steps_that_it_is_told(monkeypatch, steps):
     rates, sizes, step = [], [], sft.step
-    monkeypatch.setattr(sft, "step", lambda model, rows, optimizers, lr: rates.append(lr) or sizes.append(len(rows))
+    monkeypatch.setattr(sft, "step", lambda model, rows, optimizers, lr: rates.append(lr)
+                        or sizes.append(len(rows))
                         or step(model, rows, optimizers, lr))
     lab, model = lab_of("--warmup-lr", ".01"), tiny_llama(9, 1)
     assert sft.fit(model, "FWM", ROWS, 2, steps, lab, lambda model, lab: 0.0) is model
@@ -80,21 +85,24 @@ def fitted(monkeypatch, clock, seed="0"):
 
 def test_fit_is_repeatable_bit_for_bit_at_any_speed(monkeypatch):
     slow = itertools.count(0, 1000.0)
-    a, b, other = (fitted(monkeypatch, *how) for how in ((lambda: 0.0,), (lambda: next(slow),), (lambda: 0.0, "1")))
+    a, b, other = (fitted(monkeypatch, *how) for how in ((lambda: 0.0,), (lambda: next(slow),),
+                                                         (lambda: 0.0, "1")))
     assert torch.equal(a[0], b[0]) and a[1] == b[1]
-    assert not torch.equal(a[0], other[0])                                         # of the seed alone
+    assert not torch.equal(a[0], other[0])  # of the seed alone
 
 
 def test_fit_validates_four_times_on_the_way():
     seen, lab, model = [], lab_of(), tiny_llama(9, 1)
-    sft.fit(model, "FWM", ROWS, 2, 12, lab, lambda model, lab: seen.append(weights(model)) or len(seen) / 10)
+    sft.fit(model, "FWM", ROWS, 2, 12, lab, lambda model, lab: seen.append(weights(model))
+            or len(seen) / 10)
     assert [line["validation"] for line in lab.lines if line["validation"]] == [.1, .2, .3, .4]
     assert torch.equal(seen[-1], weights(model)) and not torch.equal(seen[0], seen[-1])
 
 
 def test_fit_takes_its_optimizer_from_the_settings(monkeypatch):
     seen, make = [], lm.make_optimizers
-    monkeypatch.setattr(lm, "make_optimizers", lambda model, *settings: seen.append(settings) or make(model, *settings))
+    monkeypatch.setattr(lm, "make_optimizers",
+                        lambda model, *settings: seen.append(settings) or make(model, *settings))
     lab = lab_of("--warmup-lr", ".01", "--no-muon", "--decay", ".3")
     sft.fit(tiny_llama(9, 0), "FWM", ROWS, 2, 1, lab, lambda model, lab: 0.0)
     assert seen == [(.01, False, .3)]
@@ -103,15 +111,17 @@ def test_fit_takes_its_optimizer_from_the_settings(monkeypatch):
 def test_batches_take_every_row_once_before_any_comes_again():
     batch = sft.batches(list(range(7)), 3, random.Random(0))
     drawn = [next(batch) for _ in range(40)]
-    assert all(len(set(part)) == 3 for part in drawn[::2]) and {n for part in drawn for n in part} == set(range(7))
+    assert all(len(set(part)) == 3 for part in drawn[::2])
+    assert {n for part in drawn for n in part} == set(range(7))
     counts = [sum(part.count(n) for part in drawn) for n in range(7)]
     assert max(counts) - min(counts) <= 1 and drawn[:2] != [[0, 1, 2], [3, 4, 5]]
 
 
-# --- Bootstrap ----------------------------------------------------------------------------------------------------------
+# --- Bootstrap ------------------------------------------------------------------------------------
 
 def test_bootstrap_learns_labels_and_q_s_greedy_labels(monkeypatch, tok):
-    """Q names the state-only pairs once; of these P is taught its names, and nothing that nobody gave it."""
+    """Q names the state-only pairs once; of these P is taught its names, and nothing that nobody
+    gave it."""
     labelled, pairs = [("a", "true", "b"), ("b", "true", "b")], [("c", "d"), ("e", "e"), ("f", "g")]
     asked, given, P, Q = [], [], object(), object()
 
@@ -125,14 +135,17 @@ def test_bootstrap_learns_labels_and_q_s_greedy_labels(monkeypatch, tok):
 
     monkeypatch.setattr(swirl_idm, "predict", predict)
     monkeypatch.setattr(sft, "fit", fit)
-    lab = lab_of("--bootstrap-steps", "7", "--warmup-batch", "5", "--view", "full", tok=tok, labelled=labelled, state_only=pairs, max_z=9)
+    lab = lab_of("--bootstrap-steps", "7", "--warmup-batch", "5", "--view", "full", tok=tok,
+                 labelled=labelled, state_only=pairs, max_z=9)
     assert sft.bootstrap(P, Q, lab, "validate") is P
     triples = [*labelled, ("c", "guess c", "d"), ("e", "guess e", "e"), ("f", "guess f", "g")]
     rows = [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in triples]
-    assert asked == [(Q, pairs, 9, "full")] and given == [(P, "Bootstrap", rows, 5, 7, lab, "validate")]
+    assert asked == [(Q, pairs, 9, "full")]
+    assert given == [(P, "Bootstrap", rows, 5, 7, lab, "validate")]
 
 
 def test_replay_is_the_mean_nll_of_rows_drawn_anew():
     model, rng = tiny_llama(9, 1), random.Random(0)
-    drawn = [sft.replay(model, ROWS[:1], 3, rng).item(), *(sft.replay(model, ROWS, 2, rng).item() for _ in range(6))]
-    assert drawn[0] == pytest.approx(-naive(model, *ROWS[0]).sum().item(), rel=1e-5) and len(set(drawn[1:])) > 3
+    one = sft.replay(model, ROWS[:1], 3, rng).item()
+    assert one == pytest.approx(-naive(model, *ROWS[0]).sum().item(), rel=1e-5)
+    assert len({sft.replay(model, ROWS, 2, rng).item() for _ in range(6)}) > 3

@@ -187,7 +187,8 @@ def test_what_is_written_is_read(tok, text):
         row = module.target(tok, text)
         assert module.read(tok, row) == text and module.read(tok, row[:-1]) == text
         assert row[-1] == tok.eos_token_id and row.count(tok.eos_token_id) == 1
-        assert len(row) > 1 or (module is swirl_idm and text == swirl_idm.IMPOSSIBLE)   # else "" is a text to score
+        # Else "" is a text to score
+        assert len(row) > 1 or (module is swirl_idm and text == swirl_idm.IMPOSSIBLE)
 
 
 def test_only_the_final_end_is_not_read(tok):
@@ -510,13 +511,16 @@ def greedy_row(model, prefix, max_new, eos, may_refuse=True):
 
 
 def test_predict_is_greedy_and_in_order(tok, P, Q):
-    """Also when the batch is sorted by length inside. Q names an action where it would rather refuse."""
+    """Also when the batch is sorted by length inside. Q names an action where it would rather
+    refuse."""
     eos = tok.eos_token_id
-    truth = [swirl_fwm.read(tok, greedy_row(P, fwm_prompt(tok, x, z), 6, eos)) for x, z in zip(XS, ZS)]
+    truth = [swirl_fwm.read(tok, greedy_row(P, fwm_prompt(tok, x, z), 6, eos))
+             for x, z in zip(XS, ZS)]
     assert swirl_fwm.predict(P, tok, XS, ZS, 6) == truth
     for view in VIEWS:
         prompts = [idm_prompt(tok, x, y, view) for x, y in PAIRS]
-        truth = [swirl_idm.read(tok, greedy_row(Q, prompt, 6, eos, may_refuse=False)) for prompt in prompts]
+        truth = [swirl_idm.read(tok, greedy_row(Q, prompt, 6, eos, may_refuse=False))
+                 for prompt in prompts]
         assert swirl_idm.predict(Q, tok, XS, YS, 6, view) == truth
         refused = [greedy_row(Q, prompt, 6, eos) == [eos] for prompt in prompts]
         assert swirl_idm.refuses(Q, tok, XS, YS, view) == refused and any(refused)
@@ -546,13 +550,14 @@ def test_best_of_n_is_the_likeliest_under_the_opposite(tok, P, Q, view):
     assert swirl_idm.best_of_n(Q, P, tok, XS, YS, 6, view, n=5, generator=gen()) == best
 
 
-# --- the refusal --------------------------------------------------------------------------------------------
+# --- the refusal ----------------------------------------------------------------------------------
 
 END = types.SimpleNamespace(eos_token_id=EOS)       # all that `no_refusal` asks of a tokenizer
 
 
 def test_without_refusal_log_q_is_renormalised():
-    """log Q - log(1 - Q(refusal)) of every row, which then sum to 1; the refusal itself has none of it."""
+    """log Q - log(1 - Q(refusal)) of every row, which then sum to 1; the refusal itself has none of
+    it."""
     Q, rows = tiny_llama(4, 3), sequences(4, 3)
     refusal = naive(Q, [1, 2], [EOS]).item()
     free = torch.stack([naive(Q, [1, 2], row).sum() for row in rows]).detach()
@@ -561,20 +566,26 @@ def test_without_refusal_log_q_is_renormalised():
     others = [n for n, row in enumerate(rows) if row != (EOS,)]
     truth = free[others] - torch.log1p(-torch.tensor(refusal).exp())
     assert -3 < refusal < -0.05 and torch.allclose(bound[others], truth, atol=1e-4)
-    assert bound[rows.index((EOS,))] == -torch.inf and bound.exp().sum().item() == pytest.approx(1, abs=1e-4)
+    assert bound[rows.index((EOS,))] == -torch.inf
+    assert bound.exp().sum().item() == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_without_refusal_no_row_is_the_end_alone(temperature):
-    Q, prompts, gen = ending(tiny_llama(9, 3), EOS, 8.0), [[1, 2], [3], [4, 5, 6]], torch.Generator()
-    draw = lambda: lm.sample(Q, prompts, 30, 5, EOS, temperature, generator=gen.manual_seed(0))
+    Q, prompts = ending(tiny_llama(9, 3), EOS, 8.0), [[1, 2], [3], [4, 5, 6]]
+
+    def draw():
+        gen = torch.Generator().manual_seed(0)
+        return lm.sample(Q, prompts, 30, 5, EOS, temperature, generator=gen)
+
     assert [EOS] in draw()[0]
     with swirl_idm.no_refusal(Q, END):
         rows, sampled = draw()
         scored = lm.logprobs(Q, prompts, rows, [n // 30 for n in range(90)])
     assert [EOS] not in rows and any(row[-1] == EOS for row in rows)
-    if temperature:                                                                # the trainer sees what was drawn from
-        assert all(scored[n, :len(lp)].tolist() == pytest.approx(lp, abs=1e-4) for n, lp in enumerate(sampled))
+    if temperature:  # the trainer sees what was drawn from
+        for n, logp in enumerate(sampled):
+            assert scored[n, :len(logp)].tolist() == pytest.approx(logp, abs=1e-4)
 
 
 @pytest.mark.parametrize("before", [None, torch.tensor([[True] * 7 + [False] * 2])])
@@ -598,8 +609,9 @@ def test_without_refusal_what_was_ruled_out_stays_so():
     assert {row[0] for row in rows} == {1, 2, 3}
 
 
-@pytest.mark.xfail(strict=True, reason="swirl_idm.no_refusal puts a second copy of row 0 of `allowed` before the rest: "
-                   "sets of several rows, its own among them, move on by one token")
+@pytest.mark.xfail(
+    strict=True, reason="swirl_idm.no_refusal puts a second copy of row 0 of `allowed` before the "
+    "rest: sets of several rows, its own among them, move on by one token")
 @pytest.mark.parametrize("rows", [1, 3])
 def test_without_refusal_later_tokens_keep_their_own_sets(rows):
     """rows 1: within itself, so that the end stays allowed as the second token."""
@@ -608,12 +620,15 @@ def test_without_refusal_later_tokens_keep_their_own_sets(rows):
         Q.allowed = torch.eye(9, dtype=torch.bool)[[2, 3, EOS]]
     with swirl_idm.no_refusal(Q, END), swirl_idm.no_refusal(Q, END):
         drawn = lm.sample(Q, [[1, 2]], 400, 3, EOS, generator=torch.Generator().manual_seed(0))[0]
-    assert any(len(row) == 2 for row in drawn) if rows == 1 else all(row == [2, 3, EOS] for row in drawn)
+    if rows == 1:
+        assert any(len(row) == 2 for row in drawn)
+    else:
+        assert all(row == [2, 3, EOS] for row in drawn)
 
 
 def test_scores_of_q_do_not_depend_on_its_wish_to_refuse(monkeypatch, tok, Q):
     """`refused` alone does."""
-    data, restrict, scores = list(zip(XS, ["turn off", "b", "open the door", "a"], YS)), lm.restrict, []
+    data, restrict, scores = list(zip(XS, ["turn off", "b", "go", "a"], YS)), lm.restrict, []
     lab = types.SimpleNamespace(tok=tok, cfg=types.SimpleNamespace(view="diff"), max_z=8)
 
     def wishing(shift):
@@ -635,11 +650,13 @@ def test_scores_of_q_do_not_depend_on_its_wish_to_refuse(monkeypatch, tok, Q):
 def test_phase_2_never_draws_a_refusal_and_scores_as_it_draws(monkeypatch, tok, P, Q, kl):
     """Neither does the reference: the KL is 0 as the phase begins."""
     drawn, sample = [], lm.sample
-    monkeypatch.setattr(lm, "sample", lambda *args, **kw: drawn.append(sample(*args, **kw)) or drawn[-1])
+    monkeypatch.setattr(lm, "sample", lambda *args, **kw: drawn.append(sample(*args, **kw))
+                        or drawn[-1])
     ref, cfg = lm.freeze(Q), settings(group_size=30, beta=0.1, kl=kl)
     log, _ = run_phase(2, P, Q, tok, cfg, ref=ref)
     (rows, _), = drawn
     assert [tok.eos_token_id] not in rows and any(row[-1] == tok.eos_token_id for row in rows)
     assert log["gap"] < 1e-4 and abs(log["kl"]) < 1e-4
     assert getattr(Q, "allowed", None) is None and getattr(ref, "allowed", None) is None
-    assert [tok.eos_token_id] in sample(Q, [idm_prompt(tok, *PAIRS[0], "diff")], 100, 5, tok.eos_token_id)[0]
+    assert [tok.eos_token_id] in sample(Q, [idm_prompt(tok, *PAIRS[0], "diff")], 100, 5,
+                                        tok.eos_token_id)[0]

@@ -1,4 +1,5 @@
-"""Claims of `tiny.py`: how texts fall to pieces, what a seed and a folder hold, what is shipped, what images start from."""
+"""Claims of `tiny.py`: how texts fall to pieces, what a seed and a folder hold, what is shipped,
+what images start from."""
 import random
 
 import pytest
@@ -11,12 +12,13 @@ from conftest import naive, weights
 from envs import images, physics, tools, web
 
 
-# --- the tokenizer ------------------------------------------------------------------------------------------------------
+# --- the tokenizer --------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def frequent():
     """A tokenizer for which every piece of a word or more is frequent."""
-    return tiny.make_tokenizer(["\nred-lamp: 30 left, 127\n{\"on\": true} lamp-lamp\nlamp"] * 50, vocab_size=400)
+    return tiny.make_tokenizer(["\nred-lamp: 30 left, 127\n{\"on\": true} lamp-lamp\nlamp"] * 50,
+                               vocab_size=400)
 
 
 def pieces(tok, text):
@@ -24,7 +26,8 @@ def pieces(tok, text):
 
 
 def test_a_digit_is_a_token_of_its_own(frequent):
-    assert pieces(frequent, "\nred-lamp: 127 30") == ["\nred", "-", "lamp", ":", " 1", "2", "7", " 3", "0"]
+    assert pieces(frequent, "\nred-lamp: 127 30") == ["\nred", "-", "lamp", ":", " 1", "2", "7",
+                                                      " 3", "0"]
 
 
 def test_punctuation_is_apart_from_words(frequent):
@@ -36,12 +39,13 @@ def test_a_word_comes_with_the_space_or_line_break_before_it(frequent):
     assert pieces(frequent, "\nred  lamp \n\nred") == ["\nred", " ", " lamp", " ", "\n", "\nred"]
 
 
-@pytest.mark.parametrize("text", ["", " ", "a  b \n\n c\t", "É-ß 中12", "\u2028x\x00", "3.14 <eos> -> [x]"])
+@pytest.mark.parametrize("text", ["", " ", "a  b \n\n c\t", "É-ß 中12", "\u2028x\x00",
+                                  "3.14 <eos> -> [x]"])
 def test_every_text_comes_back_as_it_was(frequent, text):
     assert lm.decode(frequent, lm.encode(frequent, text)) == text
 
 
-# --- the model ----------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 def test_a_tiny_model_is_a_function_of_its_seed(tok):
     make = lambda seed: weights(tiny.make_model(tok, width=32, layers=2, seed=seed))
@@ -59,16 +63,18 @@ def test_a_saved_tiny_model_gives_the_same_numbers(tok, tmp_path, bias):
     pretrained.save(model, tok, tmp_path)
     prefix, row = list(range(5, 25)), list(range(5, 15))
     a, b = (naive(m, prefix, row) for m in (model, pretrained.load(str(tmp_path))[0]))
-    assert torch.allclose(a, b, atol=1e-5) and (model.model.layers[0].self_attn.q_proj.bias is not None) == bias
+    assert torch.allclose(a, b, atol=1e-5)
+    assert (model.model.layers[0].self_attn.q_proj.bias is not None) == bias
 
 
 def test_the_shipped_model_is_one_that_this_code_makes():
     """Its shapes and its context, whatever its weights."""
     model, tok = pretrained.load(tiny.FOLDER)
     made = tiny.make_model(tok)
-    shapes = lambda model: {name: p.shape for name, p in model.named_parameters()}
-    assert shapes(model) == shapes(made) and pretrained.context(model) == pretrained.context(made)
-    assert 1.0e6 < model.num_parameters() < 1.3e6 and all(p.isfinite().all() for p in model.parameters())
+    one, two = ({name: p.shape for name, p in m.named_parameters()} for m in (model, made))
+    assert one == two and pretrained.context(model) == pretrained.context(made)
+    assert 1.0e6 < model.num_parameters() < 1.3e6
+    assert all(p.isfinite().all() for p in model.parameters())
     assert tok.eos_token_id == model.config.eos_token_id and tok.chat_template is None
 
 
@@ -86,7 +92,8 @@ def test_for_images_p_copies_and_q_does_not():
     added = images.vocabulary(shown, 16)
     tok = tiny.make_tokenizer([" move it\n- \n+ \nnext:\naction:"] * 20, vocab_size=300)
     P, Q, again = tiny.for_images(tok, added, shown, None, seed=0)
-    assert again is tok and set(added) <= set(tok.get_added_vocab()) and P.config.vocab_size == len(tok)
+    assert again is tok and set(added) <= set(tok.get_added_vocab())
+    assert P.config.vocab_size == len(tok)
     biases = [model.model.layers[0].self_attn.k_proj.bias.abs().max() for model in (P, Q)]
     assert biases[0] > 1 and biases[1] == 0
     codes = tok.convert_tokens_to_ids(["<c0>", "<c15>"])
