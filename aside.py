@@ -27,7 +27,8 @@ class Now:
 
 def possible(cfg):
     """A CPU with a core to spare, one thread a process, and no torchrun."""
-    return cfg.aside and cfg.device != "cuda" and cfg.threads == 1 and cores() > 1 and parallel.world() == 1
+    on_cpu = cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available())
+    return cfg.aside and on_cpu and cfg.threads == 1 and cores() > 1 and parallel.world() == 1
 
 
 def cores():

@@ -23,8 +23,11 @@ def evaluate_P(P, lab, data):
 
 
 def sampled(P, lab, data):
-    """Share of changed transitions whose future, drawn as the paper draws it, is y; the mean of DRAWS draws."""
-    xs, zs, ys = map(list, zip(*[row for row in data if row[0] != row[2]]))
+    """Share of changed transitions whose future, drawn as the paper draws it, is y; the mean of DRAWS draws. None without any."""
+    changed = [row for row in data if row[0] != row[2]]
+    if not changed:
+        return None
+    xs, zs, ys = map(list, zip(*changed))
     generator = torch.Generator(P.device).manual_seed(lab.cfg.seed + parallel.rank())
 
     def draw(xs, zs):

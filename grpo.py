@@ -67,8 +67,9 @@ def shape(logp, lengths, form="sum", floor=10.0):
 
 
 def floored(R, floor):
-    """Share of rewards that lie on the floor: no group of these alone can teach."""
-    return (R <= -floor).float().mean().item() if floor and len(R) else 0.0
+    """Share of the rewards of all processes that lie on the floor: no group of these alone can teach."""
+    low = int((R <= -floor).sum()) if floor else 0
+    return parallel.total(low) / max(1, parallel.total(len(R)))
 
 
 def k1(logp_pi, logp_ref):

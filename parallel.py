@@ -12,7 +12,7 @@ divides by the number that all of them have together, and gradients are SUMMED o
    are summed into shards, clipped and applied there. In float32 with AdamW a trained parameter costs 8 + 12/N bytes (weight and
    gradient whole; master and moments in shards) in place of 16, a frozen one 4 + 4/N in place of 4: from N = 3 it is less.
 3. Every rank draws its own rollouts (generator: seed + rank) for its share of one batch. So N processes are another random run
-   than one, of the same law (but for `--pool`: each chooses among its own pairs). Muon agrees with one process to rounding.
+   than one, of the same law. Muon agrees with one process to rounding.
 4. What depends on a clock is decided by rank 0 (`agree`); validation and evaluation rows are cut among the ranks and gathered,
    so that all see one score. Rank 0 alone writes and prints, and computes the bounds at the end. Metrics of a step are those of
    all ranks, samples those of rank 0.

@@ -27,6 +27,10 @@ from envs import records
 OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm", "sft", "rivals",
         "checkpoint-a", "checkpoint-b", "rollout.png", "rollout.gif", "codebook.npz"}
 OURS |= {name + ".new" for name in OURS}
+FOLDERS = {"fwm", "idm", "sft", "rivals", "checkpoint-a", "checkpoint-b"}
+PICTURE = re.compile(r"picture-(sft|bootstrap|iteration\d+-phase[12])\.png")
+MODEL_FILE = re.compile(r"(adapter_)?(config|model|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|"
+                        r"vocab|chat_template)[\w.-]*\.(json|safetensors|jinja|model)|merges\.txt|README\.md")
 
 
 def fail(message):
@@ -65,11 +69,9 @@ class Run:
         if found - {"config.json.new"} and not old:
             fail(f"--out {cfg.out} holds files that no run wrote; give another folder")
         if cfg.fresh and found:
-            saved = (self.load("progress.json") or {}).get("saved", [])
-            foreign = sorted(name for name in found - OURS if not re.fullmatch(r"picture-(sft|iteration\d+-phase[12])\.png", name)) + [f"{side}/{p.name}" for side in ("fwm", "idm") if side in found
-                                              for p in sorted((self.dir / side).rglob("*")) if p.name not in saved]
+            foreign = self.foreign(self.dir)
             if foreign:
-                fail(f"--fresh: {cfg.out} holds {foreign[0]}, which no run wrote; move it away first")
+                fail(f"--fresh: {cfg.out} holds {foreign[0].relative_to(self.dir)}, which no run wrote; move it away first")
             shutil.rmtree(self.dir)
             old = {}
         for k in config:
@@ -84,6 +86,17 @@ class Run:
                                  ).stdout.strip() if shutil.which("git") else None
             self.write("config.json", {"settings": config, "data_sha256": data, "git": git or None, "versions": {
                 "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}})
+
+    def foreign(self, folder):
+        """Files in a run's folder that no run wrote."""
+        out = []
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and path.name in FOLDERS:
+                out += self.foreign(path)
+            elif not (path.name in OURS or PICTURE.fullmatch(path.name) or
+                      folder.name in ("fwm", "idm") and MODEL_FILE.fullmatch(path.name)):
+                out.append(path)
+        return out
 
     def load(self, name):
         path = self.dir / name
@@ -140,7 +153,6 @@ class Run:
             shutil.rmtree(self.dir / folder, ignore_errors=True)
             pretrained.save(P, tok, self.dir / folder / "fwm")
             pretrained.save(Q, tok, self.dir / folder / "idm")
-            self.progress["saved"] = sorted(p.name for p in (self.dir / folder / "fwm").rglob("*"))
         self.progress["stages"].append(stage)
         self.progress["folder"] = folder
         self.save_progress()
@@ -173,7 +185,7 @@ def peak_rss_mb():
 
 def show(scores):
     fwm, idm = scores["fwm"], scores["idm"]
-    return (f"FWM exact {fwm['exact']:.3f}, of changed {fwm['exact_changed'] or 0:.3f}, sampled {fwm['sampled']:.3f}, "
+    return (f"FWM exact {fwm['exact']:.3f}, of changed {fwm['exact_changed'] or 0:.3f}, sampled {fwm['sampled'] or 0:.3f}, "
             f"logp {fwm['logp']:.2f} | IDM exact {idm['exact']:.3f}, logp {idm['logp']:.3f}, refused {idm['refused']:.3f}")
 
 
@@ -219,11 +231,11 @@ def report(results):
                (1, lambda idm: idm.get("refused"), 100)]
     heads = ["FWM: exact", "changed", "sampled", *(head for head, _, _ in middle), "logp", "IDM: exact", "logp", "refused",
              "steps", "seconds"]
-    cell = lambda value, scale=1, digits=2: f"{value * scale:10.{digits}f}" if value is not None else "         -"
+    cell = lambda value, scale=1, digits=2: f"{value * scale:11.{digits}f}" if value is not None else "          -"
     print(f"\n{results['env']}, seed {results['seed']}: {results['splits']['test']} held-out transitions, "
           f"{results['seconds']['total'] / 60:.1f} minutes on {results['hardware']}")
     print("exact: y_hat = y, greedily; changed: the same where y != x; sampled: where y != x, one future drawn; in %")
-    print(f"{'':22}" + "".join(f"{head:>10}" for head in heads))
+    print(f"{'':22}" + "".join(f"{head:>11}" for head in heads))
     for name, fwm, idm, steps, seconds in rows:
         sides = fwm, idm
         print(f"{name:22}" + "".join(cell(sides[i] and get(sides[i]), scale) for i, get, scale in columns)

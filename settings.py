@@ -49,34 +49,34 @@ class Config:
                             "(pixels: five times as many) are state-only")
     busy: float = setting(0.5, "share of the training transitions of a text world in which somebody else acts as well "
                           "(0: clean logs; validation and test are always clean)")
-    eval_size: int = setting(400, "test transitions that are scored, drawn once with the seed; fewer if states are long")
+    eval_size: int = setting(300, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(100, "transitions of the labelled half that are held back to validate, at most (half of it at most)")
     max_state: int = setting(0, "longest state in tokens: a longer one loses its middle, in x and y alike (0: none is cut)")
     vq: str = setting("", "of pixels: a VQ model of transformers (Emu3VQVAE, JanusVQVAE; a folder or Hub id) in place of the "
                       "run's own codebook")
     # warm-up (SFT on the labelled half) and Bootstrap
     warmup_steps: int = setting(600, "steps of the FWM's warm-up")
-    warmup_steps_idm: int = setting(250, "steps of the IDM's warm-up")
+    warmup_steps_idm: int = setting(200, "steps of the IDM's warm-up")
     warmup_batch: int = setting(8, "transitions a step of the FWM. Paper: 128")
     warmup_batch_idm: int = setting(32, "transitions a step of the IDM. Paper: 128")
-    warmup_lr: float = setting(2e-3, "peak rate of both warm-ups and of Bootstrap. For a pretrained model: 2e-5 (paper)")
+    warmup_lr: float = setting(3e-3, "peak rate of both warm-ups and of Bootstrap. For a pretrained model: 2e-5 (paper)")
     decay: float = setting(0.1, "weight decay of the warm-ups")
     spoiled: float = setting(0.0, "share of the IDM's labelled pairs that it also sees with a wrong y and no action (paper: 0)")
     muon: bool = setting(True, "Muon on the weight matrices in the warm-up; the phases use AdamW, as the paper")
     rivals: bool = setting(True, "train and score the rivals as well: best of 8, Bootstrap, Bootstrap and then SWIRL")
-    bootstrap_steps: int = setting(600, "steps of Bootstrap: as many as take the seconds of all Phases I")
+    bootstrap_steps: int = setting(500, "steps of Bootstrap: as many as take the seconds of all Phases I")
     # Algorithm 1
     iterations: int = setting(2, "times Phase I and Phase II alternate. Paper: up to 3")
-    phase1_steps: int = setting(60, "steps of each Phase I")
-    phase2_steps: int = setting(60, "steps of each Phase II")
+    phase1_steps: int = setting(50, "steps of each Phase I")
+    phase2_steps: int = setting(40, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
-    group_size: int = setting(16, "rollouts a prompt, G. Paper: 8, 16 recommended")
-    lr_fwm: float = setting(4e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
-    lr_idm: float = setting(2e-4, "learning rate of Phase II, falling to 0 as well")
+    group_size: int = setting(8, "rollouts a prompt, G. Paper: 8; 16 recommended by its ablation")
+    lr_fwm: float = setting(2e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
+    lr_idm: float = setting(5e-5, "learning rate of Phase II, falling to 0 as well")
     updates: int = setting(1, "optimizer steps on one batch of rollouts (paper: 1)")
     clip: float = setting(0.2, "range of the policy ratio")
     replay: int = setting(0, "labelled rows whose log-likelihood joins each step of a phase (paper: 0)")
-    scale: str = setting("mean", "advantage: R - mean (Eq. 4), / std (released), leave-one-out",
+    scale: str = setting("std", "advantage: (R - mean) / std (released), R - mean (Eq. 4), leave-one-out",
                          choices=["mean", "std", "loo"])
     beta: float = setting(0.1, "KL to the reference in Phase II. Paper: .1; 1 is the exact ELBO (Eq. 5)")
     beta_fwm: float = setting(0.0, "KL to the reference in Phase I. Eq. 3 and 4: 0; released scripts: .04")
@@ -138,5 +138,7 @@ def check(cfg):
     for name, fine in checks.items():
         if not fine:
             rundir.fail(f"--{name.replace('_', '-')} cannot be {getattr(cfg, name)}; see --help")
+    if cfg.busy and cfg.env == "pixels" and not cfg.data:
+        rundir.fail("--busy is for the text worlds; leave it out with --env pixels")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         rundir.fail("--device cuda: no GPU is visible; use --device cpu")

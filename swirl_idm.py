@@ -58,7 +58,7 @@ def no_refusal(Q, tok):
     """Within, Q may not refuse: the empty action is ruled out of sampling and scoring, the rest is renormalised."""
     before = getattr(Q, "allowed", None)
     allowed = torch.ones(1, Q.config.vocab_size, dtype=torch.bool, device=Q.device) if before is None else before
-    allowed = torch.cat([allowed[:1], allowed])                                    # (2 or more, V) row 0 is of the first token
+    allowed = torch.cat([allowed[:1], allowed[1:] if len(allowed) > 1 else allowed])   # (2 or more, V) row 0: the first token
     allowed[0, tok.eos_token_id] = False
     Q.allowed = allowed
     try:

@@ -80,7 +80,7 @@ def embed_images(model, codes, places, features=None, scale=0.1):
 def write_copy_heads(model, seen, period, sharp=8.0, scale=0.1):
     """For images, where the same code stands in many places: heads that look at the patch where the next token stood in the picture before, and
     at those beside, above and below it, as a convolution does. Only the first goes to the output: an untrained model copies. All of it
-    stays trainable. As in `write_induction_head`, constant queries and keys (biases) are turned apart by RoPE.
+    stays trainable. Constant queries and keys (biases) are turned apart by RoPE.
 
     seen: of `embed_images`; period: tokens from a patch of x to the same one of y.
     """

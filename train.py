@@ -49,7 +49,7 @@ def train(cfg):
         return rundir.report(rundir.Run(cfg, started).load("results.json"))
     device = begin(cfg)
     P, Q, lab = loading.open_lab(cfg, device)
-    plan.fix_steps(cfg, steps_to_time(P, Q, lab) if cfg.minutes else {})                  # --minutes sets the steps
+    plan.fix_steps(cfg, steps_to_time(P, Q, lab, device) if cfg.minutes else {})          # --minutes sets the steps
     run = lab.run = rundir.Run(cfg, started)                           # nothing is written before this
     P, Q = settle(P, Q, lab, device, run.progress["folder"])
     introduce(P, lab)
@@ -213,10 +213,12 @@ def rivals(cfg):
 
 # --- the beginning, the end of a stage, the end -------------------------------------------------------------------------
 
-def steps_to_time(P, Q, lab):
+def steps_to_time(P, Q, lab, device):
     """{stage: f() takes one step of it}, on copies of the models: what `--minutes` measures."""
     cfg, tok = lab.cfg, lab.tok
-    P, Q, frozen_P, frozen_Q = copy.deepcopy(P), copy.deepcopy(Q), lm.freeze(P), lm.freeze(Q)
+    P, Q = copy.deepcopy(P).to(device), copy.deepcopy(Q).to(device)
+    loading.restrict(P, Q, tok, lab.labelled[0][0])
+    frozen_P, frozen_Q = lm.freeze(P), lm.freeze(Q)
     rng = random.Random(cfg.seed)
     rows_p, rows_q = (sft.batches(rows, size, rng) for rows, size in
                       ((rows_of_P(lab), cfg.warmup_batch), (rows_of_Q(lab), cfg.warmup_batch_idm)))

@@ -15,7 +15,7 @@ A world is a list of cells. A cell has a name, a kind and a value:
 
 Other actions look at a cell (nothing changes), move all counters on, delete a thing or add one.
 An action may fail: the number would be negative, the name is not in the list, the flag is already so.
-Then nothing changes, or only the reply line of a world that has one.
+Then nothing changes, or only the answer line of a world that has one.
 
 Each transition has a world of its own: words, verbs, the form of an action, the form of a state.
 The forms of a state: lines `name: value`, rows, sections, sentences, JSON, HTML, a table.
@@ -109,7 +109,7 @@ class World:
         self.the = rng.choice(("", "the ", "The "))
         self.pool = [self.name() for _ in range(rng.randint(4, 9))]
         self.step = rng.choice((1, 1, 1, 5, 10))         # what a tick adds to each number
-        self.reply = "ok" if rng.random() < 0.3 else None
+        self.feedback = "done" if rng.random() < 0.3 else None
         self.fields = [(word(rng), rng.choice(KINDS)) for _ in range(rng.randint(1, 5))]
         for _ in range(self.size()):
             self.add_thing(self.name())
@@ -176,9 +176,9 @@ class World:
             return self.answer(self.say("look", self.label(cell)), cell.shown(self.none))
         return getattr(self, "act_on_" + cell.kind)(cell, self.label(cell))
 
-    def answer(self, z, reply="ok"):
-        if self.reply:
-            self.reply = reply
+    def answer(self, z, feedback="done"):
+        if self.feedback:
+            self.feedback = feedback
         return z
 
     def act_on_all(self):
@@ -212,14 +212,14 @@ class World:
         z = self.say(kind, label) if amount == 1 else self.say(kind, label, amount)
         after = cell.value + (amount if kind == "raise" else -amount)
         if after < 0:
-            return self.answer(z, f"error: {label} too low")
+            return self.answer(z, f"failed: {label} would be negative")
         cell.value = after
         return self.answer(z)
 
     def act_on_flag(self, cell, label):
         value = self.rng.choice(cell.pair)
         was, cell.value = cell.value, value
-        return self.answer(self.say("flag", label, value), "ok" if was != value else f"already {value}")
+        return self.answer(self.say("flag", label, value), "done" if was != value else f"already {value}")
 
     def act_on_word(self, cell, label):
         rng = self.rng
@@ -247,7 +247,7 @@ class World:
         if kind == "put":
             name = rng.choice(self.pool)
             if name in cell.value or len(cell.value) > 3:
-                return self.answer(self.say("put", name, label), f"error: {label} has {name} or is full")
+                return self.answer(self.say("put", name, label), f"failed: {label} has {name} or is full")
             cell.value = [*cell.value, name]
             return self.answer(self.say("put", name, label))
         name = rng.choice(cell.value if cell.value and rng.random() < 0.9 else self.pool)
@@ -255,7 +255,7 @@ class World:
         target = rng.choice(others) if kind == "move" and others else None
         z = self.say("move", name, self.label(target)) if target else self.say("take", name, label)
         if name not in cell.value:
-            return self.answer(z, f"error: {name} is not there") if not target else None
+            return self.answer(z, f"failed: {name} is not there") if not target else None
         cell.value = [other for other in cell.value if other != name]
         if target and name not in target.value:
             target.value = [*target.value, name]
@@ -297,19 +297,19 @@ def by_thing(world):
     return things
 
 
-def with_reply(world, lines):
-    return "\n".join(lines + ([f"reply: {world.reply}"] if world.reply else []))
+def with_feedback(world, lines):
+    return "\n".join(lines + ([f"answer: {world.feedback}"] if world.feedback else []))
 
 
 def lines(world):
     """A line a cell."""
-    return with_reply(world, [f"{world.bullet}{world.label(cell)}{world.separator}{cell.shown(world.none)}"
+    return with_feedback(world, [f"{world.bullet}{world.label(cell)}{world.separator}{cell.shown(world.none)}"
                               for cell in world.cells])
 
 
 def rows(world):
     """A line a thing: its name, then its values."""
-    return with_reply(world, [f"{world.bullet}{thing}{world.separator}" + ", ".join(c.shown(world.none) for c in cells)
+    return with_feedback(world, [f"{world.bullet}{thing}{world.separator}" + ", ".join(c.shown(world.none) for c in cells)
                               for thing, cells in by_thing(world).items()])
 
 
@@ -319,7 +319,7 @@ def sections(world):
     for thing, cells in by_thing(world).items():
         out.append(f"[{thing}]" if world.bullet else f"{thing}:")
         out += [f"  {cell.field}{world.separator}{cell.shown(world.none)}" for cell in cells]
-    return with_reply(world, out)
+    return with_feedback(world, out)
 
 
 def sentences(world):
@@ -336,14 +336,14 @@ def sentences(world):
             else:
                 said.append(f"has the {cell.field} {shown}")
         out.append(f"{world.bullet}{world.the}{thing} {', '.join(said)}.")
-    return with_reply(world, out) if world.indent else with_reply(world, [" ".join(out)])
+    return with_feedback(world, out) if world.indent else with_feedback(world, [" ".join(out)])
 
 
 def json_text(world):
     state = {thing: {cell.field: cell.value if cell.kind in ("number", "list") else cell.shown(world.none)
                      for cell in cells} for thing, cells in by_thing(world).items()}
-    if world.reply:
-        state["reply"] = world.reply
+    if world.feedback:
+        state["answer"] = world.feedback
     return json.dumps(state, indent=world.indent)
 
 
@@ -356,7 +356,7 @@ def html(world):
             out += [f'<{world.tag} id="{thing}"{marks}>', *("  " + part for part in inner), f"</{world.tag}>"]
         else:
             out.append(f'<{world.tag} id="{thing}"{marks}>{" ".join(inner)}</{world.tag}>')
-    return with_reply(world, out)
+    return with_feedback(world, out)
 
 
 def table(world):
@@ -365,7 +365,7 @@ def table(world):
     things = by_thing(world)
     head = ["name", *(cell.field for cell in next(iter(things.values())))]
     rows = [[thing, *(cell.shown(world.none).replace(", ", " ") for cell in cells)] for thing, cells in things.items()]
-    return with_reply(world, [mark.join(row) for row in [head, *rows]])
+    return with_feedback(world, [mark.join(row) for row in [head, *rows]])
 
 
 FORMS = {"lines": lines, "rows": rows, "sections": sections, "sentences": sentences, "json": json_text, "html": html, "table": table}

@@ -37,7 +37,7 @@ To add a substance or a recipe: a line in SUBSTANCES or RECIPES (and STOCK, if t
 import copy
 
 STEPS = 14
-EPISODES = 90       # to train on, unless --episodes says else
+EPISODES = 240       # to train on, unless --episodes says else
 STATE_ONLY = 1
 PRESET = {}         # settings of this world, where they differ from settings.py's
 KINDS = ("put", "take", "turn on", "turn off", "open", "close",

@@ -53,7 +53,7 @@ Departures from the benchmark
 import copy
 
 STEPS = 14
-EPISODES = 54       # to train on, unless --episodes says else
+EPISODES = 240       # to train on, unless --episodes says else
 STATE_ONLY = 1
 PRESET = {}         # settings of this world, where they differ from settings.py's
 REPEAT = 0.06       # share of calls that repeat the call before: an impatient caller

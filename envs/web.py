@@ -98,7 +98,7 @@ OTHERS = ("amount", "remove", "name", "street", "time", "delivery", "coupon")
 HABITS = {"search": 2, "clear": 4, "colour": 2, "sort": 2, "next": 9, "previous": 14, "add": 5, "amount": 3, "remove": 3,
           "checkout": 9, "back": 9, "name": 10, "street": 10, "time": 10, "delivery": 8, "coupon": 8, "apply": 6, "pay": 4,
           "yes": 7, "close": 2}
-EPISODES = 74    # to train on, unless --episodes says else
+EPISODES = 240    # to train on, unless --episodes says else
 STATE_ONLY = 1
 PRESET = {}         # settings of this world, where they differ from settings.py's
 CARELESS = 0.16   # share of actions drawn without a look at the page: most of these change nothing

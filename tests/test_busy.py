@@ -212,9 +212,6 @@ def test_pixels_are_clean_unless_asked():
     assert parse(["--env", "pixels"]).busy == 0 < parse([]).busy
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError,
-                   reason="envs.draw hands `busy` to pixels.episode, which has no such argument: "
-                   "`train.py --env pixels --busy .5` ends in a traceback")
 def test_pixels_and_busy_are_one_line_or_no_error():
     try:
         busy = parse(["--env", "pixels", "--busy", "0.5"]).busy

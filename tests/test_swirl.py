@@ -609,9 +609,6 @@ def test_without_refusal_what_was_ruled_out_stays_so():
     assert {row[0] for row in rows} == {1, 2, 3}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="swirl_idm.no_refusal puts a second copy of row 0 of `allowed` before the "
-    "rest: sets of several rows, its own among them, move on by one token")
 @pytest.mark.parametrize("rows", [1, 3])
 def test_without_refusal_later_tokens_keep_their_own_sets(rows):
     """rows 1: within itself, so that the end stays allowed as the second token."""

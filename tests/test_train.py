@@ -729,9 +729,6 @@ def test_fresh_deletes_what_a_run_wrote_and_nothing_else(lamps, tmp_path, capsys
         assert name in refused(capsys, argv) and (out / "fwm" / "config.json").exists()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="rundir.Run.prepare looks for foreign files in fwm/ and idm/ alone: what "
-    "lies in rivals/ or sft/ is deleted with the rest")
 @pytest.mark.parametrize("folder", ["rivals", "sft"])
 def test_fresh_keeps_what_a_person_put_beside_the_rivals(lamps, tmp_path, capsys, folder):
     argv, out = lamps[0], tmp_path / "copy"
