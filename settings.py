@@ -16,8 +16,8 @@ PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, 
 # The same with --lora: ten times the rates (Schulman et al. 2025, LoRA Without Regret)
 LORA = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 
-# A file of the user's own has states of any length: the reward is a mean per token, and a step holds what memory holds
-OWN_FILE = {"reward_form": "mean", "floor": 10.0}
+# A file of the user's own, whose states may be long: a reward per token, and fewer steps, which cost more
+OWN_FILE = {"reward_form": "mean", "floor": 10.0, "bootstrap_steps": 300, "phase1_steps": 20, "phase2_steps": 20}
 
 
 def setting(default, text, **extra):
@@ -71,7 +71,7 @@ class Config:
     phase2_steps: int = setting(40, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B. Paper: 64 to 128")
     group_size: int = setting(8, "rollouts a prompt, G. Paper: 8; 16 recommended by its ablation")
-    lr_fwm: float = setting(2e-4, "learning rate of Phase I, falling to 0 within it. Paper: 1e-6 for 3B to 7B models")
+    lr_fwm: float = setting(1e-4, "learning rate of Phase I, falling to 0 within it; a fifth of it from the second iteration on. Paper: 1e-6 for 3B to 7B models")
     lr_idm: float = setting(5e-5, "learning rate of Phase II, falling to 0 as well")
     updates: int = setting(1, "optimizer steps on one batch of rollouts (paper: 1)")
     clip: float = setting(0.2, "range of the policy ratio")

@@ -42,6 +42,9 @@ from evals import metrics
 from settings import parse
 
 
+LATER = 0.2     # of its rate a phase takes from the second iteration on, as in the paper (1e-6, then 2e-7)
+
+
 def train(cfg):
     """Algorithm 1: warm up on labels, then Phase I and Phase II in turn on pairs (x, y)."""
     started = time.monotonic()
@@ -81,7 +84,8 @@ def alternate(P, Q, lab):
         name = f"iteration{i}/phase1"
         if not run.done(name):
             since = time.monotonic()
-            settings = phase_settings(cfg, cfg.phase1_steps, beta=cfg.beta_fwm, lr=cfg.lr_fwm, max_new=lab.max_y,
+            lr = cfg.lr_fwm * (1 if i == 1 else LATER)
+            settings = phase_settings(cfg, cfg.phase1_steps, beta=cfg.beta_fwm, lr=lr, max_new=lab.max_y,
                                       temperature=cfg.temperature_fwm, min_p=cfg.min_p_fwm)
             step = functools.partial(swirl_fwm.phase1_step, max_z=lab.max_z, **reward)
             run_phase(name, step, P, Q, share_of(pairs, i, cfg, cfg.phase1_steps), settings, lab, rows_of_P(lab))
@@ -90,7 +94,8 @@ def alternate(P, Q, lab):
         name = f"iteration{i}/phase2"
         if not run.done(name):
             since = time.monotonic()
-            settings = phase_settings(cfg, cfg.phase2_steps, beta=cfg.beta, lr=cfg.lr_idm, max_new=lab.max_z,
+            lr = cfg.lr_idm * (1 if i == 1 else LATER)
+            settings = phase_settings(cfg, cfg.phase2_steps, beta=cfg.beta, lr=lr, max_new=lab.max_z,
                                       temperature=cfg.temperature)
             step = functools.partial(swirl_idm.phase2_step, **reward)
             run_phase(name, step, Q, P, share_of(pairs, i, cfg, cfg.phase2_steps), settings, lab, rows_of_Q(lab))
