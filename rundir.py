@@ -27,7 +27,7 @@ from envs import records
 OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm", "sft", "rivals",
         "checkpoint-a", "checkpoint-b", "rollout.png", "rollout.gif", "codebook.npz"}
 OURS |= {name + ".new" for name in OURS}
-FOLDERS = {"fwm", "idm", "sft", "rivals", "checkpoint-a", "checkpoint-b"}
+FOLDERS = {"fwm", "idm", "adapter", "sft", "rivals", "checkpoint-a", "checkpoint-b"}
 PICTURE = re.compile(r"picture-(sft|bootstrap|iteration\d+-phase[12])\.png")
 MODEL_FILE = re.compile(r"(adapter_)?(config|model|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|"
                         r"vocab|chat_template)[\w.-]*\.(json|safetensors|jinja|model)|merges\.txt|README\.md")
@@ -69,6 +69,7 @@ class Run:
         if found - {"config.json.new"} and not old:
             fail(f"--out {cfg.out} holds files that no run wrote; give another folder")
         if cfg.fresh and found:
+            self.load("progress.json")                         # one that is damaged is no run's, perhaps
             foreign = self.foreign(self.dir)
             if foreign:
                 fail(f"--fresh: {cfg.out} holds {foreign[0].relative_to(self.dir)}, which no run wrote; move it away first")
@@ -94,7 +95,7 @@ class Run:
             if path.is_dir() and path.name in FOLDERS:
                 out += self.foreign(path)
             elif not (path.name in OURS or PICTURE.fullmatch(path.name) or
-                      folder.name in ("fwm", "idm") and MODEL_FILE.fullmatch(path.name)):
+                      folder.name in ("fwm", "idm", "adapter") and MODEL_FILE.fullmatch(path.name)):
                 out.append(path)
         return out
 

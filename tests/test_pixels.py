@@ -661,7 +661,7 @@ def test_the_table_of_a_run_of_pixels_holds_its_own_columns(done, capsys):
     lines = capsys.readouterr().out.splitlines()
     head, last = (next(line for line in lines if line.startswith(begin))
                   for begin in (" " * 22, "iteration1/phase2"))
-    names = [head[i:i + 10].strip() for i in range(22, len(head), 10)]
+    names = [head[i:i + 11].strip() for i in range(22, len(head), 11)]
     assert names[3:6] == ["patches %", "motion %", "T = 6 %"] and "BLEU" not in head
     assert last.split()[4:7] == ["12.34", "23.45", "34.56"]
 
