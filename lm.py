@@ -155,6 +155,7 @@ def check_mode(model):
 
 def prefill(model, prefixes):
     """Run the prefixes but for their last token: (cache, mask (B, P-1), last token (B, 1), its position (B, 1))."""
+    check_mode(model)
     ids, mask = pad(prefixes, "left", 0, model.device)                             # (B, P)
     position = (mask.cumsum(1) - 1).clamp(min=0)                                   # (B, P)
     cache = DynamicCache(config=model.config)
@@ -183,7 +184,6 @@ def sample(model, prefixes, G, max_new, eos, temperature=1.0, top_p=1.0, top_k=0
         parts = [settle(model, prefixes[i:i + size], guess[i:i + size], G, max_new, eos, policy, pick, numbers)
                  for i in range(0, len(prefixes), size)]
         return tuple(sum(lists, []) for lists in zip(*parts))
-    check_mode(model)
     cache, mask, token, position = prefill(model, prefixes)                        # token, position (B, W), W = 1 at first
     N, rows, logps = len(prefixes) * G, [[] for _ in range(len(prefixes) * G)], [[] for _ in range(len(prefixes) * G)]
     seen = mask[:, None].bool()                                                    # (B, W, L) what of the cache each token sees
@@ -322,9 +322,9 @@ def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0, min_p
     Right-padded; differentiable. Rows that share a prefix: one pass over the prefixes and one over the rows. A row for each prefix:
     one pass over both, and no mask, since nothing real stands behind the padding. Use `chunks` to bound its memory.
     """
-    check_mode(model)
     scored_of = n_scored or [len(row) for row in rows]
     if len(set(owner)) == len(rows):
+        check_mode(model)
         ids, live = pad([[*prefixes[o], *row] for o, row in zip(owner, rows)], "right", 0, model.device)   # (N, L)
         ends = live.sum(1)                                                         # (N,)
         t = torch.arange(ids.shape[1], device=model.device) - (ends - torch.tensor(scored_of, device=model.device))[:, None]

@@ -15,6 +15,7 @@ import torch
 
 import lm
 import pretrained
+import sft
 import swirl_fwm
 import swirl_idm
 import tiny
@@ -56,20 +57,8 @@ def draw(tok, step, args, rng):
 def loss_of(model, pairs):
     """Mean of -log p(token) over all y, plus the mean over all z; adds its gradient. z is short: one mean of both would
     leave Q a twentieth of the weight."""
-    total = 0.0
-    for side in (0, 1):
-        prompts, targets = zip(*[pair for pair, which in pairs if which == side])
-        owner, tokens = range(len(targets)), sum(map(len, targets))
-        for chosen in lm.chunks(prompts, targets, owner, 1024):
-            loss = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
-            loss.backward()
-            total += loss.item()
-    return total
-
-
-def rate(step, steps, peak):
-    """Rises for 100 steps, stays, and falls to 0 over the last half."""
-    return peak * min(1.0, step / 100, 2 * (steps - step + 1) / steps)
+    sides = [[pair for pair, which in pairs if which == side] for side in (0, 1)]
+    return sum(sft.backward(model, some, sum(len(target) for _, target in some)) for some in sides)
 
 
 def held_out(model, tok, n=200):
@@ -106,7 +95,7 @@ def main(argv=None):
     for step in range(1, args.steps + 1):
         losses.append(loss_of(model, draw(tok, step, args, rng)))
         lm.encode.cache_clear()                                 # no text comes twice
-        lm.optimizer_step(model, optimizers, rate(step, args.steps, args.lr))
+        lm.optimizer_step(model, optimizers, sft.rate(step, args.steps, args.lr, rise=100))
         if step % 100 == 0:
             print(f"step {step} of {args.steps}: loss {sum(losses[-100:]) / 100:.4f}, "
                   f"{(time.monotonic() - begin) / 60:.1f} minutes", flush=True)

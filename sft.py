@@ -20,7 +20,7 @@ import swirl_idm
 
 
 def batches(rows, size, rng):
-    """Endless batches of `size`, shuffled anew when fewer are left (these are passed over)."""
+    """Endless batches of `size`; when fewer rows are left, all are shuffled anew behind these."""
     order = []
     while True:
         while len(order) < size:
@@ -29,22 +29,28 @@ def batches(rows, size, rng):
         order = order[size:]
 
 
-def rate(step, steps, peak):
-    """Rises for 20 steps, stays, and falls to 0 over the last half."""
-    return peak * min(1.0, step / 20, 2 * (steps - step + 1) / steps)
+def rate(step, steps, peak, rise=20):
+    """Rises for `rise` steps, stays, and falls to 0 over the last half."""
+    return peak * min(1.0, step / rise, 2 * (steps - step + 1) / steps)
+
+
+def backward(model, rows, tokens):
+    """Add the gradient of the sum of -log p over the targets of rows [(prompt, target)], divided by `tokens`; returns its value."""
+    if not rows:
+        return 0.0
+    prompts, targets = zip(*rows)
+    owner, loss = range(len(rows)), 0.0
+    for chosen in lm.chunks(prompts, targets, owner, lm.budget(model)):
+        part = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
+        part.backward()
+        loss += part.item()
+    return loss
 
 
 def step(model, rows, optimizers, lr):
     """One step on rows [(prompt, target)] of all processes: (mean of -log p of a target's token, gradient norm)."""
     tokens = sum(len(target) for _, target in rows)
-    loss = 0.0
-    mine = parallel.share(rows)
-    prompts, targets = [prompt for prompt, _ in mine], [target for _, target in mine]
-    owner = range(len(mine))
-    for chosen in lm.chunks(prompts, targets, owner, lm.budget(model)) if mine else []:
-        part = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
-        part.backward()
-        loss += part.item()
+    loss = backward(model, parallel.share(rows), tokens)
     norm = lm.optimizer_step(model, optimizers, lr)
     return parallel.total(loss), norm
 
