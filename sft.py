@@ -77,8 +77,7 @@ def bootstrap(P, Q, lab, validate):
     xs, ys = map(list, zip(*lab.state_only))
     z_hat = parallel.divide(lambda xs, ys: swirl_idm.predict(Q, tok, xs, ys, lab.max_z, cfg.view), xs, ys)
     triples = lab.labelled + list(zip(xs, z_hat, ys))
-    rows = [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in triples]
-    return fit(P, "Bootstrap", rows, cfg.warmup_batch, cfg.bootstrap_steps, lab, validate)
+    return fit(P, "Bootstrap", swirl_fwm.warmup_rows(tok, triples), cfg.warmup_batch, cfg.bootstrap_steps, lab, validate)
 
 
 def replay(model, rows, n, rng):

@@ -56,6 +56,11 @@ def target(tok, y):
     return [*lm.encode(tok, frame(tok).line + y), tok.eos_token_id]
 
 
+def warmup_rows(tok, triples):
+    """[(prompt, target)] of (x, z, y): what SFT and Bootstrap learn from."""
+    return [(prompt(tok, x, z), target(tok, y)) for x, z, y in triples]
+
+
 def read(tok, ids):
     """The state that sampled ids spell."""
     return lm.decode(tok, ids).removeprefix(frame(tok).line)

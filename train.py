@@ -163,7 +163,7 @@ def check_gap(gap, min_p):
 # --- the warm-up and the rivals -----------------------------------------------------------------------------------------
 
 def rows_of_P(lab):
-    return [(swirl_fwm.prompt(lab.tok, x, z), swirl_fwm.target(lab.tok, y)) for x, z, y in lab.labelled]
+    return swirl_fwm.warmup_rows(lab.tok, lab.labelled)
 
 
 def rows_of_Q(lab):
