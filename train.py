@@ -69,17 +69,17 @@ def train(cfg):
 
     # The rivals start from the same P and Q, beside Algorithm 1
     job = aside.start(cfg, rivals, cfg) if cfg.rivals else None
-    P, Q = alternate(P, Q, lab)
+    P, Q = alternate(P, Q, lab, cfg.iterations)
     beside = job.result() if job else {}
     return finish(P, Q, lab, beside) if parallel.rank() == 0 else 0
 
 
-def alternate(P, Q, lab):
-    """Phase I and Phase II in turn, `--iterations` times, each on state-only pairs of its own where there are enough."""
+def alternate(P, Q, lab, iterations):
+    """Phase I and Phase II in turn, each iteration on state-only pairs of its own where there are enough."""
     cfg, run = lab.cfg, lab.run
     reward = dict(view=cfg.view, form=cfg.reward_form, floor=cfg.floor)
     pairs = [(x, y) for x, y in lab.state_only if x != y or not cfg.skip_unchanged]
-    for i in range(1, cfg.iterations + 1):
+    for i in range(1, iterations + 1):
         # Phase I: theta moves, phi is frozen (Eq. 3, Theorem 3.1)
         name = f"iteration{i}/phase1"
         if not run.done(name):
@@ -195,8 +195,8 @@ def warm_up_Q(Q, lab):
 
 
 def rivals(cfg):
-    """What else the same P, Q and pairs are good for: best of 8, Bootstrap, and Bootstrap followed by Algorithm 1.
-    Lives in DIR/rivals, as a run of its own; returns {"baselines": .., "stages": ..}."""
+    """What else the same P, Q and pairs are good for: best of 8, Bootstrap, and Bootstrap followed by one
+    iteration of Algorithm 1. Lives in DIR/rivals, as a run of its own; returns {"baselines": .., "stages": ..}."""
     started, folder = time.monotonic(), str(Path(cfg.out) / "rivals")
     device = begin(cfg)
     P, Q, lab = loading.open_lab(cfg, device)
@@ -212,7 +212,7 @@ def rivals(cfg):
         since = time.monotonic()
         P = sft.bootstrap(P, Q, lab, validate_P)
         end_stage("bootstrap", P, Q, lab, since, "bootstrap", cfg.bootstrap_steps)
-    alternate(P, Q, lab)
+    alternate(P, Q, lab, min(1, cfg.iterations))
     return {"baselines": run.progress["baselines"], "stages": run.progress["stages"]}
 
 
