@@ -1,4 +1,4 @@
-"""Make the tiny model that ships in data/tiny again, from nothing: `python pretrain.py`, about 40 minutes on two cores.
+"""Make the tiny model that ships in data/tiny again, from nothing: `python pretrain.py`, 36 minutes on two cores.
 
 Claim: a model that has learnt to copy a state and to change what an action names needs a few hundred labels of a new world.
 The paper starts from models of 3 to 7 billion parameters, which can do that. This one has 1.1 million.
