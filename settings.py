@@ -55,7 +55,7 @@ class Config:
     vq: str = setting("", "of pixels: a VQ model of transformers (Emu3VQVAE, JanusVQVAE; a folder or Hub id) in place of the "
                       "run's own codebook")
     # warm-up (SFT on the labelled half) and Bootstrap
-    warmup_steps: int = setting(500, "steps of the FWM's warm-up")
+    warmup_steps: int = setting(600, "steps of the FWM's warm-up")
     warmup_steps_idm: int = setting(200, "steps of the IDM's warm-up")
     warmup_batch: int = setting(8, "transitions a step of the FWM. Paper: 128")
     warmup_batch_idm: int = setting(32, "transitions a step of the IDM. Paper: 128")
@@ -64,7 +64,7 @@ class Config:
     spoiled: float = setting(0.0, "share of the IDM's labelled pairs that it also sees with a wrong y and no action (paper: 0)")
     muon: bool = setting(True, "Muon on the weight matrices in the warm-up; the phases use AdamW, as the paper")
     rivals: bool = setting(True, "train and score the rivals as well: best of 8, Bootstrap, Bootstrap and then SWIRL")
-    bootstrap_steps: int = setting(450, "steps of Bootstrap: as many as take the seconds of both Phases I")
+    bootstrap_steps: int = setting(500, "steps of Bootstrap: as many as take the seconds of both Phases I")
     # Algorithm 1
     iterations: int = setting(2, "times Phase I and Phase II alternate. Paper: up to 3")
     phase1_steps: int = setting(50, "steps of each Phase I")
