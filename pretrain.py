@@ -26,7 +26,7 @@ from envs import made_up
 from evals import metrics
 
 
-HALF = 0.5          # weight of z in the loss: half of its words, as the verb, cannot be known
+WEIGHT_Z = 0.5          # weight of z in the loss: half of its words, as the verb, cannot be known
 
 
 def make_tokenizer(rng, n=8000):
@@ -75,7 +75,7 @@ def draw(tok, step, args, rng):
 def backward(model, rows_P, rows_Q):
     """Adds the gradient of the loss; returns the means over y and over z."""
     y, z = (sum(len(target) for _, target in rows) for rows in (rows_P, rows_Q))
-    return sft.backward(model, rows_P, y), sft.backward(model, rows_Q, z / HALF) / HALF
+    return sft.backward(model, rows_P, y), sft.backward(model, rows_Q, z / WEIGHT_Z) / WEIGHT_Z
 
 
 def held_out(model, tok, n=200):
