@@ -40,11 +40,11 @@ def make_tokenizer(rng, n=8000):
 
 def rows_of(tok, x, z, y, rng):
     """(rows for P, rows for Q) of a transition, each [(prompt, target)]; none for Q where nothing changes."""
-    row_P = swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)
+    rows_P = swirl_fwm.warmup_rows(tok, [(x, z, y)])
     if x == y:
-        return [row_P], []
+        return rows_P, []
     view = "full" if rng.random() < 0.1 else "diff"
-    return [row_P], [(swirl_idm.prompt(tok, x, y, view), swirl_idm.target(tok, z))]
+    return rows_P, [(swirl_idm.prompt(tok, x, y, view), swirl_idm.target(tok, z))]
 
 
 def babble(tok, longest, rng):
@@ -67,7 +67,8 @@ def draw(tok, step, args, rng):
             new_P, new_Q = [babble(tok, longest, rng)], []
         else:
             new_P, new_Q = rows_of(tok, *made_up.transition(rng, most), rng)
-        rows_P, rows_Q = rows_P + new_P, rows_Q + new_Q
+        rows_P += new_P
+        rows_Q += new_Q
         tokens += sum(len(prompt) + len(target) for prompt, target in new_P + new_Q)
     return rows_P, rows_Q
 

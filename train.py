@@ -212,7 +212,7 @@ def rivals(cfg):
         since = time.monotonic()
         P = sft.bootstrap(P, Q, lab, validate_P)
         end_stage("bootstrap", P, Q, lab, since, "bootstrap", cfg.bootstrap_steps)
-    alternate(P, Q, lab, min(1, cfg.iterations))
+    alternate(P, Q, lab, iterations=1)
     return {"baselines": run.progress["baselines"], "stages": run.progress["stages"]}
 
 

@@ -484,6 +484,21 @@ def test_each_iteration_takes_pairs_of_its_own_if_there_are_enough():
     assert [train.share_of(pairs, i, cfg, 6) for i in (1, 2, 3)] == [pairs] * 3
 
 
+def test_later_iterations_take_a_fifth_of_the_rates(monkeypatch):
+    rates = {}
+    monkeypatch.setattr(train, "run_phase", lambda name, step, policy, frozen, pairs, settings, lab, rows:
+                        rates.update({name: settings.lr}))
+    for name in ("end_stage", "rows_of_P", "rows_of_Q"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    lab = types.SimpleNamespace(cfg=train.parse(["--lr-fwm", ".5", "--lr-idm", ".1"]), max_y=1, max_z=1,
+                                run=types.SimpleNamespace(done=lambda name: False),
+                                state_only=[("a", "b")] * 3)
+    train.alternate(None, None, lab, 3)
+    assert rates == pytest.approx({
+        "iteration1/phase1": .5, "iteration1/phase2": .1, "iteration2/phase1": .1,
+        "iteration2/phase2": .02, "iteration3/phase1": .1, "iteration3/phase2": .02})
+
+
 PLAIN = {"reward": 0.0, "kl": None, "gap": 0.0, "tokens": 1, "zero_std_groups": 0.0, "floored": 0.0}
 
 
