@@ -282,12 +282,12 @@ def greedy(model, prefixes, max_new, eos, batch=128, guess=None):
     return out
 
 
-def sample_all(model, prefixes, n, max_new, eos, generator=None, batch=None, guess=None, temperature=1.0, top_p=1.0):
+def sample_all(model, prefixes, n, max_new, eos, generator=None, batch=None, guess=None):
     """n rows after each prefix, in batches (of 256 rows). guess: as in `sample`."""
     batch = batch or max(1, 256 // n)
     batch = max(1, min(batch, 16 * TOKENS // (max(map(len, prefixes)) + max_new) // n)) if TOKENS else batch
     return [row for i in range(0, len(prefixes), batch)
-            for row in sample(model, prefixes[i:i + batch], n, max_new, eos, temperature, top_p, generator=generator,
+            for row in sample(model, prefixes[i:i + batch], n, max_new, eos, generator=generator,
                               guess=guess and guess[i:i + batch])[0]]
 
 
@@ -315,9 +315,9 @@ def truncate(logits, top_p, top_k):
 # --- score --------------------------------------------------------------------------------------------------------------
 
 @in_half
-def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0, min_p=0.0):
+def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0, min_p=0.0, top_p=1.0):
     """(N, T) log p(row_t | prefix, row_<t) of the last n_scored[n] tokens of each row (all by default), else 0; p at `temperature` and
-    among what `likely` leaves of it.
+    among what `likely` and `truncate` leave of it.
 
     Right-padded; differentiable. Rows that share a prefix: one pass over the prefixes and one over the rows. A row for each prefix:
     one pass over both, and no mask, since nothing real stands behind the padding. Use `chunks` to bound its memory.
@@ -344,6 +344,7 @@ def logprobs(model, prefixes, rows, owner, n_scored=None, temperature=1.0, min_p
                        use_cache=True, logits_to_keep=scored).logits.float()       # (scored tokens, V), flat
         targets, t = ids[scored], t[scored]
     logits = likely(restrict(model, logits.view(-1, logits.shape[-1]), t) / temperature, min_p, targets)
+    logits = truncate(logits, top_p, 0)
     logp = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     out = torch.zeros(len(rows), max(map(len, rows)), device=model.device)
     T = torch.arange(out.shape[1], device=model.device)
@@ -384,20 +385,20 @@ def take(prefixes, rows, owner, chosen):
 
 
 @torch.no_grad()
-def score_tokens(model, prefixes, rows, owner, n_scored=None, temperature=1.0, tokens=None, min_p=0.0):
+def score_tokens(model, prefixes, rows, owner, n_scored=None, temperature=1.0, tokens=None, min_p=0.0, top_p=1.0):
     """As `logprobs`, without gradient, in chunks of `tokens` (None or 0: `budget`)."""
     out = torch.zeros(len(rows), max(map(len, rows)), device=model.device)         # (N, T)
     for chosen in chunks(prefixes, rows, owner, tokens or budget(model)):
         k = None if n_scored is None else [n_scored[n] for n in chosen]
-        logp = logprobs(model, *take(prefixes, rows, owner, chosen), k, temperature, min_p)
+        logp = logprobs(model, *take(prefixes, rows, owner, chosen), k, temperature, min_p, top_p)
         out[chosen, :logp.shape[1]] = logp
     return out
 
 
-def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, tokens=None):
+def score(model, prefixes, rows, owner=None, n_scored=None, temperature=1.0, tokens=None, top_p=1.0):
     """(N,) the sums of `score_tokens`; without `owner` there is a prefix a row, and equal ones go through the model once."""
     if owner is None:
         prefixes = [tuple(p) for p in prefixes]
         at = {p: i for i, p in enumerate(dict.fromkeys(prefixes))}
         prefixes, owner = list(at), [at[p] for p in prefixes]
-    return score_tokens(model, prefixes, rows, owner, n_scored, temperature, tokens).sum(1)
+    return score_tokens(model, prefixes, rows, owner, n_scored, temperature, tokens, top_p=top_p).sum(1)

@@ -35,7 +35,7 @@ def path(cfg, seconds, evaluation):
     once = seconds["phase1_steps"] + seconds["phase2_steps"]
     warmups, swirl = (seconds["warmup_steps"], seconds["warmup_steps_idm"]), cfg.iterations * once
     rivals = seconds["bootstrap_steps"] + once
-    scores_swirl, scores_rivals = 1 + 2 * cfg.iterations, 5        # best of 8 takes as long as two
+    scores_swirl, scores_rivals = 1 + 2 * cfg.iterations, 4        # best of 8 takes as long as one
     if not cfg.rivals:
         return sum(warmups) + swirl, scores_swirl * evaluation
     if aside.possible(cfg):

@@ -235,7 +235,7 @@ def report(results):
     cell = lambda value, scale=1, digits=2: f"{value * scale:11.{digits}f}" if value is not None else "          -"
     print(f"\n{results['env']}, seed {results['seed']}: {results['splits']['test']} held-out transitions, "
           f"{results['seconds']['total'] / 60:.1f} minutes on {results['hardware']}")
-    print("exact: y_hat = y, greedily; changed: the same where y != x; sampled: where y != x, one future drawn; in %")
+    print("exact: y_hat = y, greedily; changed: the same where y != x; sampled: the chance, where y != x, that a future drawn is y; in %")
     print(f"{'':22}" + "".join(f"{head:>11}" for head in heads))
     for name, fwm, idm, steps, seconds in rows:
         sides = fwm, idm

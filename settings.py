@@ -64,7 +64,7 @@ class Config:
     spoiled: float = setting(0.0, "share of the IDM's labelled pairs that it also sees with a wrong y and no action (paper: 0)")
     muon: bool = setting(True, "Muon on the weight matrices in the warm-up; the phases use AdamW, as the paper")
     rivals: bool = setting(True, "train and score the rivals as well: best of 8, Bootstrap, Bootstrap and then SWIRL")
-    bootstrap_steps: int = setting(500, "steps of Bootstrap: as many as take the seconds of both Phases I")
+    bootstrap_steps: int = setting(450, "steps of Bootstrap: as many as take the seconds of both Phases I")
     # Algorithm 1
     iterations: int = setting(2, "times Phase I and Phase II alternate. Paper: up to 3")
     phase1_steps: int = setting(50, "steps of each Phase I")

@@ -71,12 +71,12 @@ def guess(tok, states):
     return [target(tok, s) for s in states] if states and images.is_image(states[0]) else None
 
 
-def logp(P, tok, xs, zs, ys):
+def logp(P, tok, xs, zs, ys, temperature=1.0, top_p=1.0):
     """(N,) log P(y | x, z), summed over tokens, in nats. A text x that comes several times goes through P once."""
     prompts, targets = [prompt(tok, x, z) for x, z in zip(xs, zs)], [target(tok, y) for y in ys]
     cuts = [len(p) if images.is_image(x) else len(before(tok, x)) for p, x in zip(prompts, xs)]
     return lm.score(P, [p[:cut] for p, cut in zip(prompts, cuts)], [p[cut:] + row for p, cut, row in zip(prompts, cuts, targets)],
-                    n_scored=[len(row) for row in targets])
+                    n_scored=[len(row) for row in targets], temperature=temperature, top_p=top_p)
 
 
 def codes_only(P, tok, y):
@@ -96,10 +96,10 @@ def predict(P, tok, xs, zs, max_new):
                                                 tok.eos_token_id, guess=guess(tok, xs))]
 
 
-def futures(P, tok, xs, zs, n, max_new, generator=None, temperature=1.0, top_p=1.0):
+def futures(P, tok, xs, zs, n, max_new, generator=None):
     """n sampled y_hat for each (x, z), those of one side by side."""
     return [read(tok, row) for row in lm.sample_all(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], n, max_new, tok.eos_token_id,
-                                                    generator, guess=guess(tok, xs), temperature=temperature, top_p=top_p)]
+                                                    generator, guess=guess(tok, xs))]
 
 
 def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):

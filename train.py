@@ -204,7 +204,7 @@ def rivals(cfg):
     P, Q = settle(P, Q, lab, device, run.progress["folder"] or "../sft")
 
     if "best_of_8" not in run.progress["baselines"]:
-        few = lab.test[:120]                                                       # sampling 8 is dear
+        few = lab.test[:60]                                                        # sampling 8 is dear
         same = {"fwm": evaluate_P(P, lab, few)[0], "idm": evaluate_Q(Q, lab, few)[0]}
         run.progress["baselines"] = {"best_of_8": best_of_8(P, Q, lab, few) | {"sft": same}}
         run.save_progress()

@@ -27,31 +27,25 @@ class Model:
     device = torch.device("cpu")
 
 
-def test_sampled_is_the_share_of_changed_rows_whose_draws_are_y(monkeypatch):
-    """Two futures each, at the paper's temperature and top-p, from a generator that the seed
-    begins."""
+def test_sampled_is_the_mean_chance_of_y_where_something_changes(monkeypatch):
     asked = []
 
-    def futures(P, tok, xs, zs, n, max_new, generator, temperature, top_p):
-        asked.append((xs, zs, n, max_new, generator.initial_seed(), temperature, top_p))
-        return ["b", "x", "e", "e", "d", "f"]
+    def logp(P, tok, xs, zs, ys, temperature, top_p):
+        asked.append((xs, zs, ys, temperature, top_p))
+        return torch.tensor([0.5, 0.25, 0.0]).log()  # a y that top-p leaves out has no chance
 
-    monkeypatch.setattr(swirl_fwm, "futures", futures)
-    assert evaluate.sampled(Model(), lab_of(), DATA) == 0.5  # of six draws three are right
-    assert asked == [(["a", "d", "f"], ["go"] * 3, 2, 5, 3, 0.75, 0.96)]
+    monkeypatch.setattr(swirl_fwm, "logp", logp)
+    assert evaluate.sampled(Model(), lab_of(), DATA) == pytest.approx(0.25)
+    assert asked == [(["a", "d", "f"], ["go"] * 3, ["b", "e", "g"], 0.75, 0.96)]
 
 
-def test_sampled_draws_the_same_again(tok, P):
-    lab = lab_of(tok=tok)
-    drawn = []
-    with pytest.MonkeyPatch.context() as patch:
-        sample = lm.sample
-        patch.setattr(lm, "sample", lambda *args, **kw: drawn.append(sample(*args, **kw))
-                      or drawn[-1])
-        for seed in (3, 3, 4):
-            lab.cfg.seed = seed
-            evaluate.sampled(P, lab, DATA)
-    assert drawn[0] == drawn[1] != drawn[2]
+def test_the_chance_of_y_is_that_of_its_tokens_where_p_draws_as_the_paper_does(tok, P):
+    xs, zs, ys = zip(*DATA)
+    rows = [swirl_fwm.target(tok, y) for y in ys]
+    logp = lm.score(P, [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, zs)], rows,
+                    temperature=0.75, top_p=0.99)
+    assert swirl_fwm.logp(P, tok, xs, zs, ys, 0.75, 0.99).tolist() == pytest.approx(logp.tolist(), abs=1e-3)
+    assert logp.tolist() != pytest.approx(swirl_fwm.logp(P, tok, xs, zs, ys).tolist(), abs=0.1)
 
 
 def test_refused_is_the_share_that_q_would_refuse(monkeypatch, tok, Q):

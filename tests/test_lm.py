@@ -474,6 +474,19 @@ def test_min_p_leaves_the_likely_tokens_to_sampler_and_trainer_alike(model, temp
     assert len(left) > 2 and max(left) < 9
 
 
+def test_rows_are_scored_under_the_temperature_and_top_p_that_drew_them(model):
+    gen, left = torch.Generator().manual_seed(0), []
+    rows, sampled = lm.sample(model, RAGGED, 20, 4, EOS, 0.75, 0.8, generator=gen)
+    owner = [b for b in range(len(RAGGED)) for _ in range(20)]
+    scored = lm.score(model, RAGGED, rows, owner, temperature=0.75, top_p=0.8)
+    assert scored.tolist() == pytest.approx([sum(logps) for logps in sampled], abs=1e-3)
+    for b, prefix in enumerate(RAGGED):                                            # and what it never draws has no chance
+        alone = lm.score(model, [prefix] * 9, [[token] for token in range(9)], temperature=0.75, top_p=0.8)
+        left.append(int(torch.isfinite(alone).sum()))
+        assert alone.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert min(left) < 9
+
+
 def test_a_token_that_was_drawn_keeps_a_finite_log_prob_when_the_policy_has_moved():
     logits = torch.tensor([[0.0, -9.0, -1.0]], requires_grad=True)
     out = lm.likely(logits, 0.1, torch.tensor([1]))
@@ -532,15 +545,6 @@ def test_sample_all_draws_n_rows_of_each_prompt_in_order(model):
     gen = torch.Generator().manual_seed(0)
     truth = [r for i in (0, 2, 4) for r in lm.sample(model, RAGGED[i:i + 2], 3, 4, EOS, generator=gen)[0]]
     assert rows == truth and len(rows) == 15
-
-
-def test_sample_all_draws_at_its_temperature_and_top_p(model):
-    gen = torch.Generator()
-    rows = lm.sample_all(model, RAGGED, 20, 4, EOS, gen.manual_seed(0), temperature=0.75, top_p=0.6)
-    assert rows == lm.sample(model, RAGGED, 20, 4, EOS, 0.75, 0.6, generator=gen.manual_seed(0))[0]
-    others = lm.sample_all(model, RAGGED, 20, 4, EOS, gen.manual_seed(0), top_p=0.6)
-    assert rows not in (others, lm.sample_all(model, RAGGED, 20, 4, EOS, gen.manual_seed(0),
-                                              temperature=0.75))
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------------
