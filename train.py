@@ -330,7 +330,7 @@ def finish(P, Q, lab, beside):
                    "eq5_reward": swirl_fwm.logp(P, tok, xs, z_hat, ys).mean().item()},   # E log P(y|x,z), in nats
         "collapse": mi_bounds.collapse(z_hat, true),
         "presets": {"bleu": "mirrorapi (characters, method3, mean)", "rouge_l": "rouge_score, no stemmer",
-                    "sampled": "temperature .75, top-p .96, two draws a transition"},
+                    "sampled": "temperature .75, top-p .96: the chance of y"},
         "sizes": {"parameters": P.num_parameters(), "peak_rss_mb": rundir.peak_rss_mb(),
                   "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if P.device.type == "cuda" else None}}
     run.finish(results)
