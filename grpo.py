@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 import lm
-import parallel
+from models import parallel
 
 
 @dataclass

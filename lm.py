@@ -27,7 +27,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-import parallel
+from models import parallel
 
 HALF, TOKENS = False, 0                                                            # `--dtype bfloat16`, `--tokens`
 

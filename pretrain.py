@@ -17,11 +17,11 @@ import time
 import torch
 
 import lm
-import pretrained
+from models import pretrained
 import sft
 import swirl_fwm
 import swirl_idm
-import tiny
+from models import tiny
 from envs import made_up
 from evals import metrics
 

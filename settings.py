@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-import rundir
+from support import rundir
 from envs import WORLDS
 
 # A pretrained model of another maker: the paper's rates and batches, and a reward per token, since its states are long

@@ -14,7 +14,7 @@ import random
 import torch
 
 import lm
-import parallel
+from models import parallel
 import swirl_fwm
 import swirl_idm
 

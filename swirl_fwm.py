@@ -30,10 +30,10 @@ import torch
 
 import grpo
 import lm
-import parallel
+from models import parallel
 import swirl_idm
 from envs import images
-from pretrained import frame
+from models.pretrained import frame
 
 
 # --- P as a language model ----------------------------------------------------------------------------------------------

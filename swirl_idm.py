@@ -33,7 +33,7 @@ import grpo
 import lm
 import swirl_fwm
 from envs import images
-from pretrained import frame
+from models.pretrained import frame
 
 
 # --- Q as a language model ----------------------------------------------------------------------------------------------

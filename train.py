@@ -24,20 +24,20 @@ from pathlib import Path
 import torch
 import transformers
 
-import aside
+from support import aside
 import grpo
 import lm
-import loading
+from support import loading
 import mi_bounds
-import parallel
-import plan
-import pretrained
-import rundir
+from models import parallel
+from support import plan
+from models import pretrained
+from support import rundir
 import sft
 import swirl_fwm
 import swirl_idm
 from envs import records
-from evaluate import best_of_8, evaluate, evaluate_P, evaluate_Q
+from support.evaluate import best_of_8, evaluate, evaluate_P, evaluate_Q
 from evals import metrics
 from settings import parse
 

@@ -152,9 +152,9 @@ def open_run(folder):
     import torch  # here and not above: note 4
     import transformers
 
-    import evaluate
-    import loading
-    import pretrained
+    from support import evaluate
+    from support import loading
+    from models import pretrained
     import swirl_fwm
     import swirl_idm
     from envs import codebook, images, load_splits, test_episodes

@@ -7,11 +7,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lm
-import pretrained
+from models import pretrained
 import sft
 import swirl_fwm
 import swirl_idm
-import tiny
+from models import tiny
 from envs import records, tools
 
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-import evaluate
+from support import evaluate
 import lm
 import swirl_fwm
 import swirl_idm

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 import lm
-import pretrained
+from models import pretrained
 from conftest import EOS, MAKERS, ending, grads, naive, naive_greedy, relative, sharpen, weights
 
 RAGGED = [[5], [3, 1, 4, 1, 5, 2, 6], [2, 7], [1, 8, 2, 8], [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8]]

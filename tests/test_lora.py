@@ -1,4 +1,4 @@
-"""Claims of `adapters.py`: an adapter is the full model W + 2 B A in values and gradients; two of them share W, nothing else."""
+"""Claims of `models/adapters.py`: an adapter is the full model W + 2 B A in values and gradients; two of them share W, nothing else."""
 import json
 import os
 import shutil
@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import lm
-import rundir
+from support import rundir
 import train
 from conftest import EOS, MAKERS, naive, relative, tiny_llama, without_times
 from envs import records
 
 peft = pytest.importorskip("peft")
-import adapters  # noqa: E402
+from models import adapters  # noqa: E402
 
 RAGGED = [[5], [3, 1, 4, 1, 5, 2, 6], [2, 7], [1, 8, 2, 8]]
 ROWS, OWNER = [[6, 2, EOS], [8, 3, 5, 7, EOS], [1, EOS], [4, 4, EOS], [2]], [0, 1, 1, 3, 2]
@@ -282,7 +282,8 @@ def test_the_allowance_for_activations_is_what_autograd_keeps(r, half, monkeypat
 
 
 PEAK = """
-import gc, sys, torch, adapters, lm
+import gc, sys, torch, lm
+from models import adapters
 from test_lora import config
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)

@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 import grpo
 import lm
-import parallel
-import pretrained
+from models import parallel
+from models import pretrained
 import sft
 import swirl_fwm
 import swirl_idm
-import tiny
+from models import tiny
 import train
 from conftest import (EOS, TEXTS, grads, naive, relative, tiny_gpt2, tiny_llama, weights,
                       without_times)

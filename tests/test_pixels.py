@@ -12,15 +12,15 @@ import torch
 
 import bench
 import envs
-import evaluate
+from support import evaluate
 import grpo
 import lm
-import loading
-import pictures
-import rundir
+from support import loading
+from support import pictures
+from support import rundir
 import swirl_fwm
 import swirl_idm
-import tiny
+from models import tiny
 import train
 from envs import images, pixels, records
 from envs.pixels import Room, Toy, step

@@ -8,7 +8,7 @@ import torch
 
 import lm
 import pretrain
-import pretrained
+from models import pretrained
 import swirl_fwm
 import swirl_idm
 from conftest import grads, naive, relative, tiny_llama

@@ -13,11 +13,11 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gem
 
 import grpo
 import lm
-import loading
-import pretrained
+from support import loading
+from models import pretrained
 import swirl_fwm
 import swirl_idm
-import tiny
+from models import tiny
 import train
 from conftest import TEXTS, sharpen
 from envs import records

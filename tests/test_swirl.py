@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-import evaluate
+from support import evaluate
 import grpo
 import lm
 import swirl_fwm

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lm
-import pretrained
-import tiny
+from models import pretrained
+from models import tiny
 from conftest import naive, weights
 from envs import images, physics, tools, web
 

@@ -4,8 +4,8 @@ import math
 import torch
 
 import lm
-import parallel
-import pictures
+from models import parallel
+from support import pictures
 import swirl_fwm
 import swirl_idm
 from envs import images, pixels

@@ -4,7 +4,7 @@ Claim: each adapted matrix is W + (alpha / r) B A with W frozen and shared; A (r
 owns, so a second model, a reference or a running mean costs its A and B and not another W. `train.py --lora r` asks for it;
 everything else sees an `Adapter` where it saw a model.
 
-    python adapters.py --lora 32          what a phase needs on a 24, 48 and 80 GB card, full fine-tuning against LoRA
+    python -m models.adapters --lora 32          what a phase needs on a 24, 48 and 80 GB card, full fine-tuning against LoRA
 
 peft builds the layers and computes them. Departures from how it is commonly used, and from full fine-tuning:
 1. peft holds one set of A and B, a placeholder. An adapter's own tensors stand in its place during a forward, and only then
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-import rundir
+from support import rundir
 
 CARDS = 24, 48, 80                                                                 # GiB
 QWEN = {"0.5B": (896, 24, 14, 2, 4864), "1.5B": (1536, 28, 12, 2, 8960), "3B": (2048, 36, 16, 2, 11008)}     # Qwen2.5

@@ -7,17 +7,17 @@ import typing
 
 import torch
 
-import adapters
+from models import adapters
 import lm
-import parallel
-import pretrained
-import rundir
+from models import parallel
+from models import pretrained
+from support import rundir
 import swirl_fwm
 import swirl_idm
-import tiny
+from models import tiny
 from envs import codebook, images, load_splits, test_episodes
 from evals import rollout
-from evaluate import affordable
+from support.evaluate import affordable
 
 
 @dataclasses.dataclass

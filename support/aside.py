@@ -12,7 +12,7 @@ import time
 
 import torch
 
-import parallel
+from models import parallel
 
 
 class Now:

@@ -6,8 +6,8 @@ import json
 import time
 from pathlib import Path
 
-import aside
-import parallel
+from support import aside
+from models import parallel
 
 STEPS = ("warmup_steps", "warmup_steps_idm", "bootstrap_steps", "phase1_steps", "phase2_steps")
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import lm
 
 
-FOLDER = Path(__file__).parent / "data" / "tiny"     # made by `pretrain.py`
+FOLDER = Path(__file__).parents[1] / "data" / "tiny"     # made by `pretrain.py`
 
 # A word, a digit or some punctuation, each with the space or line break before it; the rest of white space
 PIECES = r"\s?\p{L}+|\s?\d|\s?[^\s\p{L}\d]+|\s+(?!\S)|\s"

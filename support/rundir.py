@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import transformers
 
-import parallel
-import pretrained
-import progress
+from models import parallel
+from models import pretrained
+from support import progress
 import swirl_idm
 from envs import records
 

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import lm
-import parallel
+from models import parallel
 
 
 class Frame(NamedTuple):

@@ -1,0 +1,1 @@
+"""The language models behind P and Q: the tiny one, real ones, LoRA, several processes."""
