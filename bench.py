@@ -22,7 +22,6 @@ import argparse
 import importlib.util
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -38,11 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo
 import lm
-import sft
-import swirl_fwm
-import swirl_idm
-from envs import load_splits, records
-from evals import common
+from models import batches, optim
 
 # name: (B, P, T, G, width, layers, V). The last two are the project's own: a step of the tools world, and of images of 128 codes
 CASES = {"P128-T32-G8": (4, 128, 32, 8, 256, 4, 2048), "P272-T16-G8": (4, 272, 16, 8, 256, 4, 2048),
@@ -68,13 +63,27 @@ def make_work(B, P, V):
 # --- the contestants: each returns a function that takes one step -------------------------------------------------------------
 
 def ours(policy, ref, Q, prompts, z, T, G):
-    optimizers, cfg = lm.make_optimizers(policy, LR, muon=False), grpo.GRPO(group_size=G, max_new=T, beta=BETA, kl="loss", lr=LR)
-    gen = torch.Generator().manual_seed(0)
+    """Ours. No token ends a row, so that each holds T tokens."""
+    options = lm.Options(eos=-1)
+    P, pi_ref, gen = Net(policy), Net(ref), torch.Generator().manual_seed(0)
+    optimizers = optim.make_optimizers(policy, LR, muon=False)
+    phase = grpo.Phase(group_size=G, beta=BETA, kl="loss")
 
-    def reward(owner, rows):
-        return lm.score(Q, prompts, [r + z for r in rows], owner, [len(z)] * len(rows))
+    def step():
+        rows, logps = lm.sample(policy, prompts, G, T, options, gen)
+        rollouts = grpo.Rollouts(prompts, rows, logps, options)
+        owner = [n // G for n in range(len(rows))]
+        R = lm.score_tokens(Q, prompts, [row + z for row in rows], owner, options, [len(z)] * len(rows))
+        grpo.step(P, pi_ref, optimizers, rollouts, R.sum(1).view(-1, G), phase, LR)
 
-    return lambda: grpo.step(policy, ref, optimizers, prompts, reward, cfg, -1, gen)        # no token ends a row: T each
+    return step
+
+
+class Net:
+    """What `grpo.step` uses of an FWM."""
+
+    def __init__(self, net):
+        self.net = net
 
 
 def plain(policy, ref, Q, prompts, z, T, G):
@@ -150,7 +159,7 @@ def worker(name, case, folder):
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)                                                                  # what libraries print goes elsewhere
     B, P, T, G, _, _, V = CASES[case]
-    load = lambda: lm.freeze(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))   # a copy: in memory, not in a mapped file
+    load = lambda: lm.freeze(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), lm.Options(-1))   # a copy: in memory, not in a mapped file
     policy, Q, (prompts, z), start = load().requires_grad_(), load(), make_work(B, P, V), {}
 
     def begin():
@@ -226,10 +235,12 @@ def policy_pass_share(B, P, T, G, width, layers, V, repeats=5):
     """Share of the machine's rate, measured in turn with it, that forward and backward of `grpo.update` reach."""
     model, (prompts, _) = make_model(width, layers, V), make_work(B, P, V)
     rows, owner = [r for _ in range(G) for r in make_work(B, T, V)[0]], list(range(B)) * G
+    options = lm.Options(-1)
 
     def both():
-        for part in lm.chunks(prompts, rows, owner, lm.budget(model)):
-            lm.logprobs(model, *lm.take(prompts, rows, owner, part)).sum().backward()
+        for part in batches.chunks(prompts, rows, owner, lm.budget(model, options)):
+            some = batches.take(prompts, rows, owner, part)
+            lm.logprobs(model, *some, options).sum().backward()
 
     seconds, rates = zip(*((least_seconds(both, 1), gemm(repeats=3)[0]) for _ in range(repeats)))
     return 3 * forward_flop(B, P, T, B * G, width, layers, V, B * G * T) / min(seconds) / max(rates)
@@ -251,29 +262,9 @@ def growth(repeats=2):
     for P, T, G in [(256, 16, 2**k) for k in range(7)] + [(2**k, 16, 8) for k in range(5, 11)]:
         policy = make_model(*CASES["P128-T32-G8"][4:])
         prompts, z = make_work(1, P, policy.config.vocab_size)
-        steps = [f(policy, lm.freeze(policy), lm.freeze(policy), prompts, z, T, G) for f in (ours, plain)]
+        steps = [f(policy, lm.freeze(policy, lm.Options(-1)), lm.freeze(policy, lm.Options(-1)), prompts, z, T, G) for f in (ours, plain)]
         seconds = [least_seconds(step, repeats) for step in steps]
         out.append({"P": P, "T": T, "G": G, "ours_s": seconds[0], "plain_s": seconds[1], "P+GT": P + G * T, "G(P+T)": G * (P + T)})
-    return out
-
-
-def guessed(folder, turns=10):
-    """[(wall seconds of one token after the other, of all at once from the guess y)] of drawing the futures of a step of Phase I, z read greedily,
-    with the models that a finished run of pixels ended with, in turns."""
-    run, out = common.open_run(folder), []
-    cfg, P, tok, gen = run.cfg, run.P, run.tok, torch.Generator(run.P.device).manual_seed(0)
-    if swirl_fwm.guess(tok, [run.test[0][0]]) is None:
-        raise records.BadData(f"{folder} is a run of texts; give one of pixels: only pictures are guessed")
-    batch = sft.batches([(x, y) for x, y in load_splits(cfg)[2] if x != y], cfg.batch, random.Random(0))
-    for _ in range(turns):
-        xs, ys = zip(*next(batch))
-        xs, ys, zs = zip(*[row for row in zip(xs, ys, run.read(xs, ys)) if row[2] != swirl_idm.IMPOSSIBLE])
-        prompts, rows, costs = [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, zs)], swirl_fwm.guess(tok, ys), []
-        for guess in (None, rows):
-            begin = time.perf_counter()
-            lm.sample(P, prompts, cfg.group_size, len(rows[0]), tok.eos_token_id, cfg.temperature_fwm, generator=gen, min_p=cfg.min_p_fwm, guess=guess)
-            costs.append(time.perf_counter() - begin)
-        out.append(costs)
     return out
 
 
@@ -297,7 +288,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="One GRPO step: ours, TRL's and a plain loop's.")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="these only, and no cost against G and P")
     parser.add_argument("--repeats", type=int, default=7, help="steps of each contestant that count")
-    parser.add_argument("--run", help="a finished run of pixels: only what a guess saves its sampler")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--picture", help="draw cost against G and against P into this file")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -305,18 +295,6 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     if args.worker:
         return worker(*args.worker)
-    if args.run:
-        if args.cases or args.json or args.picture:
-            parser.error("--run stands alone: it prints one line")
-        try:
-            costs = guessed(args.run)
-        except records.BadData as error:
-            parser.error(str(error))
-        one, guess = map(statistics.mean, zip(*costs))
-        ratios = sorted(a / b for a, b in costs)
-        print(f"futures of a step of Phase I, means of {len(costs)}: one token after the other {one:.2f} s, from a guess {guess:.2f} s, {one / guess:.1f}x "
-              f"(by step {ratios[0]:.1f}x to {ratios[-1]:.1f}x)")
-        return 0
     if args.picture and importlib.util.find_spec("matplotlib") is None:
         parser.error("--picture needs matplotlib: pip install -r requirements-extra.txt")
     names = ["ours", "plain"] + ["trl"] * (importlib.util.find_spec("trl") is not None)

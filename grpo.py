@@ -1,174 +1,209 @@
-"""GRPO by hand: group advantage, clipped surrogate, KL to the reference, one step. It knows nothing of worlds.
+"""GRPO by hand: group advantage, clipped surrogate, KL to the reference, one step.
 
-Claim (Eq. 4): the gradient of E[R] is estimated by (1/G) sum_k A_k grad log pi(row_k | prompt), A_k = R_k - mean_j R_j.
-Its expectation is (1 - 1/G) times the exact gradient (the mean holds the row's own reward); `scale="loo"` undoes that.
+Claim (Eq. 4). (1/G) sum_k A_k grad log pi(row_k | prompt), with A_k = R_k - mean_j R_j, estimates the
+gradient of E[R]. Its expectation is (1 - 1/G) times the exact gradient, since the mean holds the
+row's own reward; `scale="loo"` undoes that.
 
-With the KL in the reward, R_k - beta * log(pi(row_k) / pi_ref(row_k)), the same estimator ascends Eq. 5: at beta = 1 and
-R = log P(y|x,z) it is the gradient of the ELBO (Theorem 3.2). That is `kl="reward"`, the default, and exact.
+With the KL in the reward, R_k - beta * log(pi(row_k) / pi_ref(row_k)), the same estimator ascends
+Eq. 5. At beta = 1 and R = log P(y|x,z) it is the gradient of the ELBO (Theorem 3.2). That is
+`kl="reward"`, the default, and it is exact.
 
-Departures from the paper and its released scripts:
-1. The loss is the SUM over a row's tokens, over the fixed number B*G of the step's rows: a mean per row or per micro-batch would be
-   another objective. The released scripts divide by the token count of the batch.
-2. The advantage is R - mean (Eq. 4). The released scripts divide by the standard deviation: `scale="std"`.
-3. The KL is in the reward, per row (k1). The released scripts put k3 into the loss, per token: `kl="loss"`.
-4. Later optimizer steps on one batch of rollouts (`updates` > 1; the paper takes one, as does our default) clip the ratio to
-   the sampling policy. At the first the ratio is 1 and the loss's gradient is -A grad log pi: a loss near 0 is normal.
-5. Equal rows of a group are scored once and weighted by their count; rows without advantage are not run. Both exact.
-6. `replay`, if given, is a loss whose gradient joins each optimizer step: labelled rows, so that the policy does not forget what it
-   was taught. The logged `loss` leaves it out, `grad_norm` and its clip do not. None, the default: the paper.
-7. Rollouts are sampled and scored at one temperature (1) and one `min_p` (0): at any other the objective is that policy's, exactly
-   (with `min_p`, but for the instants at which a token enters or leaves its set).
-8. Under torchrun the prompts of a step are cut among the processes (`parallel.py`); B is then the number of all.
+| symbol           | shape      | meaning                                                         |
+| ---------------- | ---------- | --------------------------------------------------------------- |
+| R, A             | (B, G)     | reward and advantage of G rollouts for each of B prompts        |
+| logp, logp_ref   | (N, T)     | token log-probs of N rollouts under pi and pi_ref               |
+
+Departures from the paper and its released scripts
+1. The loss is the sum over a row's tokens, divided by the fixed number B * G. A mean for each row or
+   micro-batch would be another objective. The released scripts divide by the batch's token count.
+2. The advantage is R - mean (Eq. 4) with `scale="mean"`. The released scripts and our default,
+   `scale="std"`, divide by the standard deviation.
+3. The KL is in the reward, for each row (`k1`). The released scripts put `k3` into the loss, for
+   each token: `kl="loss"`.
+4. Only the first of several `updates` on one batch is on-policy. There the ratio is 1 and the
+   gradient of the loss is -A grad log pi; a loss near 0 is normal. Later ones clip the ratio.
+5. Rows without advantage are not run through the model. This is exact.
+6. Rollouts are scored at the temperature and with the `min_p` that drew them.
+7. Under torchrun the prompts of a step are divided among the processes; B counts all of them.
 """
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 import lm
-from models import parallel
+from models import batches, optim, parallel
 
 
 @dataclass
-class GRPO:
-    """Settings of one phase. (B prompts, G rollouts each.)"""
-    group_size: int = 16        # G. Paper: 8, 16 recommended
-    max_new: int = 128          # longest rollout, in tokens; one that is cut counts as truncated and is kept
-    temperature: float = 1.0    # of sampling and scoring alike. Paper: .75 with top-p .96, scored at 1 (not exact)
-    min_p: float = 0.0          # 0 = off. Of sampling and scoring alike: tokens less than min_p times as likely as the likeliest are out
-    top_p: float = 1.0          # 1 = off. Anything else samples from another policy than the one that is scored
-    top_k: int = 0              # 0 = off; as top_p
-    scale: str = "mean"         # advantage: mean (Eq. 4), std (released scripts), loo (leave-one-out, unbiased)
-    beta: float = 0.0           # weight of the KL to the reference. Paper: .1, and 1 for the exact ELBO
-    kl: str = "reward"          # reward (exact for Eq. 5) or loss (k3 per token, as released)
+class Phase:
+    """Settings of one phase."""
+    steps: int = 0              # the rate falls to 0 within them
+    peak: float = 1e-4          # learning rate
+    batch: int = 8              # B, pairs (x, y) a step
+    group_size: int = 8         # G, rollouts a prompt. Paper: 8; 16 recommended
+    temperature: float = 1.0    # of drawing and scoring. Paper: .75 with top-p .96, scored at 1
+    min_p: float = 0.0          # 0 is off; see `lm.Options`
+    form: str = "sum"           # reward: sum of token log-probs (theorems) or mean (released)
+    floor: float = 0.0          # least reward is -floor; 0 is none (theorems)
+    scale: str = "mean"         # advantage: mean (Eq. 4), std (released), loo (leave-one-out)
+    beta: float = 0.0           # weight of the KL to the reference. Paper: .1; 1 is the exact ELBO
+    kl: str = "reward"          # reward (exact for Eq. 5) or loss (k3, as released)
     updates: int = 1            # optimizer steps on one batch of rollouts. Paper: 1
     clip: float = 0.2           # the ratio's range is 1 - clip .. 1 + clip
-    steps: int = 0              # of the phase; the rate falls to 0 within them
-    lr: float = 1e-4            # learning rate of the next step
     max_norm: float = 1.0       # gradient norm clip
-    budget: int = 0             # tokens a micro-batch: bounds memory, changes no gradient. 0 = lm.budget
 
+
+@dataclass
+class Rollouts:
+    """G rows after each of B prompts."""
+    prompts: list               # B lists of ids
+    rows: list                  # B * G lists of ids; those of one prompt are side by side
+    logps: list                 # B * G lists: log-prob of each token when it was drawn
+    options: lm.Options         # how they were drawn, and are scored
+
+
+def repeat(values, n):
+    """Each value n times, side by side."""
+    return [value for value in values for _ in range(n)]
+
+
+# --- Eq. 4, piece by piece -------------------------------------------------------------------
 
 def advantages(R, scale="mean"):
-    """R (B, G) -> A (B, G). Rewards that are equal up to rounding give exactly 0: Adam would blow the noise up to a step."""
-    A = R - R.mean(1, keepdim=True)                                                # Eq. 4
-    A = torch.where(R.amax(1, keepdim=True) - R.amin(1, keepdim=True) < 1e-5, 0.0, A)
+    """R (B, G) -> A (B, G)."""
+    # Eq. 4: A_k = R_k - mean_j R_j
+    A = R - R.mean(1, keepdim=True)
+    # Rewards that are equal up to rounding give exactly 0: Adam would blow the noise up to a step
+    flat = R.amax(1, keepdim=True) - R.amin(1, keepdim=True) < 1e-5
+    A = A.masked_fill(flat, 0.0)
     if scale == "std":
-        return A / (R.std(1, keepdim=True) + 1e-4)                                 # 1e-4: no blown-up noise
+        return A / (R.std(1, keepdim=True) + 1e-4)
     if scale == "loo":
-        return A * R.shape[1] / (R.shape[1] - 1)                                   # R_k minus the mean of the others
+        # R_k minus the mean of the others
+        return A * R.shape[1] / (R.shape[1] - 1)
     return A
 
 
-def shape(logp, lengths, form="sum", floor=10.0):
-    """Reward from summed log-probs (N,): "sum" is the theorems', "mean" per token the released scripts'. Nothing falls
-    below -floor (0: no floor, as in the theorems; the released scripts floor the mean at -10)."""
-    R = logp / torch.tensor(lengths).to(logp) if form == "mean" else logp
-    return R.clamp(min=-floor) if floor else R
-
-
-def floored(R, floor):
-    """Share of the rewards of all processes that lie on the floor: no group of these alone can teach."""
-    low = int((R <= -floor).sum()) if floor else 0
-    return parallel.total(low) / max(1, parallel.total(len(R)))
+def shape(logp, lengths, phase):
+    """Reward from summed log-probs (N,): their sum (theorems) or mean over tokens (released scripts),
+    not below -floor."""
+    R = logp / torch.tensor(lengths).to(logp) if phase.form == "mean" else logp
+    return R.clamp(min=-phase.floor) if phase.floor else R
 
 
 def k1(logp_pi, logp_ref):
-    """log(pi/ref): under samples of pi, an unbiased value of KL(pi || ref). As a loss its gradient is 0: reward only."""
+    """log(pi / ref), an unbiased value of KL(pi || ref) under samples of pi. Only for the reward:
+    as a loss its gradient is 0."""
     return logp_pi - logp_ref
 
 
 def k3(logp_pi, logp_ref):
-    """ref/pi - 1 - log(ref/pi) >= 0: unbiased as well, smaller variance. As a loss it descends KL(ref || pi)."""
-    d = (logp_ref - logp_pi).clamp(max=20)                                         # exp must not overflow
+    """ref/pi - 1 - log(ref/pi) >= 0: unbiased as well, smaller variance. As a loss it descends
+    KL(ref || pi)."""
+    d = (logp_ref - logp_pi).clamp(max=20)     # exp must not overflow
     return d.exp() - 1 - d
 
 
 def surrogate(logp, logp_old, A, clip):
-    """min(ratio * A, clip(ratio) * A), elementwise: the gradient is off where the ratio has left the range on A's side."""
+    """min(ratio * A, clip(ratio) * A), for each token. The gradient is off where the ratio has left
+    the range on the side of A."""
     ratio = (logp - logp_old).exp()
     return torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
 
 
-def loss_sum(logp, logp_old, A, live, cfg, logp_ref=None, count=None):
-    """Sum of the loss over rows and their tokens; logp, logp_old, logp_ref (N, T), live (N, T) bool, A and count (N,)."""
-    loss = -surrogate(logp, logp_old, A[:, None], cfg.clip)                        # (N, T)
-    if cfg.kl == "loss" and cfg.beta:
-        loss = loss + cfg.beta * k3(logp, logp_ref) * count[:, None]
+def loss_sum(logp, logp_old, logp_ref, A, live, phase):
+    """Sum of the loss over rows and their tokens. logp, logp_old, logp_ref, live (N, T); A (N,)."""
+    loss = -surrogate(logp, logp_old, A[:, None], phase.clip)                         # (N, T)
+    if phase.kl == "loss" and phase.beta:
+        loss = loss + phase.beta * k3(logp, logp_ref)
     return (loss * live).sum()
 
 
-def unique(rows, G):
-    """Equal rows within a group, once: (rows, owner, where (B*G,) the number of each rollout's row, count a row)."""
-    seen, where, kept, owner = {}, [], [], []
-    for n, row in enumerate(rows):
-        key = (n // G, tuple(row))
-        if key not in seen:
-            seen[key] = len(kept)
-            kept.append(row)
-            owner.append(n // G)
-        where.append(seen[key])
-    where = torch.tensor(where)
-    return kept, owner, where, torch.bincount(where, minlength=len(kept))
+# --- one step --------------------------------------------------------------------------------
+
+def step(policy, ref, optimizers, rollouts, R, phase, lr):
+    """One GRPO step on rollouts with rewards R (B, G). Returns a dict to log: `kl` is the KL of a
+    whole row to ref, in nats (None without ref); `gap` is the largest difference of a token's
+    log-prob between sampler and trainer. ref may be None if beta is 0."""
+    R, (B, G) = R.cpu(), R.shape
+    eos, rows = rollouts.options.eos, rollouts.rows
+    kl, logp_ref, shaped = None, None, R
+    if ref is not None and B:
+        # What pi may draw, ref may draw: min_p is off for ref
+        options = dataclasses.replace(rollouts.options, min_p=0.0)
+        logp_ref = score(ref.net, rollouts, options)                                  # (B * G, T)
+        kl = k1(logp_of(policy, rollouts), logp_ref.sum(1)).view(B, G)
+        if phase.kl == "reward":
+            # Eq. 5: R - beta * log(pi / pi_ref)
+            shaped = R - phase.beta * kl
+    A = advantages(shaped, phase.scale)                                               # (B, G)
+    no_spread = (advantages(R) == 0).all(1)                                           # (B,)
+    if phase.scale == "std":
+        # The reward says nothing here: only the noise of the KL would be blown up to 1
+        A = A.masked_fill(no_spread[:, None], 0.0)
+    loss, norm, gap = update(policy, optimizers, rollouts, A.flatten(), logp_ref, phase, lr)
+    log = {"loss": loss, "grad_norm": norm, "gap": gap, "tokens": sum(map(len, rows))}
+    if B:
+        log |= {"reward": R.mean().item(), "reward_std": R.std(1).mean().item(),
+                "zero_std_groups": no_spread.float().mean().item(),
+                "kl": None if kl is None else kl.mean().item(),
+                "floored": floored(R, phase.floor),
+                "truncated": sum(row[-1] != eos for row in rows) / len(rows)}
+    return parallel.merge(log, B)
 
 
-def update(policy, optimizers, prompts, rows, owner, A, count, total, cfg, logp_ref=None, replay=None):
-    """`cfg.updates` optimizer steps on the given rows. A (N,) counts duplicates already; `total` = B*G is the normaliser,
-    whatever the number of micro-batches. Returns (mean loss, mean gradient norm, {row: its token log-probs before the
-    first step})."""
-    needed = (A.abs() > 1e-6) | (cfg.kl == "loss" and cfg.beta > 0)                # the others have no gradient
-    keep = needed.nonzero()[:, 0].tolist()
-    parts = [[keep[i] for i in part] for part in lm.chunks(
-        prompts, [rows[n] for n in keep], [owner[n] for n in keep], cfg.budget or lm.budget(policy))] if keep else []
-    old, losses, norms = [None] * len(parts), [], []
-    for _ in range(cfg.updates if parallel.total(len(keep)) or replay else 0):    # all ranks step, or none
+def update(policy, optimizers, rollouts, A, logp_ref, phase, lr):
+    """`phase.updates` optimizer steps on rollouts with advantages A (N,), N = B * G. Returns (mean
+    loss, mean gradient norm, largest gap between sampler and trainer)."""
+    net, prompts, rows = policy.net, rollouts.prompts, rollouts.rows
+    total = parallel.total(len(rows))
+    owner = [n // phase.group_size for n in range(len(rows))]
+    has_gradient = (A.abs() > 1e-6) | (phase.kl == "loss" and phase.beta > 0)         # (N,)
+    kept = has_gradient.nonzero()[:, 0].tolist()
+    size = lm.budget(net, rollouts.options)
+    parts = batches.chunks(prompts, [rows[n] for n in kept], [owner[n] for n in kept], size)
+    parts = [[kept[i] for i in part] for part in parts]
+    old, losses, norms, gaps = {}, [], [], [0.0]
+    for _ in range(phase.updates if parallel.total(len(kept)) else 0):     # all ranks step, or none
         for i, part in enumerate(parts):
-            logp = lm.logprobs(policy, *lm.take(prompts, rows, owner, part), temperature=cfg.temperature, min_p=cfg.min_p)  # (n, T)
-            live = torch.arange(logp.shape[1]) < torch.tensor([[len(rows[n])] for n in part])              # (n, T)
-            old[i] = logp.detach() if old[i] is None else old[i]                   # at the first step the ratio is 1
+            logp = lm.logprobs(net, *batches.take(prompts, rows, owner, part), rollouts.options)
+            drawn, live = batches.as_tensor([rollouts.logps[n] for n in part])             # (n, T)
+            if i not in old:
+                # The first update is on-policy: the ratio is 1
+                old[i] = logp.detach()
+                gaps.append(float((old[i].cpu() - drawn).abs().max()))
             ref = None if logp_ref is None else logp_ref[part][:, :logp.shape[1]].to(logp)
-            loss = loss_sum(logp, old[i], A[part].to(logp), live.to(logp.device), cfg, ref, count[part].to(logp))
+            loss = loss_sum(logp, old[i], ref, A[part].to(logp), live.to(logp), phase)
             (loss / total).backward()
             losses.append(loss.item() / total)
-        if replay is not None:
-            replay().backward()
-        norms.append(lm.optimizer_step(policy, optimizers, cfg.lr, cfg.max_norm))
+        norms.append(optim.step(net, optimizers, lr, phase.max_norm))
+    gap = torch.tensor(gaps).max().item()                  # of nan, nan
+    check_gap(gap, rollouts.options)
     times = max(1, len(norms))
-    return sum(losses) / times, sum(norms) / times, {n: lp for part, o in zip(parts, old) for n, lp in zip(part, o.cpu())}
+    return sum(losses) / times, sum(norms) / times, gap
 
 
-def step(policy, ref, optimizers, prompts, reward, cfg, eos, generator=None, replay=None, guess=None):
-    """One GRPO step. prompts: B lists of ids. reward(owner, rows) -> (N,) of the distinct rows. ref may be None if
-    beta is 0 (then no KL is logged); replay() -> a loss, see departure 6; guess: as in `lm.sample`. Returns (log, rollouts, their rewards (B*G,)). In the log, `kl` is the KL of a whole
-    row to ref, in nats, and `gap` the largest difference of a token's log-prob between sampler and trainer."""
-    B, G = len(prompts), cfg.group_size
-    total = parallel.total(B * G)
-    if not prompts:                                                                # other ranks have some: step with them
-        loss, norm, _ = update(policy, optimizers, [], [], [], torch.zeros(0), torch.zeros(0), total, cfg, None, replay)
-        return parallel.merge({"loss": loss, "grad_norm": norm, "tokens": 0}, 0), [], torch.zeros(0)
-    sampled, logp_sampled = lm.sample(policy, prompts, G, cfg.max_new, eos, cfg.temperature, cfg.top_p, cfg.top_k, generator, cfg.min_p, guess)
-    rows, owner, where, count = unique(sampled, G)                                 # N distinct rows
-    R = reward(owner, rows).cpu()                                                  # (N,)
-    log = {"reward": R[where].mean().item(), "reward_std": R[where].view(B, G).std(1).mean().item(),
-           "kl": None, "truncated": sum(r[-1] != eos for r in sampled) / (B * G), "tokens": sum(map(len, sampled))}
-    logp_pi = {n: torch.tensor(lp) for n, lp in zip(where.tolist(), logp_sampled)}   # row: (T,)
-    logp_ref, shaped = None, R
-    scores = lambda model, min_p: lm.score_tokens(model, prompts, rows, owner, temperature=cfg.temperature, tokens=cfg.budget, min_p=min_p)
-    if ref is not None:
-        logp_ref = scores(ref, 0).cpu()                                            # (N, T) of all tokens: what pi may draw, ref may
-        other = cfg.top_p < 1 or cfg.top_k > 0 or lm.HALF                          # then the sampler's are not pi's, or rounded otherwise
-        own = scores(policy, cfg.min_p).cpu().sum(1) if other else \
-            torch.stack([logp_pi[n].sum() for n in range(len(rows))])
-        kl = k1(own, logp_ref.sum(1))                                              # (N,)
-        log["kl"] = kl[where].mean().item()
-        if cfg.kl == "reward":
-            shaped = R - cfg.beta * kl                                             # Eq. 5: the KL belongs to the reward
-    A = advantages(shaped[where].view(B, G), cfg.scale)                            # (B, G)
-    flat = (advantages(R[where].view(B, G)) == 0).all(1)                           # (B,) the reward alone, without the KL
-    log["zero_std_groups"] = flat.float().mean().item()
-    if cfg.scale == "std":
-        A = A.masked_fill(flat[:, None], 0.0)                                      # else the KL's noise would be blown up to 1
-    A = torch.zeros(len(rows)).index_add(0, where, A.flatten())                    # (N,) duplicates add up
-    log["loss"], log["grad_norm"], logp_old = update(policy, optimizers, prompts, rows, owner, A, count, total, cfg,
-                                                      logp_ref, replay)
-    log["gap"] = max((float((lp[:len(rows[n])] - logp_pi[n]).abs().max()) for n, lp in logp_old.items()), default=0.0)
-    return parallel.merge(log, B), sampled, R[where]
+def check_gap(gap, options):
+    """Sampler and trainer must see the same distribution, up to rounding."""
+    if not gap <= (2.0 if options.half else 1e-3) + options.min_p:
+        raise RuntimeError(f"sampler and trainer disagree by {gap} nats a token")
+
+
+def score(net, rollouts, options):
+    """(B * G, T) token log-probs of all rollouts, on the CPU, without gradient."""
+    G = len(rollouts.rows) // len(rollouts.prompts)
+    owner = [n // G for n in range(len(rollouts.rows))]
+    return lm.score_tokens(net, rollouts.prompts, rollouts.rows, owner, options).cpu()
+
+
+def logp_of(policy, rollouts):
+    """(B * G,) log pi(row): what the sampler saw, or scored anew where the sampler rounds."""
+    if rollouts.options.half:
+        return score(policy.net, rollouts, rollouts.options).sum(1)
+    return torch.tensor([sum(logp) for logp in rollouts.logps])
+
+
+def floored(R, floor):
+    """Share of the rewards that lie on the floor: a group of these teaches nothing."""
+    return float((R <= -floor).float().mean()) if floor else 0.0

@@ -16,15 +16,13 @@ import time
 
 import torch
 
-import lm
-from models import pretrained
 import sft
-import swirl_fwm
-import swirl_idm
-from models import tiny
 from envs import made_up
 from evals import metrics
-
+from models import optim, pretrained, tiny
+from models.text import encode
+from swirl_fwm import FWM
+from swirl_idm import IDM, line_diff
 
 WEIGHT_Z = 0.5          # weight of z in the loss: half of its words, as the verb, cannot be known
 
@@ -34,17 +32,19 @@ def make_tokenizer(rng, n=8000):
     texts = []
     for _ in range(n):
         x, z, y = made_up.transition(rng)
-        texts += ["\n" + x, " " + z, "\nnext:", "\naction: " + z, *("\n" + line for line in swirl_idm.line_diff(x, y))]
+        texts += ["\n" + x, " " + z, "\nnext:", "\naction: " + z]
+        texts += ["\n" + line for line in line_diff(x, y)]
     return tiny.make_tokenizer(texts)
 
 
-def rows_of(tok, x, z, y, rng):
-    """(rows for P, rows for Q) of a transition, each [(prompt, target)]; none for Q where nothing changes."""
-    rows_P = swirl_fwm.warmup_rows(tok, [(x, z, y)])
+def rows_of(P, Q, x, z, y, rng):
+    """(rows for P, rows for Q) of a transition, each [(prompt, target)]; none for Q where nothing
+    changes. One row in ten shows Q both states."""
+    rows_P = P.rows([(x, z, y)])
+    view = "full" if x != y and rng.random() < 0.1 else "diff"
     if x == y:
         return rows_P, []
-    view = "full" if rng.random() < 0.1 else "diff"
-    return rows_P, [(swirl_idm.prompt(tok, x, y, view), swirl_idm.target(tok, z))]
+    return rows_P, IDM(Q.net, Q.tok, view=view).rows([(x, z, y)])
 
 
 def babble(tok, longest, rng):
@@ -55,7 +55,7 @@ def babble(tok, longest, rng):
     return ids, ids
 
 
-def draw(tok, step, args, rng):
+def draw(P, Q, step, args, rng):
     """(rows for P, rows for Q) of about args.tokens tokens. At first all of them babble, from a tenth of the steps on a tenth
     of them. Short rows and worlds of a few cells come first: in them a model finds out how to copy."""
     done = step / args.steps
@@ -64,28 +64,28 @@ def draw(tok, step, args, rng):
     rows_P, rows_Q, tokens = [], [], 0
     while tokens < args.tokens:
         if tokens < random_share * args.tokens:
-            new_P, new_Q = [babble(tok, longest, rng)], []
+            new_P, new_Q = [babble(P.tok, longest, rng)], []
         else:
-            new_P, new_Q = rows_of(tok, *made_up.transition(rng, most), rng)
+            new_P, new_Q = rows_of(P, Q, *made_up.transition(rng, most), rng)
         rows_P += new_P
         rows_Q += new_Q
         tokens += sum(len(prompt) + len(target) for prompt, target in new_P + new_Q)
     return rows_P, rows_Q
 
 
-def backward(model, rows_P, rows_Q):
-    """Adds the gradient of the loss; returns the means over y and over z."""
+def backward(P, Q, rows_P, rows_Q):
+    """Add the gradient of the loss. Returns the means over y and over z."""
     y, z = (sum(len(target) for _, target in rows) for rows in (rows_P, rows_Q))
-    return sft.backward(model, rows_P, y), sft.backward(model, rows_Q, z / WEIGHT_Z) / WEIGHT_Z
+    return sft.backward(P, rows_P, y), sft.backward(Q, rows_Q, z / WEIGHT_Z) / WEIGHT_Z
 
 
-def held_out(model, tok, n=200):
+def held_out(P, Q, n=200):
     """Scores of n made-up transitions of another seed, decoded freely."""
     rng = random.Random("held out")
     xs, zs, ys = map(list, zip(*(made_up.transition(rng) for _ in range(n))))
-    longest = max(len(swirl_fwm.target(tok, y)) for y in ys) + 8
-    y_hat = swirl_fwm.predict(model, tok, xs, zs, longest)
-    z_hat = swirl_idm.predict(model, tok, xs, ys, 64, "diff")
+    longest = max(len(P.target(y)) for y in ys) + 8
+    y_hat = FWM(P.net, P.tok, longest=longest).predict(xs, zs)
+    z_hat = Q.predict(xs, ys)
     kept, right = 0, 0
     for x, y, predicted in zip(xs, ys, y_hat):
         same = set(x.split("\n")) & set(y.split("\n"))
@@ -107,20 +107,21 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     rng = random.Random(args.seed)
     tok = make_tokenizer(rng)
-    model = tiny.make_model(tok, seed=args.seed)
-    optimizers = lm.make_optimizers(model, args.lr, decay=0.1)
+    net = tiny.make_model(tok, seed=args.seed)
+    P, Q = FWM(net, tok), IDM(net, tok, longest=64)             # one net for both directions
+    optimizers = optim.make_optimizers(net, args.lr, decay=0.1)
     begin, losses = time.monotonic(), []
     for step in range(1, args.steps + 1):
-        losses.append(backward(model, *draw(tok, step, args, rng)))
-        lm.encode.cache_clear()                                 # no text comes twice
-        lm.optimizer_step(model, optimizers, sft.rate(step, args.steps, args.lr, rise=100))
+        losses.append(backward(P, Q, *draw(P, Q, step, args, rng)))
+        encode.cache_clear()                                    # no text comes twice
+        optim.step(net, optimizers, sft.rate(step, args.steps, args.lr, rise=100))
         if step % 100 == 0:
             y, z = (sum(part) / 100 for part in zip(*losses[-100:]))
             print(f"step {step} of {args.steps}: -log p of a token of y {y:.4f}, of z {z:.4f}; "
                   f"{(time.monotonic() - begin) / 60:.1f} minutes", flush=True)
         if step % 1000 == 0 or step == args.steps:
-            print({name: round(value, 4) for name, value in held_out(model, tok).items()}, flush=True)
-            pretrained.save(model, tok, args.out)
+            print({name: round(value, 4) for name, value in held_out(P, Q).items()}, flush=True)
+            pretrained.save(net, tok, args.out)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from support import rundir
+import grpo
 from envs import WORLDS
+from support import rundir
 
 # A pretrained model of another maker: the paper's rates and batches, and a reward per token, since its states are long
 PRETRAINED = {"warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, "decay": 0.0, "warmup_batch": 128,
@@ -52,8 +53,6 @@ class Config:
     eval_size: int = setting(300, "test transitions that are scored, drawn once with the seed; fewer if states are long")
     validation_size: int = setting(100, "transitions of the labelled half that are held back to validate, at most (half of it at most)")
     max_state: int = setting(0, "longest state in tokens: a longer one loses its middle, in x and y alike (0: none is cut)")
-    vq: str = setting("", "of pixels: a VQ model of transformers (Emu3VQVAE, JanusVQVAE; a folder or Hub id) in place of the "
-                      "run's own codebook")
     # warm-up (SFT on the labelled half) and Bootstrap
     warmup_steps: int = setting(600, "steps of the FWM's warm-up")
     warmup_steps_idm: int = setting(200, "steps of the IDM's warm-up")
@@ -75,7 +74,6 @@ class Config:
     lr_idm: float = setting(5e-5, "learning rate of Phase II, falling to 0 as well")
     updates: int = setting(1, "optimizer steps on one batch of rollouts (paper: 1)")
     clip: float = setting(0.2, "range of the policy ratio")
-    replay: int = setting(0, "labelled rows whose log-likelihood joins each step of a phase (paper: 0)")
     scale: str = setting("std", "advantage: (R - mean) / std (released), R - mean (Eq. 4), leave-one-out",
                          choices=["mean", "std", "loo"])
     beta: float = setting(0.1, "KL to the reference in Phase II. Paper: .1; 1 is the exact ELBO (Eq. 5)")
@@ -85,8 +83,6 @@ class Config:
     temperature_fwm: float = setting(None, "the same in Phase I alone (default: --temperature; pixels 1.3)")
     min_p_fwm: float = setting(0.0, "in Phase I tokens less than so many times as likely as the likeliest are neither drawn "
                                "nor scored (pixels .05; 0: off)")
-    top_p: float = setting(1.0, "off; the paper's .96 samples from another policy than it scores")
-    top_k: int = setting(0, "off")
     reward_form: str = setting("sum", "sum of the opposite's token log-probs (theorems) or mean (released; own files and "
                                "pretrained models)", choices=["sum", "mean"])
     floor: float = setting(0.0, "least reward is -floor; 0 is none (theorems). See swirl_fwm.py, departure 1")
@@ -94,6 +90,28 @@ class Config:
                                    "would be paid for inventing an effect (paper: all pairs)")
     view: str = setting("diff", "what the IDM reads: diff (changed lines, ours) or full (x and y, the paper's)",
                         choices=["diff", "full"])
+
+    def phase1(self, iteration):
+        """The settings of Phase I."""
+        return grpo.Phase(steps=self.phase1_steps, peak=self.lr_fwm * later(iteration),
+                          temperature=self.temperature_fwm, min_p=self.min_p_fwm,
+                          beta=self.beta_fwm, **self.both())
+
+    def phase2(self, iteration):
+        """The settings of Phase II."""
+        return grpo.Phase(steps=self.phase2_steps, peak=self.lr_idm * later(iteration),
+                          temperature=self.temperature, beta=self.beta, **self.both())
+
+    def both(self):
+        """What both phases share."""
+        return dict(batch=self.batch, group_size=self.group_size, scale=self.scale, kl=self.kl,
+                    updates=self.updates, clip=self.clip, form=self.reward_form, floor=self.floor)
+
+
+def later(iteration):
+    """Share of its rate that a phase takes: a fifth from the second iteration on, as in the paper
+    (1e-6, then 2e-7)."""
+    return 1.0 if iteration == 1 else 0.2
 
 
 def parse(argv=None):
@@ -125,8 +143,8 @@ def check(cfg):
     checks = {"group_size": cfg.group_size >= 2, "temperature": cfg.temperature > 0,
               "temperature_fwm": cfg.temperature_fwm is None or cfg.temperature_fwm > 0,
               "min_p_fwm": 0 <= cfg.min_p_fwm < 1, "floor": cfg.floor >= 0, "minutes": 0 <= cfg.minutes < float("inf"),
-              "spoiled": 0 <= cfg.spoiled <= 1, "busy": 0 <= cfg.busy <= 1, "top_p": 0 < cfg.top_p <= 1,
-              "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "replay": cfg.replay >= 0, "beta": cfg.beta >= 0,
+              "spoiled": 0 <= cfg.spoiled <= 1, "busy": 0 <= cfg.busy <= 1, 
+              "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "beta": cfg.beta >= 0,
               "beta_fwm": cfg.beta_fwm >= 0, "lora": cfg.lora >= 0, "tokens": cfg.tokens >= 0, "threads": cfg.threads >= 0,
               "max_state": cfg.max_state == 0 or cfg.max_state >= 16, "seed": 0 <= cfg.seed < 2**32,
               "decay": 0 <= cfg.decay < float("inf")}

@@ -1,25 +1,20 @@
-"""Learning by likelihood: the warm-up of both directions on labels (SFT), and Bootstrap, the rival that stays with it.
+"""Likelihood: the warm-up of both models on labels (SFT), and Bootstrap, the obvious rival.
 
-Claim: Phase I and II can only be judged against a warm-up that has converged, and against the obvious use of the same pairs:
-let Q label them once and go on with likelihood. So both are here, with fixed numbers of steps.
+SFT        ascend  E_{(x,z,y) with labels} log P(y | x, z)  in theta, and log Q(z | x, y) in phi
+Bootstrap  z' = argmax_z Q(z | x, y) for each state-only pair, once;
+           then SFT of P on (x, z', y) and the labels together
 
-SFT           max over theta of E_{(x,z,y) labelled} log P(y | x, z);  of phi likewise with log Q(z | x, y)
-Bootstrap     z' = argmax Q(z | x, y) for each state-only pair, once;  then SFT of P on (x, z', y) and the labels together
-
-Departures from the paper: the rate stays, then falls to 0 over the last half of the steps, in place of a cosine;
-Muon on the weight matrices (`lm.make_optimizers`).
+Departures from the paper: the rate stays, then falls to 0 over the last half of the steps, in place
+of a cosine; Muon on the weight matrices (`models/optim.py`).
 """
 import random
 
-import torch
-
 import lm
-from models import parallel
-import swirl_fwm
-import swirl_idm
+from evals import metrics
+from models import batches, optim, parallel
 
 
-def batches(rows, size, rng):
+def shuffled(rows, size, rng):
     """Endless batches of `size`; when fewer rows are left, all are shuffled anew behind these."""
     order = []
     while True:
@@ -35,55 +30,79 @@ def rate(step, steps, peak, rise=20):
 
 
 def backward(model, rows, tokens):
-    """Add the gradient of the sum of -log p over the targets of rows [(prompt, target)], divided by `tokens`; returns its value."""
+    """Add the gradient of the sum of -log p over the targets of rows [(prompt, target)], divided by
+    `tokens`. Returns that sum. model: an FWM or IDM."""
     if not rows:
         return 0.0
     prompts, targets = zip(*rows)
     owner, loss = range(len(rows)), 0.0
-    for chosen in lm.chunks(prompts, targets, owner, lm.budget(model)):
-        part = -lm.logprobs(model, *lm.take(prompts, targets, owner, chosen)).sum() / tokens
-        part.backward()
-        loss += part.item()
+    for part in batches.chunks(prompts, targets, owner, lm.budget(model.net, model.options)):
+        some = batches.take(prompts, targets, owner, part)
+        nll = -lm.logprobs(model.net, *some, model.options).sum() / tokens
+        nll.backward()
+        loss += nll.item()
     return loss
 
 
 def step(model, rows, optimizers, lr):
-    """One step on rows [(prompt, target)] of all processes: (mean of -log p of a target's token, gradient norm)."""
+    """One step on rows [(prompt, target)]: (mean of -log p of a target's token, gradient norm)."""
     tokens = sum(len(target) for _, target in rows)
     loss = backward(model, parallel.share(rows), tokens)
-    norm = lm.optimizer_step(model, optimizers, lr)
+    norm = optim.step(model.net, optimizers, lr)
     return parallel.total(loss), norm
 
 
-def fit(model, name, rows, size, steps, lab, validate):
-    """SFT of `model` on rows [(prompt, target)], `size` a step; validate(model, lab) -> share right, four times on the way."""
+def fit(model, name, rows, size, steps, validate, lab):
+    """SFT of an FWM or IDM on rows [(prompt, target)], `size` a step. validate(model, lab) ->
+    share right, called four times on the way."""
     cfg, run = lab.cfg, lab.run
-    batch = batches(rows, size, random.Random(f"{cfg.seed} {name}"))
-    optimizers = lm.make_optimizers(model, cfg.warmup_lr, cfg.muon, cfg.decay)
-    bar = run.bar(f"warm-up of the {name}" if name != "Bootstrap" else name, steps)
+    batch = shuffled(rows, size, random.Random(f"{cfg.seed} {name}"))
+    optimizers = optim.make_optimizers(model.net, cfg.warmup_lr, cfg.muon, cfg.decay)
+    bar = run.bar(name if name == "Bootstrap" else f"warm-up of the {name}", steps)
     for t in range(1, steps + 1):
         loss, norm = step(model, next(batch), optimizers, rate(t, steps, cfg.warmup_lr))
-        score = validate(model, lab) if t % max(1, steps // 4) == 0 else None
-        run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=t, seconds=run.elapsed(), loss=loss,
-                grad_norm=norm, validation=score)
-        bar.show(t, loss=loss, validation=score)
+        share = validate(model, lab) if t % max(1, steps // 4) == 0 else None
+        run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=t,
+                seconds=run.elapsed(), loss=loss, grad_norm=norm, validation=share)
+        bar.show(t, loss=loss, validation=share)
     bar.close()
     return model
 
 
-def bootstrap(P, Q, lab, validate):
+def warm_up_P(P, lab):
+    """SFT of P on the labelled transitions."""
+    cfg = lab.cfg
+    return fit(P, "FWM", P.rows(lab.labelled), cfg.warmup_batch, cfg.warmup_steps,
+               validate_P, lab)
+
+
+def warm_up_Q(Q, lab):
+    """SFT of Q on the labelled transitions."""
+    cfg = lab.cfg
+    rows = Q.rows(lab.labelled, cfg.spoiled, random.Random(cfg.seed))
+    return fit(Q, "IDM", rows, cfg.warmup_batch_idm, cfg.warmup_steps_idm,
+               validate_Q, lab)
+
+
+def bootstrap(P, Q, lab):
     """Bootstrap: Q labels the state-only pairs once, P goes on with labels and pseudo-labels."""
-    cfg, tok = lab.cfg, lab.tok
+    cfg = lab.cfg
     xs, ys = map(list, zip(*lab.state_only))
-    z_hat = parallel.divide(lambda xs, ys: swirl_idm.predict(Q, tok, xs, ys, lab.max_z, cfg.view), xs, ys)
-    triples = lab.labelled + list(zip(xs, z_hat, ys))
-    return fit(P, "Bootstrap", swirl_fwm.warmup_rows(tok, triples), cfg.warmup_batch, cfg.bootstrap_steps, lab, validate)
+    zs = parallel.divide(Q.predict, xs, ys)
+    rows = P.rows(lab.labelled + list(zip(xs, zs, ys)))
+    return fit(P, "Bootstrap", rows, cfg.warmup_batch, cfg.bootstrap_steps,
+               validate_P, lab)
 
 
-def replay(model, rows, n, rng):
-    """Mean of -log p over n of the rows, drawn anew at each call: joins a step of a phase (`--replay`; paper: none)."""
-    chosen = parallel.share(rng.choices(rows, k=n))
-    if not chosen:                                                                 # fewer rows than processes
-        return torch.zeros((), requires_grad=True)
-    prompts, targets = zip(*chosen)
-    return -lm.logprobs(model, prompts, targets, range(len(chosen))).sum() / n
+def validate_P(P, lab):
+    """Share of the validation futures that P predicts right, greedily."""
+    xs, zs, ys = map(list, zip(*lab.validation))
+    y_hats = parallel.divide(P.predict, xs, zs)
+    return metrics.exact(y_hats, ys)
+
+
+def validate_Q(Q, lab):
+    """Share of the validation actions that Q reads right, greedily."""
+    xs, zs, ys = map(list, zip(*lab.validation))
+    z_hats = parallel.divide(Q.predict, xs, ys)
+    return metrics.exact(z_hats, zs)

@@ -1,139 +1,153 @@
-"""P_theta(y | x, z), the forward world model (FWM), and Phase I, which trains it on pairs (x, y) whose actions nobody saw.
+"""P_theta(y | x, z), the forward world model (FWM), and Phase I, which trains it without actions.
 
-Claim (Theorem 3.1): raising  I(theta) = E_{(x,y)~D} E_{z~Q(.|x,y)} E_{y_hat~P(.|x,z)} log Q(z | x, y_hat)   (Eq. 3)
-raises a variational lower bound of the conditional mutual information  I(Z; Y_hat | X) = H(Z|X) - H(Z|Y_hat,X)  (Eq. 1),
-since  -H(Z|Y_hat,X) >= E log Q(z | x, y_hat)  (Eq. 2) and H(Z|X) does not depend on theta. In words: predict futures in
-which the inverse model can read the action. Q is frozen throughout. `mi_bounds.py` shows the bound as numbers.
+Claim (Theorem 3.1). Phase I raises
 
-| symbol | in code          | meaning                                                                                |
-| ------ | ---------------- | -------------------------------------------------------------------------------------- |
-| x, y   | str              | state before, state after                                                              |
-| z      | str              | the action; in Phase I a guess of Q's, drawn once per pair                             |
-| y_hat  | ids, then str    | one of G futures that P draws; its reward is R_k = log Q(z | x, y_hat_k), in nats      |
+    I(theta) = E_{(x,y)~D} E_{z~Q(.|x,y)} E_{y_hat~P(.|x,z)} log Q(z | x, y_hat)              (Eq. 3)
 
-Departures from the paper:
-1. The reward is the summed log-probability of z with its end token (Eq. 3), without a floor. `--reward-form mean` with `--floor 10`
-   is the released scripts' form; it is the default for files of your own and for real models, whose rows are long.
-2. No KL by default (Eq. 3 and 4 have none; the released scripts add .04).
-3. Q may read the line diff of x and y instead of both states (`swirl_idm.prompt`, `view`); the paper's Q reads both.
-4. Pairs with y = x are left out by default (`skip_unchanged`): no action can be read in them, so P would be paid for inventing an
-   effect. If Q has learnt to refuse (`--spoiled`), a pair in which it refuses is left out, too.
-5. P is sampled and scored at temperature 1 (paper: .75, top-p .96), as z and the reward are: Eq. 3. For pixels at 1.3, among the
-   tokens at least .05 times as likely as the likeliest (`min_p`): at 1 a third of its groups have no spread, and 1.3 alone spoils
-   patches that P is sure of.
-6. Where the state is an image (`envs/images.py`), z comes before x, so that each patch of y stands as far behind the same patch
-   of x, whatever z; the paper's images come first.
+and with it a lower bound of  I(Z; Y_hat | X) = H(Z|X) - H(Z|Y_hat,X)  (Eq. 1), since
+-H(Z|Y_hat,X) >= E log Q(z | x, y_hat)  (Eq. 2) and H(Z|X) does not depend on theta. In words:
+P learns to predict futures in which the inverse model can read the action. Q is frozen.
+`mi_bounds.py` shows the bound as numbers.
+
+| symbol | in code         | meaning                                                               |
+| ------ | --------------- | --------------------------------------------------------------------- |
+| x, y   | str             | state before, state after                                             |
+| z      | str             | the action; in Phase I a guess of Q, drawn once for each pair         |
+| y_hat  | ids, then str   | one of G futures that P draws; reward R = log Q(z | x, y_hat), nats   |
+
+Departures from the paper
+1. The reward is the summed log-probability of z with its end token, as in Eq. 3, without a floor.
+   The released scripts take the mean over tokens with a floor (`--reward-form mean --floor 10`).
+   That is the default for your own files and for real models, whose rows are long.
+2. No KL by default: Eq. 3 and 4 have none. The released scripts add .04 (`--beta-fwm`).
+3. Q may read the changed lines instead of both states (`--view`).
+4. Pairs with y = x are left out (`--no-skip-unchanged` is the paper's). No action can be read in
+   them, so P would be paid for inventing an effect. Pairs that Q refuses are left out, too.
+5. Futures are drawn and scored at temperature 1, so that Eq. 3 is exact. The paper draws at .75
+   with top-p .96.
+6. For images, see `models/images.py`.
 """
-import re
-
-import torch
+import copy
+import dataclasses
 
 import grpo
 import lm
 from models import parallel
-import swirl_idm
-from envs import images
-from models.pretrained import frame
+from models.text import decode, encode, frame
 
 
-# --- P as a language model ----------------------------------------------------------------------------------------------
+# --- P as a language model -------------------------------------------------------------------
 
-def before(tok, x):
-    """The ids of x. It comes first, so that everything that is asked about one x shares this prefix."""
-    return [*frame(tok).head, *lm.encode(tok, frame(tok).line + x)]
+class FWM:
+    """P_theta(y | x, z): a language model with its tokenizer; how it reads (x, z) and writes y."""
+
+    def __init__(self, net, tok, options=None, longest=128):
+        self.net, self.tok = net, tok
+        self.options = options or lm.Options(tok.eos_token_id)
+        self.longest = longest                             # tokens of the longest y to draw
+
+    def with_net(self, net):
+        """The same with other weights."""
+        twin = copy.copy(self)
+        twin.net = net
+        return twin
+
+    def frozen(self):
+        """A copy that does not learn: pi_ref, P as it stands now."""
+        return self.with_net(lm.freeze(self.net, self.options))
+
+    def before(self, x):
+        """The ids of x. They come first, so that all that is asked about x shares this prefix."""
+        return [*frame(self.tok).head, *encode(self.tok, frame(self.tok).line + x)]
+
+    def prompt(self, x, z):
+        """The ids before y."""
+        action = encode(self.tok, "\naction: " + z)
+        question = encode(self.tok, "\nnext:")
+        return [*self.before(x), *action, *question, *frame(self.tok).tail]
+
+    def target(self, y):
+        """The ids of y with its end. Without the end, log P would score "y as a beginning"."""
+        return [*encode(self.tok, frame(self.tok).line + y), self.tok.eos_token_id]
+
+    def read(self, ids):
+        """The state that sampled ids spell."""
+        return decode(self.tok, ids).removeprefix(frame(self.tok).line)
+
+    def rows(self, triples):
+        """[(prompt, target)] of (x, z, y): what likelihood learns from."""
+        return [(self.prompt(x, z), self.target(y)) for x, z, y in triples]
+
+    def logp(self, xs, zs, ys, options=None):
+        """(N,) log P(y | x, z), summed over tokens, in nats."""
+        prefixes = [self.before(x) for x in xs]            # an x that comes twice is computed once
+        prompts = [self.prompt(x, z) for x, z in zip(xs, zs)]
+        targets = [self.target(y) for y in ys]
+        rows = [prompt[len(prefix):] + target
+                for prefix, prompt, target in zip(prefixes, prompts, targets)]
+        return lm.score(self.net, prefixes, rows, options or self.options,
+                        n_scored=[len(target) for target in targets])
+
+    def draw(self, prompts, n, options, generator=None, guess=None):
+        """(rows, logps) of `lm.sample`. guess: states near the answer, which only images use."""
+        return lm.sample(self.net, prompts, n, self.longest, options, generator)
+
+    def sample(self, xs, zs, n=1, generator=None):
+        """n futures y_hat for each (x, z); those of one pair are side by side."""
+        prompts = [self.prompt(x, z) for x, z in zip(xs, zs)]
+        rows, _ = self.draw(prompts, n, self.options, generator, guess=xs)
+        return [self.read(row) for row in rows]
+
+    def predict(self, xs, zs):
+        """The greedy y_hat for each (x, z)."""
+        prompts = [self.prompt(x, z) for x, z in zip(xs, zs)]
+        greedy = dataclasses.replace(self.options, temperature=0)
+        rows, _ = self.draw(prompts, 1, greedy, guess=xs)
+        return [self.read(row) for row in rows]
+
+    def rollouts(self, xs, zs, phase, generator, guess=None):
+        """G futures for each (x, z), with what GRPO needs to know of them."""
+        prompts = [self.prompt(x, z) for x, z in zip(xs, zs)]
+        options = dataclasses.replace(self.options, temperature=phase.temperature,
+                                      min_p=phase.min_p)
+        rows, logps = self.draw(prompts, phase.group_size, options, generator, guess)
+        return grpo.Rollouts(prompts, rows, logps, options)
 
 
-def prompt(tok, x, z):
-    """The ids before y."""
-    action = lm.encode(tok, "\naction: " + z)
-    if images.is_image(x):                                                         # departure 7
-        return [*frame(tok).head, *action, *lm.encode(tok, frame(tok).line + x), *frame(tok).tail]
-    return [*before(tok, x), *action, *lm.encode(tok, "\nnext:"), *frame(tok).tail]
+def best_of_n(P, Q, xs, zs, n=8, generator=None):
+    """The future, among n drawn, in which Q reads z best: the paper's test-time verification."""
+    y_hats = P.sample(xs, zs, n, generator)
+    R = phase1_reward(Q, grpo.repeat(xs, n), grpo.repeat(zs, n), y_hats).view(len(xs), n)
+    return [y_hats[i * n + k] for i, k in enumerate(R.argmax(1).tolist())]
 
 
-def target(tok, y):
-    """The ids of y with its end: without the end, log P would score "y as a beginning"."""
-    return [*lm.encode(tok, frame(tok).line + y), tok.eos_token_id]
+# --- Phase I ---------------------------------------------------------------------------------
+
+def phase1_reward(Q, xs, zs, y_hats):
+    """(N,) how well Q reads the action z in the predicted future y_hat, in nats."""
+    # Eq. 3: R = log Q(z | x, y_hat)
+    return Q.logp(xs, zs, y_hats)
 
 
-def warmup_rows(tok, triples):
-    """[(prompt, target)] of (x, z, y): what SFT and Bootstrap learn from."""
-    return [(prompt(tok, x, z), target(tok, y)) for x, z, y in triples]
-
-
-def read(tok, ids):
-    """The state that sampled ids spell."""
-    return lm.decode(tok, ids).removeprefix(frame(tok).line)
-
-
-def guess(tok, states):
-    """Rows for `lm.sample` to begin with: of images, which P draws nearly so. None of texts, where one word more moves all that follow."""
-    return [target(tok, s) for s in states] if states and images.is_image(states[0]) else None
-
-
-def logp(P, tok, xs, zs, ys, temperature=1.0, top_p=1.0):
-    """(N,) log P(y | x, z), summed over tokens, in nats. A text x that comes several times goes through P once."""
-    prompts, targets = [prompt(tok, x, z) for x, z in zip(xs, zs)], [target(tok, y) for y in ys]
-    cuts = [len(p) if images.is_image(x) else len(before(tok, x)) for p, x in zip(prompts, xs)]
-    return lm.score(P, [p[:cut] for p, cut in zip(prompts, cuts)], [p[cut:] + row for p, cut, row in zip(prompts, cuts, targets)],
-                    n_scored=[len(row) for row in targets], temperature=temperature, top_p=top_p)
-
-
-def codes_only(P, tok, y):
-    """(T, V) bool for `lm.restrict`: where the image y has a code any code may stand, elsewhere what stands in y."""
-    ids = target(tok, y)
-    allowed = torch.zeros(len(ids), P.config.vocab_size, dtype=torch.bool)
-    allowed[range(len(ids)), ids] = True
-    codes = [i for token, i in tok.get_added_vocab().items() if re.fullmatch(r"<c\d+>", token)]
-    at = [t for t, i in enumerate(ids) if i in codes]
-    allowed[at] = torch.zeros(P.config.vocab_size, dtype=torch.bool).index_fill(0, torch.tensor(codes), True)
-    return allowed
-
-
-def predict(P, tok, xs, zs, max_new):
-    """Greedy y_hat for each (x, z)."""
-    return [read(tok, row) for row in lm.greedy(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], max_new,
-                                                tok.eos_token_id, guess=guess(tok, xs))]
-
-
-def futures(P, tok, xs, zs, n, max_new, generator=None):
-    """n sampled y_hat for each (x, z), those of one side by side."""
-    return [read(tok, row) for row in lm.sample_all(P, [prompt(tok, x, z) for x, z in zip(xs, zs)], n, max_new, tok.eos_token_id,
-                                                    generator, guess=guess(tok, xs))]
-
-
-def best_of_n(P, Q, tok, xs, zs, max_new, view, n=8, generator=None):
-    """Of n sampled futures, the one in which Q reads z best: the paper's test-time verification, and the forecast of what
-    Phase I can bring. Costs n times the sampling and needs z at test time."""
-    y_hat = futures(P, tok, xs, zs, n, max_new, generator)
-    R = swirl_idm.logp(Q, tok, [x for x in xs for _ in range(n)], [z for z in zs for _ in range(n)], y_hat, view)
-    return [y_hat[i * n + k] for i, k in enumerate(R.view(-1, n).argmax(1).tolist())]
-
-
-# --- Phase I ------------------------------------------------------------------------------------------------------------
-
-def phase1_step(P, Q, ref, optimizers, tok, pairs, cfg, view="diff", form="sum", floor=10.0, max_z=32, generator=None,
-                replay=None):
-    """One step on pairs [(x, y)]; theta moves, phi is frozen. replay: as in `grpo.step`.
-    Returns (log, examples [{x, z, y, y_hat, reward}]); log is None if Q reads no action in any pair."""
+def phase1_step(P, Q, ref, optimizers, pairs, phase, lr, generator):
+    """One step on pairs [(x, y)]: theta moves, phi is frozen. Returns (log, examples); log is None
+    if Q reads no action in any pair."""
     xs, ys = zip(*pairs)
-    rows, _ = lm.sample(Q, [swirl_idm.prompt(tok, x, y, view) for x, y in pairs], 1, max_z, tok.eos_token_id,
-                        generator=generator)
-    zs = [swirl_idm.read(tok, row) for row in rows]                                # z ~ Q(. | x, y), one a pair
-    readable = [i for i, row in enumerate(rows) if row[-1] == tok.eos_token_id and zs[i] != swirl_idm.IMPOSSIBLE]
-    if not parallel.total(len(readable)):                                          # on no rank
+    # z ~ Q(. | x, y): one guess for each pair, None where Q reads no action
+    zs = Q.label(xs, ys, generator)
+    triples = [(x, z, y) for x, z, y in zip(xs, zs, ys) if z is not None]
+    if not parallel.total(len(triples)):
         return None, []
-    xs, ys, zs, z_rows = ([values[i] for i in readable] for values in (xs, ys, zs, rows))
+    xs, zs, ys = zip(*triples) if triples else ((), (), ())
 
-    def reward(owner, rows):                                                       # -> (N,)
-        at = lambda values: [values[o] for o in owner]
-        y_hat = [read(tok, row) for row in rows]
-        logq = swirl_idm.score(Q, tok, at(xs), y_hat, at(z_rows), view)
-        return grpo.shape(logq, [len(z) for z in at(z_rows)], form, floor)         # Eq. 3: R = log Q(z | x, y_hat)
+    # y_hat_1, .., y_hat_G ~ P(. | x, z)
+    G = phase.group_size
+    rollouts = P.rollouts(xs, zs, phase, generator, guess=ys)
+    y_hats = [P.read(row) for row in rollouts.rows]
+    R = phase1_reward(Q, grpo.repeat(xs, G), grpo.repeat(zs, G), y_hats)              # (B * G,)
+    R = grpo.shape(R, [len(Q.target(z)) for z in grpo.repeat(zs, G)], phase)
 
-    log, rows, R = grpo.step(P, ref, optimizers, [prompt(tok, x, z) for x, z in zip(xs, zs)], reward, cfg,
-                             tok.eos_token_id, generator, replay, guess(tok, ys))
-    log["floored"] = grpo.floored(R, floor)
-    G = cfg.group_size
-    return log, [dict(x=x, z=z, y=y, y_hat=read(tok, rows[i * G]), reward=R[i * G].item())
-                 for i, (x, z, y) in enumerate(zip(xs, zs, ys))]
+    log = grpo.step(P, ref, optimizers, rollouts, R.view(len(xs), G), phase, lr)
+    examples = [dict(x=x, z=z, y=y, y_hat=y_hat, reward=r)
+                for x, z, y, y_hat, r in zip(xs, zs, ys, y_hats[::G], R[::G].tolist())]
+    return log, examples

@@ -32,18 +32,10 @@ def fit_codebook(env, seed, labelled, state_only):
     return images.Codebook.fit(np.stack(frames), pixels.PATCH, seed=seed)
 
 
-vq_model = functools.lru_cache(maxsize=1)(images.VQModel)
-
-
 def codebook(cfg):
-    """The image tokenizer of a world of frames: fitted on what it trains on, or the one that was given; None for text."""
+    """The image tokenizer of a world of frames, fitted on what it trains on; None for text."""
     if cfg.data or cfg.env != "pixels":
         return None
-    if cfg.vq:
-        try:
-            return vq_model(cfg.vq)
-        except Exception as e:                                                     # whatever a damaged folder makes the loaders raise
-            raise records.BadData(f"--vq {cfg.vq}: {str(e).partition(chr(10))[0]}; give a folder or Hub id with safetensors") from None
     return fit_codebook(cfg.env, cfg.seed, *(shares(cfg)[split] for split in ("labelled", "state-only")))
 
 

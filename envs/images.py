@@ -5,10 +5,9 @@
 Claim: so P and Q stay the language models that they are, and the same functions serve text and pictures. `encode` takes frames (N, H, W, 3)
 of uint8 to codes (N, side, side), `decode` takes them back; whatever has these two calls can stand behind a world of frames.
 
-Departures from the paper
-1. Its codes are those of a VQ model learnt on a great many pictures (Liquid's, 1,024 a picture); `Codebook` is k-means on the patches of the run's
-   own training frames. Where these hold no more than `size` different ones, as in `pixels.py`, it is exact on them.
-2. `VQModel` puts a real one behind the same two calls: Emu3's or Janus's, by folder or Hub id. (transformers has Chameleon's encoder alone.)
+Departure from the paper: its codes are those of a VQ model learnt on a great many pictures (Liquid's, 1,024 a
+picture). `Codebook` is k-means on the patches of the run's own training frames. Where these hold no more than
+`size` different ones, as in `pixels.py`, it is exact on them.
 """
 import re
 
@@ -200,36 +199,3 @@ class Codebook:
     @classmethod
     def load(cls, path):
         return cls(np.load(path, allow_pickle=False)["centres"])
-
-
-class VQModel:
-    """The same two calls by a VQ model of transformers (Emu3VQVAE, JanusVQVAE) from a folder or the Hub."""
-
-    def __init__(self, name):
-        import transformers
-        kind = transformers.AutoConfig.from_pretrained(name).model_type
-        classes = {"emu3_vqgan": transformers.Emu3VQVAE, "janus_vqgan": transformers.JanusVQVAE}
-        if kind not in classes:
-            raise ValueError(f"{name}: a {kind} cannot encode and decode here; give one of {', '.join(classes)}")
-        self.model = classes[kind].from_pretrained(name, use_safetensors=True).eval()
-        self.size = self.model.quantize.embedding.num_embeddings
-        self.sizes = kind == "emu3_vqgan"                                          # it wants to be told the frames' sizes
-
-    def encode(self, frames):
-        import torch
-        out = []
-        for part in np.array_split(frames, -(-len(frames) // 16)):
-            pixels = torch.from_numpy(part).permute(0, 3, 1, 2).float() / 127.5 - 1            # (n, 3, H, W) in [-1, 1]
-            with torch.no_grad():
-                codes = self.model.encode(pixels, *([torch.tensor(pixels.shape[2:]).expand(len(part), 2)] if self.sizes else [])).image_tokens
-            codes = torch.stack(list(codes)) if self.sizes else codes
-            side = round((codes.numel() / len(part)) ** 0.5)
-            out.append(codes.reshape(len(part), side, side).numpy())
-        return np.concatenate(out)
-
-    def decode(self, codes):
-        import torch
-        tokens = torch.from_numpy(codes)
-        with torch.no_grad():
-            pixels = self.model.decode(tokens if self.sizes else tokens.flatten(1))   # (N, 3, H, W)
-        return ((pixels.permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()

@@ -124,75 +124,10 @@ def _text(row, key):
     return row[name]
 
 
-class Opened(typing.NamedTuple):
-    """A finished run of train.py, and what its models say to lists of states."""
-    cfg: typing.Any                                            # its settings
-    test: list                                                 # [(x, z, y)] that it scored
-    uncut: list                                                # the same before --max-state
-    episodes: list                                             # its test episodes [(x, z, y)]
-    predict: typing.Callable                                   # (xs, zs) -> greedy y_hat
-    read: typing.Callable                                      # (xs, ys) -> greedy z_hat
-    P: typing.Any                                              # the FWM itself
-    tok: typing.Any                                            # its tokenizer
-
-
-def open_run(folder):
-    """Opened. BadData if the folder holds no finished run, or its transitions file is gone or has changed."""
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        settings = config["settings"]
-        finished = (folder / "results.json").is_file()
-        n = json.loads((folder / "results.json").read_text())["splits"]["test"] if finished else None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise records.BadData(f"{folder}: no run's config.json is there, or it is damaged; give a folder that train.py "
-                              "wrote") from None
-    if not finished:
-        raise records.BadData(f"{folder}: this run is not finished; the same train.py command again finishes it")
-    import torch  # here and not above: note 4
-    import transformers
-
-    from support import evaluate
-    from support import loading
-    from models import pretrained
-    import swirl_fwm
-    import swirl_idm
-    from envs import codebook, images, load_splits, test_episodes
-    from settings import Config
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        cfg = Config(**settings)
-        loading.set_precision(cfg, device)
-        if config.get("data_sha256") != records.sha256(cfg.data):
-            raise records.BadData(f"{folder}: {cfg.data} has changed since this run; give back the old file, or train again")
-        uncut = load_splits(cfg)
-        (P, tok), (Q, _) = (pretrained.load(folder / side) for side in ("fwm", "idm"))
-        book = codebook(cfg)
-        if book and not cfg.vq and (book.centres.tolist() != images.Codebook.load(folder / "codebook.npz").centres.tolist()):
-            raise ValueError("its codes stand for other patches than those of this version")
-    except records.BadData:
-        raise
-    except Exception as error:  # whatever a damaged folder makes the loaders raise
-        raise records.BadData(f"{folder}: cannot open the run ({str(error).partition(chr(10))[0]}); train it again with "
-                              "this version, or give another folder") from None
-    parts = loading.shorten(tok, uncut, cfg.max_state)
-    max_y, max_z = loading.check_data(P, tok, *parts, cfg)
-    test = evaluate.affordable(tok, parts[3])
-    if len(test) != n:
-        raise records.BadData(f"{folder}: it was trained with {n} test transitions, and now there are {len(test)}; give it "
-                              "back its data, or train it again")
-    P, Q = P.to(device), Q.to(device)
-    loading.restrict(P, Q, tok, test[0][0])
-    return Opened(cfg, test, uncut[3][:n], loading.shorten(tok, test_episodes(cfg), cfg.max_state), lambda xs, zs: swirl_fwm.predict(P, tok, xs, zs, max_y),
-                  lambda xs, ys: swirl_idm.predict(Q, tok, xs, ys, max_z, cfg.view), P, tok)
-
-
 def predict_run(folder, splits=()):
     """[Pair] of a finished run of train.py: x, y and the greedy y_hat of each test transition, as its last stage scored them. The split
-    of `splits` is the one in the episode's id (test-SPLIT-..), if the run was on a transitions file. BadData as in `open_run`."""
+    of `splits` is the one in the episode's id (test-SPLIT-..), if the run was on a transitions file. BadData as in `opened.open_run`."""
+    from support.opened import open_run        # here and not above: note 4
     run = open_run(folder)
     file = records.read(run.cfg.data) if run.cfg.data else []
     episodes = {(t.x, t.z, t.y): t.episode for t in file if t.episode.startswith("test-")}
@@ -200,7 +135,7 @@ def predict_run(folder, splits=()):
         print(f"warning: the run scored {len(run.test)} of {len(episodes)} test transitions (--eval-size)", file=sys.stderr)
     groups = [next((s for s in splits if episodes.get(row, "").startswith(f"test-{s}-")), None) for row in run.uncut]
     xs, zs, ys = map(list, zip(*run.test))
-    return [Pair(y_hat, y, x, group) for x, y, y_hat, group in zip(xs, ys, run.predict(xs, zs), groups)]
+    return [Pair(y_hat, y, x, group) for x, y, y_hat, group in zip(xs, ys, run.P.predict(xs, zs), groups)]
 
 
 # ---- Score -------------------------------------------------------------------------------------------------

@@ -88,14 +88,15 @@ def main(argv=None):
     try:
         if out.exists():
             raise records.BadData(f"--out {args.out}: is there already; name a new folder")
-        run = common.open_run(args.run)
+        from support.opened import open_run
+        run = open_run(args.run)
         if not images.is_image(run.test[0][0]):
             raise records.BadData(f"--run {args.run}: its states are texts; give a run of --env pixels")
         frames = lambda states: images.frames(codebook(run.cfg), states)
         xs, zs, ys = zip(*run.test)
-        rows = list(zip(frames(xs), zs, frames(ys), frames(run.predict(xs, zs))))
+        rows = list(zip(frames(xs), zs, frames(ys), frames(run.P.predict(xs, zs))))
         steps = rollout.windows(run.episodes, T)
-        y_hat = rollout.rollout(run.predict, steps, T)
+        y_hat = rollout.rollout(run.P.predict, steps, T)
         episodes = [([z for _, z, _ in window], frames([window[0][0], *(y for _, _, y in window)]), frames([row[i] for row in y_hat]))
                     for i, window in enumerate(steps)]
         motion = [row for row in rows if pixels.kind(row[1]) in pixels.MOTION]

@@ -74,14 +74,15 @@ def main(argv=None):
         records.fail(f"--steps cannot be {args.steps}; give at least 1")
     try:
         common.check_json(args.json)
-        run = common.open_run(args.run)
+        from support.opened import open_run
+        run = open_run(args.run)
         steps = windows(run.episodes, args.steps)
         if not steps:
             raise records.BadData(f"{args.run}: no test episode has {args.steps} steps; give fewer --steps")
         if args.actions == "idm":
-            steps = [[(x, z, y) for (x, _, y), z in zip(window, run.read([x for x, _, _ in window], [y for _, _, y in window]))]
+            steps = [[(x, z, y) for (x, _, y), z in zip(window, run.Q.predict([x for x, _, _ in window], [y for _, _, y in window]))]
                      for window in steps]
-        rows = {"P": score(rollout(run.predict, steps, args.steps), steps),
+        rows = {"P": score(rollout(run.P.predict, steps, args.steps), steps),
                 "copy x": score(rollout(lambda xs, zs: xs, steps, args.steps), steps)}
         print(f"{len(steps)} episodes, actions: {args.actions}\n{show(rows)}")
         if args.json:

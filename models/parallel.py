@@ -95,7 +95,7 @@ def merge(log, B):
     logs = gather((log, B))
     out = dict(log, **{k: sum(l[k] for l, _ in logs) for k in ("tokens", "loss")})
     logs = [(l, b) for l, b in logs if b]
-    for k in ("reward", "reward_std", "kl", "truncated", "zero_std_groups"):
+    for k in ("reward", "reward_std", "kl", "truncated", "floored", "zero_std_groups"):
         out[k] = None if logs[0][0][k] is None else sum(l[k] * b for l, b in logs) / sum(b for _, b in logs)
     return out | {"gap": max(l["gap"] for l, _ in logs)}
 
@@ -171,7 +171,6 @@ def plain(model):
         to.data = b.clone()
     for to, p in zip(out.parameters(), model.parameters()):
         to.data = p.detach().clone()
-    out.allowed = getattr(model, "allowed", None)                                  # `lm.restrict`
     return out
 
 

@@ -1,47 +1,90 @@
-"""--minutes: measure a few steps, then fix the number of steps of every stage, once, before the run begins.
+"""--minutes: measure a few steps, then fix the number of steps of every stage, before the run begins.
 
-The steps go into config.json and from there into a resumed run, so that no result depends on the clock afterwards.
+The steps go into config.json, and from there into a resumed run. So no result depends on the clock
+afterwards.
 """
 import json
+import random
 import time
 from pathlib import Path
 
+import sft
+import swirl_fwm
+import swirl_idm
+from models import optim, parallel
 from support import aside
-from models import parallel
+from support.evaluate import evaluate_P, evaluate_Q
 
 STEPS = ("warmup_steps", "warmup_steps_idm", "bootstrap_steps", "phase1_steps", "phase2_steps")
+SOME = 64       # transitions of the timed evaluation
 
 
-def fix_steps(cfg, stages):
-    """Scale the steps of all stages alike, so that the run takes about cfg.minutes. Does nothing without --minutes.
-    stages: {name in STEPS: f() takes one step of it}, and "evaluate": f() scores 64 transitions."""
+def fix_steps(cfg, P, Q, lab):
+    """Scale the steps of all stages alike, so that the run takes about cfg.minutes. Does nothing
+    without --minutes."""
     if not cfg.minutes:
         return
-    settings = saved(cfg)
-    if settings is None:
-        seconds = {name: seconds_of(f) for name, f in stages.items()}
-        evaluation = seconds["evaluate"] * cfg.eval_size / 64
-        steps, scores = path(cfg, {name: seconds[name] * getattr(cfg, name) for name in STEPS}, evaluation)
-        factor = parallel.agree(max(0.0, cfg.minutes * 60 - scores) / steps)
-        settings = {name: max(1, round(getattr(cfg, name) * factor)) for name in STEPS}
-        print(f"--minutes {cfg.minutes:g}: about {scores / 60:.1f} go to scores, {steps / 60:.1f} would go to the steps as set; "
-              f"now {factor:.2f} times as many")
-    for name, n in settings.items():
+    steps = saved(cfg) or scaled(cfg, measure(P, Q, lab))
+    for name, n in steps.items():
         setattr(cfg, name, n)
 
 
+def scaled(cfg, seconds):
+    """{stage: steps}, from the seconds of one step of each stage and of one "evaluate"."""
+    evaluation = seconds["evaluate"] * cfg.eval_size / SOME
+    wanted = {name: seconds[name] * getattr(cfg, name) for name in STEPS}
+    steps, scores = path(cfg, wanted, evaluation)
+    factor = parallel.agree(max(0.0, cfg.minutes * 60 - scores) / steps)
+    print(f"--minutes {cfg.minutes:g}: about {scores / 60:.1f} go to scores, {steps / 60:.1f} would go "
+          f"to the steps as set; now {factor:.2f} times as many")
+    return {name: max(1, round(getattr(cfg, name) * factor)) for name in STEPS}
+
+
 def path(cfg, seconds, evaluation):
-    """(seconds of all steps, of all scores) on the way from the start to the end that takes longest."""
+    """(seconds of all steps, seconds of all scores) on the longest way from the start to the end."""
     once = seconds["phase1_steps"] + seconds["phase2_steps"]
-    warmups, swirl = (seconds["warmup_steps"], seconds["warmup_steps_idm"]), cfg.iterations * once
-    rivals = seconds["bootstrap_steps"] + once
-    scores_swirl, scores_rivals = 1 + 2 * cfg.iterations, 4        # best of 8 takes as long as one
+    warmups = seconds["warmup_steps"], seconds["warmup_steps_idm"]
+    swirl, rivals = cfg.iterations * once, seconds["bootstrap_steps"] + once
+    scores_swirl = 1 + 2 * cfg.iterations
+    scores_rivals = 4                          # best of 8 takes as long as one
     if not cfg.rivals:
         return sum(warmups) + swirl, scores_swirl * evaluation
     if aside.possible(cfg):
-        longest = max((swirl, scores_swirl - 1), (rivals, scores_rivals))
-        return max(warmups) + longest[0], (1 + longest[1]) * evaluation
+        longest, scores = max((swirl, scores_swirl - 1), (rivals, scores_rivals))
+        return max(warmups) + longest, (1 + scores) * evaluation
     return sum(warmups) + rivals + swirl, (scores_swirl + scores_rivals) * evaluation
+
+
+def measure(P, Q, lab):
+    """{stage: seconds of one step}, on copies of the models."""
+    cfg, rng = lab.cfg, random.Random(lab.cfg.seed)
+    P, Q = (model.with_net(parallel.plain(model.net)) for model in (P, Q))
+    frozen_P, frozen_Q = P.frozen(), Q.frozen()
+    for_P, for_Q = (optim.make_optimizers(model.net, cfg.warmup_lr, cfg.muon) for model in (P, Q))
+    rows_P = sft.shuffled(P.rows(lab.labelled), cfg.warmup_batch, rng)
+    rows_Q = sft.shuffled(Q.rows(lab.labelled, cfg.spoiled, rng), cfg.warmup_batch_idm, rng)
+    pairs = sft.shuffled([(x, y) for x, y in lab.state_only if x != y], cfg.batch, rng)
+    some = lab.test[:SOME]
+
+    def warm_up_P():
+        sft.step(P, next(rows_P), for_P, cfg.warmup_lr)
+
+    def warm_up_Q():
+        sft.step(Q, next(rows_Q), for_Q, cfg.warmup_lr)
+
+    def phase1():
+        swirl_fwm.phase1_step(P, frozen_Q, None, for_P, next(pairs), cfg.phase1(1), 0.0, None)
+
+    def phase2():
+        swirl_idm.phase2_step(Q, frozen_P, frozen_Q, for_Q, next(pairs), cfg.phase2(1), 0.0, None)
+
+    def evaluate():
+        evaluate_P(P, some)
+        evaluate_Q(Q, some)
+
+    stages = dict(warmup_steps=warm_up_P, bootstrap_steps=warm_up_P, warmup_steps_idm=warm_up_Q,
+                  phase1_steps=phase1, phase2_steps=phase2, evaluate=evaluate)
+    return {name: seconds_of(f) for name, f in stages.items()}
 
 
 def seconds_of(f, times=3):
@@ -56,9 +99,10 @@ def seconds_of(f, times=3):
 
 
 def saved(cfg):
-    """The steps that an unfinished run of this folder was planned with."""
+    """The steps that an unfinished run of this folder was planned with; None without one."""
     try:
         old = json.loads((Path(cfg.out) / "config.json").read_text())["settings"]
-        return {name: old[name] for name in STEPS} if old["minutes"] == cfg.minutes and not cfg.fresh else None
+        same = old["minutes"] == cfg.minutes and not cfg.fresh
+        return {name: old[name] for name in STEPS} if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

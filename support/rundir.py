@@ -20,8 +20,7 @@ import transformers
 
 from models import parallel
 from models import pretrained
-from support import progress
-import swirl_idm
+from support import aside, progress
 from envs import records
 
 OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm", "sft", "rivals",
@@ -141,19 +140,20 @@ class Run:
     def done(self, stage):
         return any(s["name"] == stage for s in self.progress["stages"])
 
-    def keep(self, name, P, Q, tok):
+    def keep(self, name, P, Q):
         """Both models in DIR/name, to stay."""
         if parallel.rank() == 0:
-            for side, model in (("fwm", P), ("idm", Q)):
-                pretrained.save(model, tok, self.dir / name / side)
+            pretrained.save(P.net, P.tok, self.dir / name / "fwm")
+            pretrained.save(Q.net, Q.tok, self.dir / name / "idm")
 
-    def finish_stage(self, stage, P, Q, tok):
-        """Save both models beside the last ones, then name them in progress.json: a cut loses one stage at most."""
-        folder = "checkpoint-b" if self.progress["folder"] == "checkpoint-a" else "checkpoint-a"
+    def finish_stage(self, stage, P, Q):
+        """Save both models beside the last ones, then name them in progress.json: a cut loses one
+        stage at most."""
+        last = self.progress["folder"]
+        folder = "checkpoint-b" if last == "checkpoint-a" else "checkpoint-a"
         if parallel.rank() == 0:
             shutil.rmtree(self.dir / folder, ignore_errors=True)
-            pretrained.save(P, tok, self.dir / folder / "fwm")
-            pretrained.save(Q, tok, self.dir / folder / "idm")
+        self.keep(folder, P, Q)
         self.progress["stages"].append(stage)
         self.progress["folder"] = folder
         self.save_progress()
@@ -173,6 +173,33 @@ class Run:
         self.write("results.json", results)
         for rest in ("checkpoint-a", "checkpoint-b"):
             shutil.rmtree(self.dir / rest, ignore_errors=True)
+
+
+def introduce(P, lab):
+    """Print in three lines what the run is about to do; save the codebook of images."""
+    cfg = lab.cfg
+    print(f"SWIRL on {cfg.data or cfg.env}: {len(lab.labelled)} labelled, {len(lab.validation)} "
+          f"validation, {len(lab.state_only)} state-only, {len(lab.test)} test transitions")
+    two = ", two processes where stages are independent" if aside.possible(cfg) else ""
+    print(f"  {P.net.num_parameters() / 1e6:.2f}M parameters a model; {cfg.threads} thread(s) a "
+          f"process{two}; {lab.run.dir}")
+    rivals = f"; Bootstrap {cfg.bootstrap_steps}" if cfg.rivals else ""
+    print(f"  steps: warm-up {cfg.warmup_steps} (FWM) and {cfg.warmup_steps_idm} (IDM), then "
+          f"{cfg.iterations} times Phase I {cfg.phase1_steps} and Phase II {cfg.phase2_steps}{rivals}")
+    if lab.book and parallel.rank() == 0:
+        with records.whole(lab.run.dir / "codebook.npz") as file:
+            lab.book.save(file)
+
+
+def warn(name, logs):
+    """Print one line if a phase could learn nothing, or lost most of its rewards to the floor."""
+    floored = sum(log["floored"] for log in logs) / max(1, len(logs))
+    if all(log["zero_std_groups"] == 1 for log in logs):
+        print(f"warning: {name} could learn nothing: in no step did the rollouts of a group differ in "
+              "reward")
+    elif floored > 0.5:
+        print(f"warning: {name}: {floored:.0%} of the rewards lie on the floor; give --reward-form mean "
+              "or --floor 0")
 
 
 def peak_rss_mb():
@@ -200,10 +227,11 @@ def rivals_of(beside):
         "bootstrap_swirl": {"fwm": then[-1]["fwm"], "idm": then[-1]["idm"], "stages": then}}
 
 
-def show_sample(s):
-    """One transition as a person reads it: what changed, what P predicts, what Q reads."""
+def show_sample(s, changes):
+    """One transition as a person reads it: what changed, what P predicts, what Q reads. changes(x, y)
+    -> lines: `IDM.changes`."""
     def lines(y):
-        text = " / ".join(swirl_idm.line_diff(s["x"], y)) or "(nothing changes)"
+        text = " / ".join(changes(s["x"], y)) or "(nothing changes)"
         return text if len(text) <= 400 else text[:400] + " ..."
     return (f"    z     {s['z']}\n    y     {lines(s['y'])}\n    y_hat {'= y' if s['y_hat'] == s['y'] else lines(s['y_hat'])}"
             f"\n    z_hat {'= z' if s['z_hat'] == s['z'] else s['z_hat']}")

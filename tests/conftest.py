@@ -7,12 +7,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lm
-from models import pretrained
 import sft
 import swirl_fwm
 import swirl_idm
-from models import tiny
 from envs import records, tools
+from models import images, optim, pretrained, tiny
+from swirl_fwm import FWM
+from swirl_idm import IDM
 
 torch.set_num_threads(1)
 
@@ -68,12 +69,43 @@ def random_tiny(tok, seed):
 
 @pytest.fixture
 def P(tok):
-    return random_tiny(tok, 1)
+    return FWM(random_tiny(tok, 1), tok, longest=5)
 
 
 @pytest.fixture
 def Q(tok):
-    return random_tiny(tok, 2)
+    return IDM(random_tiny(tok, 2), tok, longest=24)
+
+
+# --- `lm` with its options as keywords ---------------------------------------------------------
+
+def sample(net, prefixes, n, longest, eos=EOS, temperature=1.0, generator=None, **options):
+    """`lm.sample`; with `guess`, `images.settle`."""
+    guess = options.pop("guess", None)
+    options = lm.Options(eos, temperature, **options)
+    if guess is not None:
+        return images.settle(net, prefixes, guess, n, longest, options, generator)
+    return lm.sample(net, prefixes, n, longest, options, generator)
+
+
+def greedy(net, prefixes, longest, eos=EOS, **options):
+    return sample(net, prefixes, 1, longest, eos, 0, **options)[0]
+
+
+def logprobs(net, prefixes, rows, owner, n_scored=None, temperature=1.0, **options):
+    return lm.logprobs(net, prefixes, rows, owner, lm.Options(EOS, temperature, **options), n_scored)
+
+
+def frozen(net):
+    return lm.freeze(net, lm.Options(EOS))
+
+
+def score(net, prefixes, rows, owner=None, n_scored=None, temperature=1.0, **options):
+    """(N,) sums of `lm.score_tokens`, or without `owner` `lm.score`."""
+    options = lm.Options(EOS, temperature, **options)
+    if owner is None:
+        return lm.score(net, prefixes, rows, options, n_scored)
+    return lm.score_tokens(net, prefixes, rows, owner, options, n_scored).sum(1)
 
 
 def ending(model, eos, bias):
@@ -116,6 +148,16 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+class Net:
+    """What `grpo` and `sft` use of an FWM or IDM."""
+
+    def __init__(self, net, **options):
+        self.net, self.options = net, lm.Options(EOS, **options)
+
+    def frozen(self):
+        return Net(lm.freeze(self.net, self.options))
+
+
 class Recorder:
     """An optimizer that keeps the gradient and changes nothing."""
 
@@ -139,11 +181,11 @@ def small_folder(tmp_path_factory):
              for text in ("\n" + x, " " + z, "\nnext:", "\naction: " + z, "\n- ", "\n+ ")]
     tok = tiny.make_tokenizer(texts, vocab_size=500)
     model = tiny.make_model(tok, width=32, layers=1, context=1024)
-    rows = [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in triples]
-    rows += [(swirl_idm.prompt(tok, x, y), swirl_idm.target(tok, z)) for x, z, y in triples]
-    batch, optimizers = sft.batches(rows, 8, random.Random(0)), lm.make_optimizers(model, 0.01)
+    P = FWM(model, tok)
+    rows = P.rows(triples) + IDM(model, tok).rows(triples)
+    batch, optimizers = sft.shuffled(rows, 8, random.Random(0)), optim.make_optimizers(model, 0.01)
     for n in range(60):
-        sft.step(model, next(batch), optimizers, 0.01 * (1 - n / 60))
+        sft.step(P, next(batch), optimizers, 0.01 * (1 - n / 60))
     pretrained.save(model, tok, folder)
     return folder
 

@@ -23,21 +23,12 @@ def test_ours_and_the_plain_loop_take_the_same_step(monkeypatch):
     for contestant in (bench.ours, bench.plain):
         policy, ref, Q = (bench.make_model(64, 2, V, seed) for seed in range(3))
         before = [p.detach().clone() for p in policy.parameters()]
-        logps = lm.logprobs(policy, prompts, rows.tolist(), [n // G for n in range(B * G)]).tolist()
+        logps = lm.logprobs(policy, prompts, rows.tolist(), [n // G for n in range(B * G)], lm.Options(-1)).tolist()
         monkeypatch.setattr(lm, "sample", lambda *_: (rows.tolist(), logps))
         policy.generate = lambda ids, **_: torch.cat([ids.repeat_interleave(G, 0), rows], 1)
         contestant(policy, ref, Q, prompts, z, T, G)()
         changes.append(moved(policy, before))
     assert changes[0].norm() > 0 and (changes[0] - changes[1]).norm() < 1e-3 * changes[0].norm()
-
-
-def test_what_a_guess_saves_is_told_of_runs_of_pictures_alone(tmp_path, capsys):
-    for args in (["--run", str(tmp_path)], ["--run", str(tmp_path), "--json", "b.json"]):
-        with pytest.raises(SystemExit) as stop:
-            bench.main(args)
-        assert stop.value.code == 2
-    found = capsys.readouterr().err
-    assert "no run's config.json is there" in found and "--run stands alone" in found
 
 
 @pytest.mark.slow
@@ -58,7 +49,7 @@ def test_the_operations_that_a_forward_pass_needs_are_those_that_torch_counts():
     model, (prompts, _) = bench.make_model(width, layers, V), bench.make_work(B, P, V)
     rows, owner = torch.randint(1, V, (B * G, T)).tolist(), [n // G for n in range(B * G)]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        lm.logprobs(model, prompts, rows, owner)
+        lm.logprobs(model, prompts, rows, owner, lm.Options(-1))
     assert counter.get_total_flops() == pytest.approx(bench.forward_flop(B, P, T, B * G, width, layers, V, B * G * T), rel=0.03)
 
 

@@ -5,10 +5,11 @@ import types
 import pytest
 import torch
 
-from support import evaluate
 import lm
 import swirl_fwm
 import swirl_idm
+from models.text import encode
+from support import evaluate
 
 DATA = [("a", "go", "b"), ("c", "stay", "c"), ("d", "go", "e"), ("f", "go", "g")]
 
@@ -17,41 +18,41 @@ def lab_of(**parts):
     """A Lab without a model; its run keeps the samples in `samples`."""
     samples = []
     run = types.SimpleNamespace(log=lambda _, **line: samples.append(line))
-    cfg = types.SimpleNamespace(seed=3, view="diff")
-    plain = dict(cfg=cfg, run=run, tok=None, max_y=5, max_z=4, test=DATA, windows=[], book=None,
-                 held_out={}, samples=samples)
+    plain = dict(run=run, test=DATA, windows=[], book=None, held_out={}, samples=samples)
     return types.SimpleNamespace(**plain | parts)
 
 
 class Model:
-    device = torch.device("cpu")
+    """Says what it is told to, and remembers what it was asked."""
+
+    def __init__(self, logp=None):
+        self.asked, self.answer, self.options = [], logp, lm.Options(eos=0)
+        self.net = types.SimpleNamespace(device=torch.device("cpu"))
+
+    def logp(self, xs, zs, ys, options=None):
+        self.asked.append((xs, zs, ys, options))
+        return torch.arange(float(len(xs))) if self.answer is None else self.answer
 
 
-def test_sampled_is_the_mean_chance_of_y_where_something_changes(monkeypatch):
-    asked = []
-
-    def logp(P, tok, xs, zs, ys, temperature, top_p):
-        asked.append((xs, zs, ys, temperature, top_p))
-        return torch.tensor([0.5, 0.25, 0.0]).log()  # a y that top-p leaves out has no chance
-
-    monkeypatch.setattr(swirl_fwm, "logp", logp)
-    assert evaluate.sampled(Model(), lab_of(), DATA) == pytest.approx(0.25)
-    assert asked == [(["a", "d", "f"], ["go"] * 3, ["b", "e", "g"], 0.75, 0.96)]
+def test_sampled_is_the_mean_chance_of_y_where_something_changes():
+    P = Model(torch.tensor([0.5, 0.25, 0.0]).log())  # a y that top-p leaves out has no chance
+    assert evaluate.sampled(P, DATA) == pytest.approx(0.25)
+    options = lm.Options(eos=0, temperature=0.75, top_p=0.96)
+    assert P.asked == [(["a", "d", "f"], ["go"] * 3, ["b", "e", "g"], options)]
 
 
-def test_the_chance_of_y_is_that_of_its_tokens_where_p_draws_as_the_paper_does(tok, P):
+def test_the_chance_of_y_is_that_of_its_tokens_where_p_draws_as_the_paper_does(P):
     xs, zs, ys = zip(*DATA)
-    rows = [swirl_fwm.target(tok, y) for y in ys]
-    logp = lm.score(P, [swirl_fwm.prompt(tok, x, z) for x, z in zip(xs, zs)], rows,
-                    temperature=0.75, top_p=0.99)
-    assert swirl_fwm.logp(P, tok, xs, zs, ys, 0.75, 0.99).tolist() == pytest.approx(logp.tolist(), abs=1e-3)
-    assert logp.tolist() != pytest.approx(swirl_fwm.logp(P, tok, xs, zs, ys).tolist(), abs=0.1)
+    options = lm.Options(P.tok.eos_token_id, temperature=0.75, top_p=0.99)
+    logp = lm.score(P.net, [P.prompt(x, z) for x, z in zip(xs, zs)], [P.target(y) for y in ys], options)
+    assert P.logp(xs, zs, ys, options).tolist() == pytest.approx(logp.tolist(), abs=1e-3)
+    assert logp.tolist() != pytest.approx(P.logp(xs, zs, ys).tolist(), abs=0.1)
 
 
-def test_refused_is_the_share_that_q_would_refuse(monkeypatch, tok, Q):
-    monkeypatch.setattr(swirl_idm, "refuses", lambda Q, tok, xs, ys, view: [x == "a" for x in xs])
-    scores, z_hat = evaluate.evaluate_Q(Q, lab_of(tok=tok), DATA)
-    assert scores["refused"] == 0.25 and len(z_hat) == 4 and swirl_idm.IMPOSSIBLE not in z_hat
+def test_refused_is_the_share_that_q_would_refuse(monkeypatch, Q):
+    monkeypatch.setattr(Q, "refuses", lambda xs, ys: [x == "a" for x in xs])
+    scores, z_hat = evaluate.evaluate_Q(Q, DATA)
+    assert scores["refused"] == 0.25 and len(z_hat) == 4 and swirl_idm.REFUSAL not in z_hat
 
 
 @pytest.fixture
@@ -62,24 +63,23 @@ def counted(monkeypatch):
                         or ({"n": len(sides)}, ["y"] * 4))
     monkeypatch.setattr(evaluate, "evaluate_Q", lambda *_: sides.append("idm")
                         or ({"n": len(sides)}, ["z"] * 4))
-    monkeypatch.setattr(swirl_idm, "logp", lambda Q, tok, xs, *_: torch.arange(float(len(xs))))
     return sides
 
 
 def test_a_side_that_did_not_move_keeps_its_scores(counted):
     lab = lab_of()
-    first, _ = evaluate.evaluate(None, None, lab, "sft")
-    second, _ = evaluate.evaluate(None, None, lab, "iteration1/phase1", ("fwm",))
+    first, _ = evaluate.evaluate(None, Model(), lab, "sft")
+    second, _ = evaluate.evaluate(None, Model(), lab, "iteration1/phase1", ("fwm",))
     assert counted == ["fwm", "idm", "fwm"] and second["idm"] is first["idm"]
     assert second["fwm"] != first["fwm"]
     # Of a run that was resumed
-    evaluate.evaluate(None, None, lab_of(), "iteration1/phase2", ("idm",))
+    evaluate.evaluate(None, Model(), lab_of(), "iteration1/phase2", ("idm",))
     assert counted[3:] == ["fwm", "idm"]
 
 
 def test_samples_hold_the_truth_the_forecast_and_the_reward(counted):
     lab = lab_of()
-    _, sample = evaluate.evaluate(None, None, lab, "sft")
+    _, sample = evaluate.evaluate(None, Model(), lab, "sft")
     assert sample == dict(x="a", z="go", y="b", y_hat="y", z_hat="z")
     assert lab.samples[2] == dict(stage="sft", x="d", z="go", y="e", y_hat="y", z_hat="z",
                                   reward=2.0)
@@ -88,29 +88,29 @@ def test_samples_hold_the_truth_the_forecast_and_the_reward(counted):
 def test_best_of_8_draws_eight_in_both_directions(monkeypatch):
     asked = []
 
-    def forward(P, Q, tok, xs, zs, max_new, view, n, generator):
-        asked.append((P, Q, n))
+    def forward(P, Q, xs, zs, n, generator):
+        asked.append((P, Q, n, generator.initial_seed()))
         return ["b"] * 4
 
-    def inverse(Q, P, tok, xs, ys, max_new, view, n, generator):
-        asked.append((P, Q, n))
+    def inverse(Q, P, xs, ys, n, generator):
+        asked.append((P, Q, n, generator.initial_seed()))
         return ["go"] * 4
 
     monkeypatch.setattr(swirl_fwm, "best_of_n", forward)
     monkeypatch.setattr(swirl_idm, "best_of_n", inverse)
     P, Q = Model(), Model()
-    scores = evaluate.best_of_8(P, Q, lab_of(), DATA)
-    assert asked == [(P, Q, 8)] * 2
+    scores = evaluate.best_of_8(P, Q, DATA, seed=3)
+    assert asked == [(P, Q, 8, 3)] * 2
     assert (scores["fwm"]["exact"], scores["idm"]["exact"]) == (0.25, 0.75)
 
 
 def test_of_long_states_fewer_are_scored_but_never_under_20(tok):
     short, long = [("a", "z", "b")] * 300, [("a", "z", "lamp " * 2000)] * 300
     assert evaluate.affordable(tok, short) == short
-    tokens = len(lm.encode(tok, "\n" + long[0][2]))
+    tokens = len(encode(tok, "\n" + long[0][2]))
     assert len(evaluate.affordable(tok, long)) == max(20, 60000 // tokens) < 300
     assert len(evaluate.affordable(tok, [("a", "z", "lamp " * 9000)] * 300)) == 20
 
 
 def test_where_nothing_changes_there_is_no_share_sampled():
-    assert evaluate.sampled(Model(), lab_of(), [("c", "stay", "c")]) is None
+    assert evaluate.sampled(Model(), [("c", "stay", "c")]) is None

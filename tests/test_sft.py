@@ -8,12 +8,11 @@ import types
 import pytest
 import torch
 
-import lm
 import sft
-import swirl_fwm
-import swirl_idm
-from conftest import Recorder, grads, naive, relative, tiny_llama, weights
+from conftest import Net, Recorder, grads, naive, relative, tiny_llama, weights
+from models import optim
 from settings import parse
+from swirl_fwm import FWM
 
 ROWS = [([1, 2], [3, 4, 0]), ([2], [5, 6, 7, 8, 0]), ([3, 1, 4], [1, 0]), ([5], [0]),
         ([2, 7, 1, 8], [2, 8, 0])]                             # 14 tokens in the targets
@@ -46,15 +45,14 @@ def test_the_rate_is_never_0_nor_above_its_peak(steps):
 # --- a step ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tokens", [1, 8, 15, 10**6])
-def test_a_step_s_gradient_is_that_of_the_mean_nll(monkeypatch, tokens):
+def test_a_step_s_gradient_is_that_of_the_mean_nll(tokens):
     """Per token of the targets, over all rows, whatever goes through the model at a time."""
-    monkeypatch.setattr(lm, "TOKENS", tokens)
     model = tiny_llama(9, 1)
     truth = -sum(naive(model, prompt, row).sum() for prompt, row in ROWS) / 14
     truth.backward()
     exact, recorder = grads(model), Recorder(model)
     model.zero_grad()
-    loss, norm = sft.step(model, ROWS, [recorder], 0.5)
+    loss, norm = sft.step(Net(model, tokens=tokens), ROWS, [recorder], 0.5)
     assert loss == pytest.approx(truth.item(), rel=1e-5)
     assert norm == pytest.approx(exact.norm().item(), rel=1e-4)
     assert len(recorder.seen) == 1 and recorder.param_groups[0]["lr"] == 0.5
@@ -69,8 +67,8 @@ def test_fit_takes_the_steps_that_it_is_told(monkeypatch, steps):
     monkeypatch.setattr(sft, "step", lambda model, rows, optimizers, lr: rates.append(lr)
                         or sizes.append(len(rows))
                         or step(model, rows, optimizers, lr))
-    lab, model = lab_of("--warmup-lr", ".01"), tiny_llama(9, 1)
-    assert sft.fit(model, "FWM", ROWS, 2, steps, lab, lambda model, lab: 0.0) is model
+    lab, model = lab_of("--warmup-lr", ".01"), Net(tiny_llama(9, 1))
+    assert sft.fit(model, "FWM", ROWS, 2, steps, lambda model, lab: 0.0, lab) is model
     assert rates == [sft.rate(t, steps, .01) for t in range(1, steps + 1)] and set(sizes) == {2}
     assert [line["step"] for line in lab.lines] == list(range(1, steps + 1))
 
@@ -79,7 +77,7 @@ def fitted(monkeypatch, clock, seed="0"):
     """Weights after 12 steps, and what was logged; `clock` says the time."""
     monkeypatch.setattr(time, "monotonic", clock)
     lab, model = lab_of("--seed", seed), tiny_llama(9, 1)
-    sft.fit(model, "FWM", ROWS, 2, 12, lab, lambda model, lab: 0.0)
+    sft.fit(Net(model), "FWM", ROWS, 2, 12, lambda model, lab: 0.0, lab)
     return weights(model), [(line["loss"], line["grad_norm"]) for line in lab.lines]
 
 
@@ -93,23 +91,23 @@ def test_fit_is_repeatable_bit_for_bit_at_any_speed(monkeypatch):
 
 def test_fit_validates_four_times_on_the_way():
     seen, lab, model = [], lab_of(), tiny_llama(9, 1)
-    sft.fit(model, "FWM", ROWS, 2, 12, lab, lambda model, lab: seen.append(weights(model))
-            or len(seen) / 10)
+    sft.fit(Net(model), "FWM", ROWS, 2, 12, lambda model, lab: seen.append(weights(model.net))
+            or len(seen) / 10, lab)
     assert [line["validation"] for line in lab.lines if line["validation"]] == [.1, .2, .3, .4]
     assert torch.equal(seen[-1], weights(model)) and not torch.equal(seen[0], seen[-1])
 
 
 def test_fit_takes_its_optimizer_from_the_settings(monkeypatch):
-    seen, make = [], lm.make_optimizers
-    monkeypatch.setattr(lm, "make_optimizers",
+    seen, make = [], optim.make_optimizers
+    monkeypatch.setattr(optim, "make_optimizers",
                         lambda model, *settings: seen.append(settings) or make(model, *settings))
     lab = lab_of("--warmup-lr", ".01", "--no-muon", "--decay", ".3")
-    sft.fit(tiny_llama(9, 0), "FWM", ROWS, 2, 1, lab, lambda model, lab: 0.0)
+    sft.fit(Net(tiny_llama(9, 0)), "FWM", ROWS, 2, 1, lambda model, lab: 0.0, lab)
     assert seen == [(.01, False, .3)]
 
 
 def test_batches_take_every_row_once_before_any_comes_again():
-    batch = sft.batches(list(range(7)), 3, random.Random(0))
+    batch = sft.shuffled(list(range(7)), 3, random.Random(0))
     drawn = [next(batch) for _ in range(40)]
     assert all(len(set(part)) == 3 for part in drawn[::2])
     assert {n for part in drawn for n in part} == set(range(7))
@@ -123,29 +121,20 @@ def test_bootstrap_learns_labels_and_q_s_greedy_labels(monkeypatch, tok):
     """Q names the state-only pairs once; of these P is taught its names, and nothing that nobody
     gave it."""
     labelled, pairs = [("a", "true", "b"), ("b", "true", "b")], [("c", "d"), ("e", "e"), ("f", "g")]
-    asked, given, P, Q = [], [], object(), object()
+    asked, given, P = [], [], FWM(None, tok)
 
-    def predict(model, tok, xs, ys, max_new, view):
-        asked.append((model, list(zip(xs, ys)), max_new, view))
-        return [f"guess {x}" for x in xs]
+    class Guesser:
+        def predict(self, xs, ys):
+            asked.append(list(zip(xs, ys)))
+            return [f"guess {x}" for x in xs]
 
     def fit(*args):
         given.append(args)
         return args[0]
 
-    monkeypatch.setattr(swirl_idm, "predict", predict)
     monkeypatch.setattr(sft, "fit", fit)
-    lab = lab_of("--bootstrap-steps", "7", "--warmup-batch", "5", "--view", "full", tok=tok,
-                 labelled=labelled, state_only=pairs, max_z=9)
-    assert sft.bootstrap(P, Q, lab, "validate") is P
+    lab = lab_of("--bootstrap-steps", "7", "--warmup-batch", "5", labelled=labelled, state_only=pairs)
+    assert sft.bootstrap(P, Guesser(), lab) is P
     triples = [*labelled, ("c", "guess c", "d"), ("e", "guess e", "e"), ("f", "guess f", "g")]
-    rows = [(swirl_fwm.prompt(tok, x, z), swirl_fwm.target(tok, y)) for x, z, y in triples]
-    assert asked == [(Q, pairs, 9, "full")]
-    assert given == [(P, "Bootstrap", rows, 5, 7, lab, "validate")]
-
-
-def test_replay_is_the_mean_nll_of_rows_drawn_anew():
-    model, rng = tiny_llama(9, 1), random.Random(0)
-    one = sft.replay(model, ROWS[:1], 3, rng).item()
-    assert one == pytest.approx(-naive(model, *ROWS[0]).sum().item(), rel=1e-5)
-    assert len({sft.replay(model, ROWS, 2, rng).item() for _ in range(6)}) > 3
+    assert asked == [pairs]
+    assert given == [(P, "Bootstrap", P.rows(triples), 5, 7, sft.validate_P, lab)]

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-import lm
-from models import pretrained
-from models import tiny
 from conftest import naive, weights
 from envs import images, physics, tools, web
+from models import images as image_models
+from models import pretrained, tiny
+from models.text import decode, encode
 
 
 # --- the tokenizer --------------------------------------------------------------------------------
@@ -22,7 +22,7 @@ def frequent():
 
 
 def pieces(tok, text):
-    return [tok.decode([i]) for i in lm.encode(tok, text)]
+    return [tok.decode([i]) for i in encode(tok, text)]
 
 
 def test_a_digit_is_a_token_of_its_own(frequent):
@@ -42,7 +42,7 @@ def test_a_word_comes_with_the_space_or_line_break_before_it(frequent):
 @pytest.mark.parametrize("text", ["", " ", "a  b \n\n c\t", "É-ß 中12", "\u2028x\x00",
                                   "3.14 <eos> -> [x]"])
 def test_every_text_comes_back_as_it_was(frequent, text):
-    assert lm.decode(frequent, lm.encode(frequent, text)) == text
+    assert decode(frequent, encode(frequent, text)) == text
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_the_shipped_tokenizer_gives_every_state_of_the_worlds_back():
     for world in (physics, tools, web):
         for x, z, y in world.episode(random.Random(0)):
             for text in ("\n" + x, " " + z, "\n" + y):
-                assert lm.decode(tok, lm.encode(tok, text)) == text
+                assert decode(tok, encode(tok, text)) == text
 
 
 def test_for_images_p_copies_and_q_does_not():
@@ -91,7 +91,7 @@ def test_for_images_p_copies_and_q_does_not():
     shown = [images.spell([[str(4 * i + j) for j in range(4)] for i in range(4)])]
     added = images.vocabulary(shown, 16)
     tok = tiny.make_tokenizer([" move it\n- \n+ \nnext:\naction:"] * 20, vocab_size=300)
-    P, Q, again = tiny.for_images(tok, added, shown, None, seed=0)
+    P, Q, again = image_models.start(tok, added, shown, None, seed=0)
     assert again is tok and set(added) <= set(tok.get_added_vocab())
     assert P.config.vocab_size == len(tok)
     biases = [model.model.layers[0].self_attn.k_proj.bias.abs().max() for model in (P, Q)]

@@ -1,6 +1,5 @@
 """The whole job in small, what it leaves behind, and what it says to bad input."""
 import contextlib
-import functools
 import io
 import json
 import random
@@ -12,16 +11,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from support import aside
 import envs
-from support import plan
-from support import rundir
 import sft
-from models import tiny
 import train
-from conftest import tiny_llama, weights, without_times, write_lamps
+from conftest import Net, tiny_llama, weights, without_times, write_lamps
 from envs import records, tools
 from evals import stabletoolbench
+from grpo import Phase
+from models import tiny
+from support import aside, plan, rundir
 
 SMALL = ["--episodes", "8", "--warmup-steps", "6", "--warmup-steps-idm", "4",
          "--bootstrap-steps", "4", "--iterations", "1", "--phase1-steps", "3",
@@ -445,11 +443,11 @@ def test_the_longest_way_is_planned(monkeypatch, flags, seconds, evaluations):
 
 def test_each_stage_gets_its_own_models_rows_and_settings(data, tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(sft, "fit", lambda model, name, rows, size, steps, lab, validate:
+    monkeypatch.setattr(sft, "fit", lambda model, name, rows, size, steps, validate, lab:
                         seen.update({name: (model, rows, size, steps)}) or model)
 
-    def run_phase(name, step, policy, frozen, pairs, settings, lab, rows):
-        seen[lab.run.label + name] = (policy, frozen, pairs, settings, rows, step, lab)
+    def run_phase(step, policy, frozen, pairs, phase, stage, lab):
+        seen[lab.run.label + stage.name] = (policy, frozen, pairs, phase, step, lab)
 
     monkeypatch.setattr(train, "run_phase", run_phase)
     argv = [*SMALL, "--data", str(data), "--warmup-batch", "3", "--warmup-batch-idm", "5",
@@ -463,34 +461,31 @@ def test_each_stage_gets_its_own_models_rows_and_settings(data, tmp_path, monkey
     assert longest["FWM"] > longest["IDM"]
     assert len(seen["Bootstrap"][1]) > len(seen["FWM"][1])
     for label in ("", "bootstrap, "):
-        P, Q, pairs, one, rows_p, step_p, lab = seen[label + "iteration1/phase1"]
-        policy, frozen, pairs2, two, rows_q, step_q, _ = seen[label + "iteration1/phase2"]
+        P, Q, pairs, one, step_p, lab = seen[label + "iteration1/phase1"]
+        policy, frozen, pairs2, two, step_q, _ = seen[label + "iteration1/phase2"]
         assert (P, Q) == (frozen, policy) and (label == "") == (P is seen["FWM"][0])
-        assert (one.lr, one.beta, one.temperature, one.min_p) == (.1, .4, 1.2, .05)
-        assert (two.lr, two.beta, two.temperature, two.min_p) == (.2, .3, 1.1, 0)
-        assert (one.steps, one.max_new, two.steps, two.max_new) == (3, lab.max_y, 2, lab.max_z)
-        assert rows_p == seen["FWM"][1] and rows_q == seen["IDM"][1]
+        assert Q.view == "full" and P.longest > Q.longest
+        assert (one.peak, one.beta, one.temperature, one.min_p, one.steps) == (.1, .4, 1.2, .05, 3)
+        assert (two.peak, two.beta, two.temperature, two.min_p, two.steps) == (.2, .3, 1.1, 0, 2)
+        assert {(phase.form, phase.floor) for phase in (one, two)} == {("mean", 7)}
         assert pairs == pairs2 and all(x != y for x, y in pairs)
         assert len(pairs) < len(lab.state_only)
-        assert step_p.keywords == dict(view="full", form="mean", floor=7, max_z=lab.max_z)
-        assert step_q.keywords == dict(view="full", form="mean", floor=7)
+        assert step_p is train.swirl_fwm.phase1_step and step_q is train.swirl_idm.phase2_step
 
 
 def test_each_iteration_takes_pairs_of_its_own_if_there_are_enough():
-    cfg = types.SimpleNamespace(iterations=3, batch=2)
-    pairs = list(range(32))
-    shares = [train.share_of(pairs, i, cfg, 5) for i in (1, 2, 3)]
+    pairs, enough, many = list(range(32)), Phase(steps=5, batch=2), Phase(steps=6, batch=2)
+    shares = [train.share_of(pairs, i, 3, enough) for i in (1, 2, 3)]
     assert shares == [pairs[:10], pairs[10:20], pairs[20:30]]
-    assert [train.share_of(pairs, i, cfg, 6) for i in (1, 2, 3)] == [pairs] * 3
+    assert [train.share_of(pairs, i, 3, many) for i in (1, 2, 3)] == [pairs] * 3
 
 
 def test_later_iterations_take_a_fifth_of_the_rates(monkeypatch):
     rates = {}
-    monkeypatch.setattr(train, "run_phase", lambda name, step, policy, frozen, pairs, settings, lab, rows:
-                        rates.update({name: settings.lr}))
-    for name in ("end_stage", "rows_of_P", "rows_of_Q"):
-        monkeypatch.setattr(train, name, lambda *_: None)
-    lab = types.SimpleNamespace(cfg=train.parse(["--lr-fwm", ".5", "--lr-idm", ".1"]), max_y=1, max_z=1,
+    monkeypatch.setattr(train, "run_phase", lambda step, policy, frozen, pairs, phase, stage, lab:
+                        rates.update({stage.name: phase.peak}))
+    monkeypatch.setattr(train, "end_stage", lambda *_: None)
+    lab = types.SimpleNamespace(cfg=train.parse(["--lr-fwm", ".5", "--lr-idm", ".1"]),
                                 run=types.SimpleNamespace(done=lambda name: False),
                                 state_only=[("a", "b")] * 3)
     train.alternate(None, None, lab, 3)
@@ -502,114 +497,87 @@ def test_later_iterations_take_a_fifth_of_the_rates(monkeypatch):
 PLAIN = {"reward": 0.0, "kl": None, "gap": 0.0, "tokens": 1, "zero_std_groups": 0.0, "floored": 0.0}
 
 
-def phase(step, *argv, policy=None, frozen=None, steps=3, lr=0.1, min_p=0.0,
-          name="iteration1/phase1"):
-    """`train.run_phase` with step in place of a phase's; returns (policy, the lines of
-    metrics.jsonl)."""
+def run(step, policy=None, frozen=None, seed=0, iteration=1, **phase):
+    """`train.run_phase` with step in place of a phase's; returns (policy, the lines that are logged)."""
     logged, bar = [], types.SimpleNamespace(show=lambda *_, **__: None, close=lambda: None)
     run = types.SimpleNamespace(log=lambda file, **line: logged.append((file, line)),
-                                elapsed=lambda: 0.0, label="",
-                                bar=lambda name, steps: bar)
-    lab = types.SimpleNamespace(cfg=train.parse([*argv]), run=run, tok=None)
-    policy, frozen = policy or tiny_llama(9, 0), frozen or tiny_llama(9, 1)
-    options = train.phase_settings(lab.cfg, steps, beta=0.0, lr=lr, max_new=4, temperature=1.0,
-                                   min_p=min_p)
-    train.run_phase(name, step, policy, frozen, [(n, n) for n in range(40)], options, lab,
-                    [([1], [2])])
+                                elapsed=lambda: 0.0, label="", bar=lambda name, steps: bar)
+    lab = types.SimpleNamespace(cfg=train.parse(["--seed", str(seed)]), run=run)
+    policy, frozen = policy or Net(tiny_llama(9, 0)), frozen or Net(tiny_llama(9, 1))
+    phase = Phase(**dict(steps=3, peak=0.1) | phase)
+    pairs = [(n, n) for n in range(40)]
+    train.run_phase(step, policy, frozen, pairs, phase, train.Stage("phase1", iteration), lab)
     return policy, logged
 
 
 def step_that(log=PLAIN, note=None, examples=()):
-    """A phase's step that only notes its arguments, as note(policy, pairs, settings), and returns
-    this log."""
-    def step(policy, frozen, ref, optimizers, tok, pairs, settings, generator, replay):
+    """A phase's step that only notes its arguments, as note(policy=, pairs=, ..), and returns this
+    log."""
+    def step(policy, frozen, ref, optimizers, pairs, phase, lr, generator):
         if note:
             u = torch.rand(1, generator=generator).item()
-            note(policy=policy, ref=ref, pairs=pairs, lr=settings.lr, u=u, replay=replay)
+            note(policy=policy, ref=ref, pairs=pairs, lr=lr, u=u)
         return log and dict(log), list(examples)
     return step
 
 
-@pytest.mark.parametrize("min_p, gap, fine", [(0.0, 5e-4, True), (0.0, 0.02, False),
-                                              (0.05, 0.02, True), (0.05, 0.06, False),
-                                              (0.0, float("nan"), False)])
-def test_a_phase_s_first_step_holds_the_sampler_against_the_trainer(min_p, gap, fine):
-    """With min-p a token at its edge may be in for one and out for the other: log(1 + min_p) at most."""
-    go = functools.partial(phase, step_that(PLAIN | {"gap": gap}), min_p=min_p, steps=1)
-    if fine:
-        go()
-    else:
-        with pytest.raises(RuntimeError, match="disagree"):
-            go()
-
-
 def test_a_phase_that_moves_the_frozen_model_stops():
-    frozen = tiny_llama(9, 1)
+    frozen = Net(tiny_llama(9, 1))
 
     def turned(**_):
         with torch.no_grad():                                                      # no sum would tell
-            w = frozen.model.embed_tokens.weight
+            w = frozen.net.model.embed_tokens.weight
             w.copy_(w.flip(0))
 
     with pytest.raises(AssertionError, match="frozen"):
-        phase(step_that(note=turned), frozen=frozen)
+        run(step_that(note=turned), frozen=frozen)
 
 
 def test_the_rate_of_a_phase_rises_and_falls_to_0():
     seen = []
-    phase(step_that(note=lambda lr, **_: seen.append(lr)), steps=20, lr=0.5)
+    run(step_that(note=lambda lr, **_: seen.append(lr)), steps=20, peak=0.5)
     assert seen == pytest.approx([0.5 * min(1, t / 10) * (1 - (t - 1) / 20) for t in range(1, 21)])
     assert max(seen) < 0.5 and 0 < seen[-1] == pytest.approx(0.5 / 20)
 
 
 def test_a_phase_is_a_function_of_its_seed_and_name():
-    def notes(*argv, name="iteration1/phase1"):
+    def notes(**how):
         seen = []
-        phase(step_that(note=lambda pairs, u, **_: seen.append((pairs, u))), *argv, steps=4,
-              name=name)
+        run(step_that(note=lambda pairs, u, **_: seen.append((pairs, u))), steps=4, batch=8, **how)
         return seen
 
-    once = notes("--batch", "8")
-    assert once == notes("--batch", "8") and {len(pairs) for pairs, _ in once} == {8}
+    once = notes()
+    assert once == notes() and {len(pairs) for pairs, _ in once} == {8}
     # No pair twice while there are others
     assert len({n for pairs, _ in once for n, _ in pairs}) == 32
-    for other in (notes("--batch", "8", "--seed", "1"),
-                  notes("--batch", "8", name="iteration2/phase1")):
+    for other in (notes(seed=1), notes(iteration=2)):
         assert other[0][0] != once[0][0] and other[0][1] != once[0][1]
 
 
 def test_the_reference_is_the_policy_as_the_phase_begins():
-    policy, seen = tiny_llama(9, 0), []
+    policy, seen = Net(tiny_llama(9, 0)), []
 
-    def moving(policy, ref, replay, **_):
-        seen.append(ref and weights(ref))
-        assert replay is None
+    def moving(policy, ref, **_):
+        seen.append(ref and weights(ref.net))
         with torch.no_grad():
-            policy.model.norm.weight += 1
+            policy.net.model.norm.weight += 1
 
-    start = weights(policy)
-    phase(step_that(note=moving), policy=policy, steps=12)
+    start = weights(policy.net)
+    run(step_that(note=moving), policy=policy, steps=12)
     # Without beta it is only logged
     assert [ref is not None for ref in seen] == [True] + [False] * 9 + [True, False]
     assert torch.equal(seen[0], start) and torch.equal(seen[10], start)
-    assert not torch.equal(weights(policy), start)
-
-
-def test_a_phase_replays_labelled_rows_if_asked():
-    seen = []
-    phase(step_that(note=lambda replay, **_: seen.append(replay().item())), "--replay", "2",
-          steps=2)
-    assert len(seen) == 2 and all(value > 0 for value in seen)
+    assert not torch.equal(weights(policy.net), start)
 
 
 def test_a_step_in_which_q_reads_no_action_is_logged_and_passed_over(capsys):
-    _, logged = phase(step_that(log=None), steps=3)
+    _, logged = run(step_that(log=None), steps=3)
     assert [line["reward"] for _, line in logged] == [None] * 3
     assert "could learn nothing" in capsys.readouterr().out
 
 
 def test_examples_of_the_first_and_the_last_step_are_kept():
-    _, logged = phase(step_that(examples=[{"x": "a"}]), steps=5)
+    _, logged = run(step_that(examples=[{"x": "a"}]), steps=5)
     assert sum(file == "samples.jsonl" for file, _ in logged) == 2
     assert sum(file == "metrics.jsonl" for file, _ in logged) == 5
 
@@ -618,7 +586,7 @@ def test_examples_of_the_first_and_the_last_step_are_kept():
                                        ({"floored": 0.6}, "60% of the rewards"),
                                        ({"floored": 0.4}, ""), ({"zero_std_groups": 0.9}, "")])
 def test_a_phase_without_a_lesson_says_so(capsys, log, says):
-    phase(step_that(PLAIN | log))
+    run(step_that(PLAIN | log))
     out = capsys.readouterr().out
     assert says in out and ("warning" in out) == bool(says)
 
@@ -718,7 +686,7 @@ ZERO = ("--group-size", "--batch", "--iterations", "--lr-fwm", "--warmup-lr", "-
         "--phase1-steps", "--bootstrap-steps")
 BAD = [(name, "0") for name in ZERO] + [
     ("--lr-idm", "nan"), ("--decay", "-1"), ("--seed", "-1"), ("--seed", "1" * 20),
-    ("--min-p-fwm", "1"), ("--min-p-fwm", "nan"), ("--replay", "-1"), ("--busy", "1.1"),
+    ("--min-p-fwm", "1"), ("--min-p-fwm", "nan"), ("--busy", "1.1"),
     ("--busy", "nan"), ("--minutes", "-1"), ("--minutes", "inf"), ("--threads", "-1"),
     ("--floor", "-1")]
 

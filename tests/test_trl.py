@@ -6,7 +6,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallb
 
 import grpo
 import lm
-from conftest import EOS, Recorder, grads, relative, tiny_llama
+from conftest import EOS, Net, Recorder, grads, relative, tiny_llama
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -50,9 +50,9 @@ def test_gradient_equals_that_of_trl(tmp_path, beta, scale):
         rollout_func=lambda prompts, trainer: {"prompt_ids": [PROMPTS[at.index(p)] for p in prompts], "logprobs": None,
                                                "completion_ids": [ROWS[n] for n in place(prompts)]}).train()
 
-    owner, recorder = [n // G for n in range(len(ROWS))], Recorder(ours)
-    cfg = grpo.GRPO(group_size=G, max_new=T, beta=beta, kl="loss", scale=scale, max_norm=1e9)
-    A = grpo.advantages(torch.tensor(R).view(-1, G), scale).flatten()
-    grpo.update(ours, [recorder], PROMPTS, ROWS, owner, A, torch.ones(len(ROWS)), len(ROWS), cfg,
-                lm.score_tokens(ref, PROMPTS, ROWS, owner))
+    owner, recorder, options = [n // G for n in range(len(ROWS))], Recorder(ours), lm.Options(EOS)
+    phase = grpo.Phase(group_size=G, beta=beta, kl="loss", scale=scale, max_norm=1e9)
+    drawn = [row[:len(ids)] for row, ids in zip(lm.score_tokens(ours, PROMPTS, ROWS, owner, options).tolist(), ROWS)]
+    rollouts = grpo.Rollouts(PROMPTS, ROWS, drawn, options)
+    grpo.step(Net(ours), Net(ref), [recorder], rollouts, torch.tensor(R).view(-1, G), phase, 1.0)
     assert relative(recorder.seen[0] / T, gradient.seen) < 1e-5                   # dr_grpo also divides by the longest row

@@ -1,0 +1,80 @@
+"""Rows of unlike length as batches: padding, equal rows, chunks that fit into memory.
+
+Claim: nothing here changes a number. A row is scored the same in every batch, up to rounding.
+"""
+import torch
+
+
+def pad(rows, side, device):
+    """(N, T) ids, padded with 0, and the (N, T) 0/1 mask of their lengths."""
+    T = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        gap, ones = [0] * (T - len(row)), [1] * len(row)
+        ids.append(gap + list(row) if side == "left" else list(row) + gap)
+        mask.append(gap + ones if side == "left" else ones + gap)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def distinct(rows, owner):
+    """(the number of the first of each kind of row, which kind each row is)."""
+    kinds, first, where = {}, [], []
+    for n, key in enumerate(zip(owner, map(tuple, rows))):
+        if key not in kinds:
+            kinds[key] = len(kinds)
+            first.append(n)
+        where.append(kinds[key])
+    return first, where
+
+
+def chunks(prefixes, rows, owner, budget):
+    """Split the row numbers into lists of about `budget` tokens, padding included. Sorted by length
+    to save padding; rows of one prefix stand side by side, so that it is computed once."""
+    _, kind = distinct(rows, owner)
+    whole = len(set(owner)) == len(rows)                   # then prefix and row are padded as one
+
+    def length(n):
+        prefix, row = len(prefixes[owner[n]]), len(rows[n])
+        return (prefix + row,) if whole else (prefix, owner[n], row, kind[n])
+
+    def cost(part):
+        owners = {owner[n] for n in part}
+        longest_prefix = max(len(prefixes[o]) for o in owners)
+        longest_row = max(len(rows[n]) for n in part)
+        shared = longest_prefix * len(owners) if len(owners) > 1 else 0
+        return shared + longest_row * len({kind[n] for n in part})
+
+    parts = []
+    for n in sorted(range(len(rows)), key=length):
+        if not parts or cost(parts[-1] + [n]) > budget:
+            parts.append([])
+        parts[-1].append(n)
+    return parts
+
+
+def take(prefixes, rows, owner, part):
+    """The rows of a part with only the prefixes that they need: (prefixes, rows, owner)."""
+    used = sorted({owner[n] for n in part})
+    new = {o: i for i, o in enumerate(used)}
+    return [prefixes[o] for o in used], [rows[n] for n in part], [new[owner[n]] for n in part]
+
+
+def scored_mask(rows, n_scored, T, device):
+    """(N, T) bool: the last n_scored[n] of the len(rows[n]) tokens."""
+    t = torch.arange(T, device=device)
+    length = torch.tensor([len(row) for row in rows], device=device)[:, None]
+    scored = torch.tensor(n_scored, device=device)[:, None]
+    return (t < length) & (t >= length - scored)
+
+
+def places(scored):
+    """(N, T) bool -> (M,) the place of each scored token among those of its row."""
+    return (scored.cumsum(1) - 1)[scored]
+
+
+def as_tensor(lists):
+    """(N, T) numbers, 0 behind the end of each list, and the (N, T) bool mask of their lengths."""
+    T = max(map(len, lists))
+    values = torch.tensor([list(row) + [0.0] * (T - len(row)) for row in lists])
+    length = torch.tensor([[len(row)] for row in lists])
+    return values, torch.arange(T) < length
