@@ -1,8 +1,8 @@
 """GRPO by hand: group advantage, clipped surrogate, KL to the reference, one step.
 
-Claim (Eq. 4). (1/G) sum_k A_k grad log pi(row_k | prompt), with A_k = R_k - mean_j R_j, estimates the
-gradient of E[R]. Its expectation is (1 - 1/G) times the exact gradient, since the mean holds the
-row's own reward; `scale="loo"` undoes that.
+Claim (Eq. 4). (1/G) sum_k A_k grad log pi(row_k | prompt), with A_k = R_k - mean_j R_j, estimates
+the gradient of E[R]. Its expectation is (1 - 1/G) times the exact gradient, since the mean holds
+the row's own reward; `scale="loo"` undoes that.
 
 With the KL in the reward, R_k - beta * log(pi(row_k) / pi_ref(row_k)), the same estimator ascends
 Eq. 5. At beta = 1 and R = log P(y|x,z) it is the gradient of the ELBO (Theorem 3.2). That is
@@ -14,8 +14,9 @@ Eq. 5. At beta = 1 and R = log P(y|x,z) it is the gradient of the ELBO (Theorem 
 | logp, logp_ref   | (N, T)     | token log-probs of N rollouts under pi and pi_ref               |
 
 Departures from the paper and its released scripts
-1. The loss is the sum over a row's tokens, divided by the fixed number B * G. A mean for each row or
-   micro-batch would be another objective. The released scripts divide by the batch's token count.
+1. The loss is the sum over a row's tokens, divided by the fixed number B * G. A mean for each row
+   or micro-batch would be another objective. The released scripts divide by the batch's token
+   count.
 2. The advantage is R - mean (Eq. 4) with `scale="mean"`. The released scripts and our default,
    `scale="std"`, divide by the standard deviation.
 3. The KL is in the reward, for each row (`k1`). The released scripts put `k3` into the loss, for
@@ -86,8 +87,8 @@ def advantages(R, scale="mean"):
 
 
 def shape(logp, lengths, phase):
-    """Reward from summed log-probs (N,): their sum (theorems) or mean over tokens (released scripts),
-    not below -floor."""
+    """Reward from summed log-probs (N,): their sum (theorems) or mean over tokens (released
+    scripts), not below -floor."""
     R = logp / torch.tensor(lengths).to(logp) if phase.form == "mean" else logp
     return R.clamp(min=-phase.floor) if phase.floor else R
 

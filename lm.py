@@ -57,8 +57,8 @@ def check_mode(net):
 
 
 def prefill(net, prefixes):
-    """Run the prefixes without their last token, which predicts a row's first token and is fed again
-    with each row. Returns (cache, mask (B, P-1), last token (B, 1), its position (B, 1))."""
+    """Run the prefixes without their last token, which predicts a row's first token and is fed
+    again with each row. Returns (cache, mask (B, P-1), last token (B, 1), its position (B, 1))."""
     check_mode(net)
     ids, mask = pad(prefixes, "left", net.device)    # (B, P)
     position = (mask.cumsum(1) - 1).clamp(min=0)    # (B, P)

@@ -1,18 +1,21 @@
-"""Both theorems of SWIRL (arXiv:2602.06130) as numbers: exact on small worlds, estimated from real samples.
+"""Both theorems of SWIRL (arXiv:2602.06130) as numbers: exact on small worlds, estimated from real
+samples.
 
-Claim. Phase I raises a lower bound of the mutual information between latent action and generated next
-state (Theorem 3.1); Phase II raises a lower bound of the evidence of the observed next state (Theorem 3.2).
-Each misses its target by one KL to or from the true posterior P(z|x,y) = prior(z|x) P(y|x,z) / P(y|x):
+Claim. Phase I raises a lower bound of the mutual information between latent action and generated
+next state (Theorem 3.1); Phase II raises a lower bound of the evidence of the observed next state
+(Theorem 3.2). Each misses its target by one KL to or from the true posterior P(z|x,y) = prior(z|x)
+P(y|x,z) / P(y|x):
 
-  Eq. 1  I(Z;Y_hat|X) = H(Z|X) - H(Z|Y_hat,X)                 where Z ~ P~(z|x) = E_{y~D(y|x)} Q(z|x,y)
-  Eq. 2       >= H(Z|X) + E_{x,z,y_hat} log Q(z|x,y_hat)      slack E_{x,y_hat} KL( P(z|x,y_hat) || Q )
-  Eq. 3  the second term alone: H(Z|X) does not move with theta, so this is what Phase I maximises
-  Eq. 5  log P(y|x)
+  Eq. 1  I(Z;Y_hat|X) = H(Z|X) - H(Z|Y_hat,X)                 where Z ~ P~(z|x) = E_{y~D(y|x)}
+  Q(z|x,y) Eq. 2       >= H(Z|X) + E_{x,z,y_hat} log Q(z|x,y_hat)      slack E_{x,y_hat} KL(
+  P(z|x,y_hat) || Q ) Eq. 3  the second term alone: H(Z|X) does not move with theta, so this is what
+  Phase I maximises Eq. 5  log P(y|x)
               >= E_{z~Q} log P(y|x,z) - KL( Q || prior )      slack KL( Q || P(z|x,y) )
 
 Why. For Eq. 2 write log P(z|x,y_hat) = log Q + log (P(z|x,y_hat) / Q) and average; for Eq. 5 write
-log P(y|x) = log P(y|x,z) + log prior(z|x) - log P(z|x,y), add and subtract log Q, and average over z ~ Q.
-The two slacks face opposite ways: Q is the second argument in Phase I and the first one in Phase II.
+log P(y|x) = log P(y|x,z) + log prior(z|x) - log P(z|x,y), add and subtract log Q, and average over
+z ~ Q. The two slacks face opposite ways: Q is the second argument in Phase I and the first one in
+Phase II.
 
     Symbol   Shape     Meaning
     P        (X,Z,Y)   forward world model P_theta(y|x,z); rows over y sum to 1
@@ -24,9 +27,11 @@ The two slacks face opposite ways: Q is the second argument in Phase I and the f
 Everything is in nats, 0 log 0 = 0, and log 0 = -inf is kept where it is the right answer.
 
 Departures from the paper:
- 1. The exact half enumerates a world; the paper has no such world and reports none of these numbers.
+ 1. The exact half enumerates a world; the paper has no such world and reports none of these
+    numbers.
  2. Theorem 3.2 needs a prior of x alone, so no function here takes a reference that also reads y.
- 3. `collapse` counts words where the paper counts tokens, and leaves out its perplexity ratio under GPT-2.
+ 3. `collapse` counts words where the paper counts tokens, and leaves out its perplexity ratio under
+    GPT-2.
 """
 import math
 from typing import NamedTuple
@@ -37,7 +42,8 @@ AXES = {"P": "xzy", "Q": "xyz", "prior": "xz", "D_x": "x", "D_xy": "xy"}
 
 
 def _checked(**tables):
-    """The tables as float64 (gradients flow), or ValueError: shapes disagree, or a row is no distribution."""
+    """The tables as float64 (gradients flow), or ValueError: shapes disagree, or a row is no
+    distribution."""
     sizes, out = {}, []
     for name, table in tables.items():
         p, axes = torch.as_tensor(table, dtype=torch.float64), AXES[name]
@@ -69,10 +75,12 @@ def _kl(p, q):
 # ---- Phase I: mutual information and its Barber-Agakov bound
 
 def belief(D_xy, Q):
-    """P~(z|x), the belief of Eq. 1: (X,Y), (X,Y,Z) -> (X,Z). D_xy is the joint D(x,y) or the rows D(y|x).
+    """P~(z|x), the belief of Eq. 1: (X,Y), (X,Y,Z) -> (X,Z). D_xy is the joint D(x,y) or the rows
+    D(y|x).
 
-    An x that the data never show has no belief; its row is Q's mean over y, and D(x) = 0 gives it no weight.
-    Like every exact function here: ValueError on shapes that disagree or rows that do not sum to 1."""
+    An x that the data never show has no belief; its row is Q's mean over y, and D(x) = 0 gives it
+    no weight. Like every exact function here: ValueError on shapes that disagree or rows that do
+    not sum to 1."""
     D_xy, Q = _checked(D_xy=D_xy, Q=Q)
     D_x = D_xy.sum(1, keepdim=True)                                          # (X,1)
     D_y = torch.where(D_x > 0, D_xy / D_x, 1 / D_xy.shape[1])                # (X,Y)  D(y|x)
@@ -81,7 +89,8 @@ def belief(D_xy, Q):
 
 
 def true_posterior(P, prior):
-    """P_theta(z|x,y) by Bayes' rule: (X,Z,Y), (X,Z) -> (X,Y,Z). A y of probability zero leaves the prior."""
+    """P_theta(z|x,y) by Bayes' rule: (X,Z,Y), (X,Z) -> (X,Y,Z). A y of probability zero leaves the
+    prior."""
     P, prior = _checked(P=P, prior=prior)
     p_zy = prior[:, :, None] * P                                             # (X,Z,Y)  P(z,y|x)
     p_y = p_zy.sum(1, keepdim=True)                                          # (X,1,Y)  P(y|x)
@@ -90,13 +99,15 @@ def true_posterior(P, prior):
 
 
 def entropy_z_given_x(prior, D_x):
-    """H(Z|X) in nats, a scalar: (X,Z), (X,). It knows no theta: the reason why Phase I may ignore it."""
+    """H(Z|X) in nats, a scalar: (X,Z), (X,). It knows no theta: the reason why Phase I may ignore
+    it."""
     prior, D_x = _checked(prior=prior, D_x=D_x)
     return -(D_x * _plogq(prior, prior).sum(1)).sum()                        # ()
 
 
 def exact_mi(P, prior, D_x):
-    """I(Z;Y_hat|X) in nats, a scalar (Eq. 1); Z ~ prior(z|x), Y_hat ~ P(y|x,z): (X,Z,Y), (X,Z), (X,)."""
+    """I(Z;Y_hat|X) in nats, a scalar (Eq. 1); Z ~ prior(z|x), Y_hat ~ P(y|x,z): (X,Z,Y), (X,Z),
+    (X,)."""
     P, prior, D_x = _checked(P=P, prior=prior, D_x=D_x)
     joint = torch.einsum("x,xz,xzy->xyz", D_x, prior, P)                     # (X,Y,Z)
     H_z_given_yx = -_plogq(joint, true_posterior(P, prior)).sum()            # ()
@@ -105,36 +116,42 @@ def exact_mi(P, prior, D_x):
 
 
 def phase1_objective(P, Q, prior, D_x):
-    """Eq. 3, what of the bound moves with theta, a scalar <= 0 in nats: (X,Z,Y), (X,Y,Z), (X,Z), (X,).
+    """Eq. 3, what of the bound moves with theta, a scalar <= 0 in nats: (X,Z,Y), (X,Y,Z), (X,Z),
+    (X,).
 
-    With prior = belief(D_xy, Q) it is the paper's E_{(x,y)~D} E_{z~Q}: Eq. 3 uses y only to draw z."""
+    With prior = belief(D_xy, Q) it is the paper's E_{(x,y)~D} E_{z~Q}: Eq. 3 uses y only to draw
+    z."""
     P, Q, prior, D_x = _checked(P=P, Q=Q, prior=prior, D_x=D_x)
     joint = torch.einsum("x,xz,xzy->xyz", D_x, prior, P)                     # (X,Y,Z)
-    # Eq. 3: E_x E_{z ~ P~(z|x)} E_{y_hat ~ P(.|x,z)} log Q(z|x,y_hat); -inf if Q rules out a z that happens
+    # Eq. 3: E_x E_{z ~ P~(z|x)} E_{y_hat ~ P(.|x,z)} log Q(z|x,y_hat); -inf if Q rules out a z that
+    # happens
     return _plogq(joint, Q).sum()                                            # ()
 
 
 def barber_agakov(P, Q, prior, D_x):
-    """Eq. 2: lower bound of exact_mi(P, prior, D_x), a scalar in nats; shapes as in phase1_objective.
-    Any Q will do, but only the true posterior is tight, and below zero it says nothing (MI >= 0 is free)."""
+    """Eq. 2: lower bound of exact_mi(P, prior, D_x), a scalar in nats; shapes as in
+    phase1_objective. Any Q will do, but only the true posterior is tight, and below zero it says
+    nothing (MI >= 0 is free)."""
     # Eq. 2: H(Z|X) + E log Q(z|x,y_hat)
     return entropy_z_given_x(prior, D_x) + phase1_objective(P, Q, prior, D_x)
 
 
 def barber_agakov_slack(P, Q, prior, D_x):
-    """What Eq. 2 misses, a scalar >= 0 in nats: barber_agakov + this = exact_mi. Shapes as there. It is +inf
-    (and the bound -inf) where Q rules out a z that happens."""
+    """What Eq. 2 misses, a scalar >= 0 in nats: barber_agakov + this = exact_mi. Shapes as there.
+    It is +inf (and the bound -inf) where Q rules out a z that happens."""
     P, Q, prior, D_x = _checked(P=P, Q=Q, prior=prior, D_x=D_x)
     p_xy = D_x[:, None] * torch.einsum("xz,xzy->xy", prior, P)               # (X,Y)  of x and y_hat
     kl = _kl(true_posterior(P, prior), Q)                                    # (X,Y)
-    # slack of Eq. 2: E_{x,y_hat} KL( P(z|x,y_hat) || Q ); a y_hat that never comes may have an infinite KL
+    # slack of Eq. 2: E_{x,y_hat} KL( P(z|x,y_hat) || Q ); a y_hat that never comes may have an
+    # infinite KL
     return (p_xy * kl.masked_fill(p_xy == 0, 0.0)).sum()                     # ()
 
 
 # ---- Phase II: the evidence and its lower bound
 
 def log_evidence(P, prior):
-    """log P(y|x) = log sum_z prior(z|x) P(y|x,z), in nats: (X,Z,Y), (X,Z) -> (X,Y); -inf if impossible."""
+    """log P(y|x) = log sum_z prior(z|x) P(y|x,z), in nats: (X,Z,Y), (X,Z) -> (X,Y); -inf if
+    impossible."""
     P, prior = _checked(P=P, prior=prior)
     return torch.einsum("xz,xzy->xy", prior, P).log()                        # (X,Y)
 
@@ -142,17 +159,21 @@ def log_evidence(P, prior):
 def elbo(P, Q, prior, beta=1.0):
     """Eq. 5's J(phi) for each pair, in nats: (X,Z,Y), (X,Y,Z), (X,Z) -> (X,Y).
 
-    At beta >= 1 a lower bound of log_evidence, tight at beta = 1 with Q = true posterior. A beta below 1 (the
-    paper trains with 0.1) is NOT a bound: its best Q, proportional to prior * P^(1/beta), is sharper."""
+    At beta >= 1 a lower bound of log_evidence, tight at beta = 1 with Q = true posterior. A beta
+    below 1 (the paper trains with 0.1) is NOT a bound: its best Q, proportional to prior *
+    P^(1/beta), is sharper."""
     P, Q, prior = _checked(P=P, Q=Q, prior=prior)
-    reward = _plogq(Q, P.transpose(1, 2)).sum(-1)                            # (X,Y)  E_{z~Q} log P(y|x,z)
-    # Eq. 5: J = E_{z~Q} log P(y|x,z) - beta KL( Q(z|x,y) || prior(z|x) ); 0 * inf must not make a NaN
+    # (X,Y)  E_{z~Q} log P(y|x,z)
+    reward = _plogq(Q, P.transpose(1, 2)).sum(-1)
+    # Eq. 5: J = E_{z~Q} log P(y|x,z) - beta KL( Q(z|x,y) || prior(z|x) ); 0 * inf must not make a
+    # NaN
     return reward - beta * _kl(Q, prior[:, None, :]) if beta else reward     # (X,Y)
 
 
 def elbo_slack(P, Q, prior):
-    """What the ELBO (beta = 1) misses: KL( Q || true posterior ) in nats, shapes as in elbo -> (X,Y).
-    elbo + this = log_evidence wherever all three are finite; it has no meaning for a y that cannot happen."""
+    """What the ELBO (beta = 1) misses: KL( Q || true posterior ) in nats, shapes as in elbo ->
+    (X,Y). elbo + this = log_evidence wherever all three are finite; it has no meaning for a y that
+    cannot happen."""
     P, Q, prior = _checked(P=P, Q=Q, prior=prior)
     return _kl(Q, true_posterior(P, prior))                                  # (X,Y)
 
@@ -166,28 +187,38 @@ class Estimate(NamedTuple):
 
 
 def _estimate(per_pair, offset=0.0):
-    v = per_pair + offset                                                    # (B,)
-    return Estimate(v.mean().item(), v.std().item() / math.sqrt(len(v)) if len(v) > 1 else math.nan, v)
+    v = per_pair + offset  # (B,)
+    return Estimate(
+        v.mean().item(), v.std().item() / math.sqrt(len(v)) if len(v) > 1 else math.nan, v
+    )
 
 
 def _logps(dims, axes, **logps):
-    """Log-probabilities as float64 without gradients, or ValueError: shapes, NaN, values above 0."""
+    """Log-probabilities as float64 without gradients, or ValueError: shapes, NaN, values above
+    0."""
     out = [torch.as_tensor(t).detach().double() for t in logps.values()]
     for name, t in zip(logps, out):
         if t.dim() not in dims or t.numel() == 0 or t.shape != out[0].shape:
-            raise ValueError(f"{name}: shape {tuple(t.shape)}, expected {axes}, the same for all, not empty")
+            raise ValueError(
+                f"{name}: shape {tuple(t.shape)}, expected {axes}, the same for all, not empty"
+            )
         if not (t <= 1e-4).all():
-            raise ValueError(f"{name}: log-probabilities must be <= 0, found {t.max().item():.6g} (a loss?)")
+            raise ValueError(
+                f"{name}: log-probabilities must be <= 0, found {t.max().item():.6g} (a loss?)"
+            )
         if name == "logq_z" and t.isinf().any():
-            raise ValueError("logq_z: -inf for a z that was drawn from Q; score with what sampled it")
+            raise ValueError(
+                "logq_z: -inf for a z that was drawn from Q; score with what sampled it"
+            )
     return out
 
 
 def barber_agakov_from_samples(logq_of_z, H_z_given_x=None):
     """Eq. 3 from rollouts, or Eq. 2 if H(Z|X) is given (nats, taken as exact) -> Estimate.
 
-    logq_of_z: log Q(z|x,y_hat) summed over tokens, (N,) independent or (B,G), G rollouts of one (x,z) a row.
-    A group shares x and z, so the standard error counts groups. ValueError on NaN or values above 0."""
+    logq_of_z: log Q(z|x,y_hat) summed over tokens, (N,) independent or (B,G), G rollouts of one
+    (x,z) a row. A group shares x and z, so the standard error counts groups. ValueError on NaN or
+    values above 0."""
     logq, = _logps((1, 2), "(N,) or (B, G)", logq_of_z=logq_of_z)            # (N,) or (B,G)
     per_pair = logq.mean(1) if logq.dim() == 2 else logq                     # (B,)
     return _estimate(per_pair, 0.0 if H_z_given_x is None else float(H_z_given_x))
@@ -196,9 +227,12 @@ def barber_agakov_from_samples(logq_of_z, H_z_given_x=None):
 def elbo_from_samples(logp_y, logq_z, logprior_z, beta=1.0):
     """Eq. 5 averaged over pairs, from z_k ~ Q(.|x,y) -> Estimate, in nats.
 
-    logp_y = log P(y|x,z_k), logq_z = log Q(z_k|x,y), logprior_z = log pi_ref(z_k|x): each (B,K), summed over
-    tokens, not clamped, not averaged per token (both break the bound). ValueError on bad shapes or values."""
-    logp_y, logq_z, logprior_z = _logps((2,), "(B, K)", logp_y=logp_y, logq_z=logq_z, logprior_z=logprior_z)
+    logp_y = log P(y|x,z_k), logq_z = log Q(z_k|x,y), logprior_z = log pi_ref(z_k|x): each (B,K),
+    summed over tokens, not clamped, not averaged per token (both break the bound). ValueError on
+    bad shapes or values."""
+    logp_y, logq_z, logprior_z = _logps(
+        (2,), "(B, K)", logp_y=logp_y, logq_z=logq_z, logprior_z=logprior_z
+    )
     # Eq. 5: J = mean_k [ log P(y|x,z_k) - beta (log Q - log prior) ]
     return _estimate((logp_y - beta * (logq_z - logprior_z) if beta else logp_y).mean(1))
 
@@ -206,12 +240,13 @@ def elbo_from_samples(logp_y, logq_z, logprior_z, beta=1.0):
 # ---- Have the latent actions collapsed?
 
 def collapse(z_hat, z_true=None):
-    """Diversity and length of actions -> {"unique", "mean_length", "true_unique", "true_mean_length"}.
+    """Diversity and length of actions -> {"unique", "mean_length", "true_unique",
+    "true_mean_length"}.
 
-    unique = distinct / all (spacing aside), in (0, 1]; mean_length in words; true_* None without z_true.
-    The share falls as a list grows, so compare lists of one length, and with true_unique: in a small world
-    true actions repeat too. Paper: over 94% unique, 16.8 tokens against 7.2 in the truth. ValueError unless
-    the arguments are non-empty lists of strings."""
+    unique = distinct / all (spacing aside), in (0, 1]; mean_length in words; true_* None without
+    z_true. The share falls as a list grows, so compare lists of one length, and with true_unique:
+    in a small world true actions repeat too. Paper: over 94% unique, 16.8 tokens against 7.2 in the
+    truth. ValueError unless the arguments are non-empty lists of strings."""
     def measure(name, zs):
         if isinstance(zs, str) or not len(zs) or not all(isinstance(z, str) for z in zs):
             raise ValueError(f"{name}: expected a non-empty list of strings")
@@ -232,10 +267,14 @@ def main():
     mi, logp = exact_mi(P, prior, D_x), log_evidence(P, prior)               # (), (1,3)
     print(f"in nats                {'I(Z;Y|X)':>9} {'Eq. 2':>8} {'slack':>8}   "
           f"{'log P(y=0|x)':>12} {'Eq. 5':>8} {'slack':>8}")
-    for name, Q in (("Q blurs two actions", bad_Q), ("Q = true posterior", true_posterior(P, prior))):
+    for name, Q in (
+        ("Q blurs two actions", bad_Q),
+        ("Q = true posterior", true_posterior(P, prior)),
+    ):
         bound, slack = barber_agakov(P, Q, prior, D_x), barber_agakov_slack(P, Q, prior, D_x)
         J, gap = elbo(P, Q, prior), elbo_slack(P, Q, prior)                  # (1,3), (1,3)
-        assert torch.isclose(bound + slack, mi) and torch.allclose(J + gap, logp)   # Theorems 3.1 and 3.2
+        # Theorems 3.1 and 3.2
+        assert torch.isclose(bound + slack, mi) and torch.allclose(J + gap, logp)
         print(f"{name:22} {mi:9.4f} {bound:8.4f} {slack:8.4f}   "
               f"{logp[0, 0]:12.4f} {J[0, 0]:8.4f} {gap[0, 0]:8.4f}")
 

@@ -1,11 +1,14 @@
-"""Make the tiny model that ships in data/tiny again, from nothing: `python pretrain.py`, 36 minutes on two cores.
+"""Make the tiny model that ships in data/tiny again, from nothing: `python pretrain.py`, 36 minutes
+on two cores.
 
-Claim: a model that has learnt to copy a state and to change what an action names needs a few hundred labels of a new world.
-The paper starts from models of 3 to 7 billion parameters, which can do that. This one has 1.1 million.
+Claim: a model that has learnt to copy a state and to change what an action names needs a few
+hundred labels of a new world. The paper starts from models of 3 to 7 billion parameters, which can
+do that. This one has 1.1 million.
 
-It first learns to say random rows of tokens again: without that, it takes ten times as long to learn anything else.
-Then come the transitions of made-up worlds (`envs/made_up.py`) in both directions, in the prompts of `swirl_fwm.py` and
-`swirl_idm.py`: y after x and z, and z after x and y, of which it sees the changed lines or all.
+It first learns to say random rows of tokens again: without that, it takes ten times as long to
+learn anything else. Then come the transitions of made-up worlds (`envs/made_up.py`) in both
+directions, in the prompts of `swirl_fwm.py` and `swirl_idm.py`: y after x and z, and z after x and
+y, of which it sees the changed lines or all.
 
 loss = mean of -log p over the tokens of y  +  half the mean over the tokens of z
 """
@@ -48,16 +51,21 @@ def rows_of(P, Q, x, z, y, rng):
 
 
 def babble(tok, longest, rng):
-    """A row of random tokens, and then the same row again. In half of the rows they are few, so that each comes several
-    times: what follows is then known from more than the last token."""
-    known = range(len(tok)) if rng.random() < 0.5 else rng.sample(range(len(tok)), 2 ** rng.randint(3, 7))
+    """A row of random tokens, and then the same row again. In half of the rows they are few, so
+    that each comes several times: what follows is then known from more than the last token."""
+    known = (
+        range(len(tok))
+        if rng.random() < 0.5
+        else rng.sample(range(len(tok)), 2 ** rng.randint(3, 7))
+    )
     ids = rng.choices(known, k=rng.randint(4, longest)) + [tok.eos_token_id]
     return ids, ids
 
 
 def draw(P, Q, step, args, rng):
-    """(rows for P, rows for Q) of about args.tokens tokens. At first all of them babble, from a tenth of the steps on a tenth
-    of them. Short rows and worlds of a few cells come first: in them a model finds out how to copy."""
+    """(rows for P, rows for Q) of about args.tokens tokens. At first all of them babble, from a
+    tenth of the steps on a tenth of them. Short rows and worlds of a few cells come first: in them
+    a model finds out how to copy."""
     done = step / args.steps
     most, longest = int(4 + 60 * min(1.0, 2 * done) ** 2), int(24 + 200 * done)
     random_share = max(0.1, 1 - 9 * done)
@@ -91,8 +99,12 @@ def held_out(P, Q, n=200):
         same = set(x.split("\n")) & set(y.split("\n"))
         kept += len(same)
         right += len(same & set(predicted.split("\n")))
-    return {"exact": metrics.exact(y_hat, ys), "exact_changed": metrics.exact_changed(xs, y_hat, ys),
-            "unchanged_lines": right / kept, "idm_exact": metrics.exact(z_hat, zs)}
+    return {
+        "exact": metrics.exact(y_hat, ys),
+        "exact_changed": metrics.exact_changed(xs, y_hat, ys),
+        "unchanged_lines": right / kept,
+        "idm_exact": metrics.exact(z_hat, zs),
+    }
 
 
 def main(argv=None):

@@ -2,7 +2,7 @@
 
 Claim (Theorem 3.1). Phase I raises
 
-    I(theta) = E_{(x,y)~D} E_{z~Q(.|x,y)} E_{y_hat~P(.|x,z)} log Q(z | x, y_hat)              (Eq. 3)
+    I(theta) = E_{(x,y)~D} E_{z~Q(.|x,y)} E_{y_hat~P(.|x,z)} log Q(z | x, y_hat)           (Eq. 3)
 
 and with it a lower bound of  I(Z; Y_hat | X) = H(Z|X) - H(Z|Y_hat,X)  (Eq. 1), since
 -H(Z|Y_hat,X) >= E log Q(z | x, y_hat)  (Eq. 2) and H(Z|X) does not depend on theta. In words:
@@ -27,6 +27,7 @@ Departures from the paper
    with top-p .96.
 6. For images, see `models/images.py`.
 """
+
 import copy
 import dataclasses
 
@@ -34,7 +35,6 @@ import grpo
 import lm
 from models import parallel
 from models.text import decode, encode, frame
-
 
 # --- P as a language model -------------------------------------------------------------------
 

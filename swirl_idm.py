@@ -1,8 +1,9 @@
 """Q_phi(z | x, y), the inverse dynamics model (IDM), and Phase II, which trains it without actions.
 
-Claim (Theorem 3.2). With R = log P(y | x, z), beta = 1 and the prior P(z|x) = pi_ref, Phase II raises
+Claim (Theorem 3.2). With R = log P(y | x, z), beta = 1 and the prior P(z|x) = pi_ref, Phase II
+raises
 
-    J(phi) = E_{z~Q(.|x,y)} [R] - beta * KL(Q(. | x, y) || pi_ref)                            (Eq. 5)
+    J(phi) = E_{z~Q(.|x,y)} [R] - beta * KL(Q(. | x, y) || pi_ref)                        (Eq. 5)
 
 which is the ELBO of log P(y | x): Q finds actions that explain what happened. P is frozen.
 
@@ -19,12 +20,14 @@ Departures from the paper
 3. The KL is part of the reward, for each row (`grpo.step`).
 4. The reward is the summed log-probability, without a floor. The released scripts take the mean
    over tokens with a floor (`--reward-form mean --floor 10`).
-5. With `--spoiled` (by default only for images) Q also learns to refuse: it sees labelled pairs with
-   a wrong y and an empty action. Only Phase I's reward and its guesses of z see refusals. Scores,
-   rollouts of Phase II and labels exclude them and renormalise.
-6. `--view diff` shows Q the lines that change from x to y; the paper's Q reads both (`--view full`).
+5. With `--spoiled` (by default only for images) Q also learns to refuse: it sees labelled pairs
+   with a wrong y and an empty action. Only Phase I's reward and its guesses of z see refusals.
+   Scores, rollouts of Phase II and labels exclude them and renormalise.
+6. `--view diff` shows Q the lines that change from x to y; the paper's Q reads both (`--view
+   full`).
 7. Pairs with y = x are left out, as in Phase I.
 """
+
 import copy
 import dataclasses
 import difflib

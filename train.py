@@ -10,8 +10,8 @@ half lose them for good: Phase I, Phase II and Bootstrap get their pairs (x, y) 
 Every stage has a fixed number of steps, and no number depends on a clock. The same command again
 resumes an unfinished run after its last finished stage.
 
-Departures from the paper: the models are tiny, and pretrained on made-up worlds only; a phase is some
-dozens of steps, not an epoch over 30,000 pairs. The other departures stand in `swirl_fwm.py`,
+Departures from the paper: the models are tiny, and pretrained on made-up worlds only; a phase is
+some dozens of steps, not an epoch over 30,000 pairs. The other departures stand in `swirl_fwm.py`,
 `swirl_idm.py`, `grpo.py` and `sft.py`.
 """
 import dataclasses
@@ -39,7 +39,6 @@ class Stage:
     """One row of the final table."""
     kind: str               # sft, bootstrap, phase1, phase2
     iteration: int = 0      # 1, 2, .. for phases
-
     @property
     def name(self):
         return f"iteration{self.iteration}/{self.kind}" if self.iteration else self.kind
@@ -97,7 +96,8 @@ def alternate(P, Q, lab, iterations):
 
 
 def share_of(pairs, i, iterations, phase):
-    """The pairs of iteration i: its own share, or all where a share is less than the phase takes."""
+    """The pairs of iteration i: its own share, or all where a share is less than the phase
+    takes."""
     size = len(pairs) // iterations
     return pairs[(i - 1) * size:i * size] if size >= phase.steps * phase.batch else pairs
 
@@ -118,8 +118,9 @@ def run_phase(step, policy, frozen, pairs, phase, stage, lab):
         lr = phase.peak * min(1, t / 10) * (1 - (t - 1) / phase.steps)
         # Without beta the KL is only logged, now and then
         some_ref = ref if phase.beta or t % 10 == 1 else None
-        log, examples = step(policy, frozen, some_ref, optimizers, parallel.share(next(batch)), phase,
-                             lr, generator)
+        log, examples = step(
+            policy, frozen, some_ref, optimizers, parallel.share(next(batch)), phase, lr, generator
+        )
         log = log or {"reward": None, "kl": None}          # Q read no action: nothing to learn
         if "tokens" in log:
             log["tokens_per_second"] = log.pop("tokens") / (time.monotonic() - since)
@@ -140,8 +141,9 @@ def weights(model):
 
 
 def rivals(cfg):
-    """What else the same P, Q and pairs are good for: best of 8, Bootstrap, and Bootstrap followed by
-    one iteration of Algorithm 1. A run of its own in DIR/rivals. Returns its rows of the table."""
+    """What else the same P, Q and pairs are good for: best of 8, Bootstrap, and Bootstrap followed
+    by one iteration of Algorithm 1. A run of its own in DIR/rivals. Returns its rows of the
+    table."""
     started, folder = time.monotonic(), str(Path(cfg.out) / "rivals")
     device = begin(cfg)
     P, Q, lab = loading.open_lab(cfg, device)
@@ -186,8 +188,11 @@ def main(argv=None):
         rundir.fail(error)
     except KeyboardInterrupt:
         if parallel.rank() == 0:
-            print(f"\ninterrupted; finished stages are saved in {cfg.out}: the same command (without "
-                  "--fresh) resumes after the last one", file=sys.stderr)
+            print(
+                f"\ninterrupted; finished stages are saved in {cfg.out}: the same command (without "
+                "--fresh) resumes after the last one",
+                file=sys.stderr,
+            )
         return 130
 
 

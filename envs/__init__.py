@@ -1,4 +1,5 @@
-"""One file a world (physics, web, tools, pixels), `records.py` for your own transitions file, and the splits of all."""
+"""One file a world (physics, web, tools, pixels), `records.py` for your own transitions file, and
+the splits of all."""
 import functools
 import random
 
@@ -7,28 +8,43 @@ import numpy as np
 from envs import images, physics, pixels, records, tools, web
 
 WORLDS = {"physics": physics, "web": web, "tools": tools, "pixels": pixels}
-TEST = 60                                                                          # test episodes of a world
+# test episodes of a world
+TEST = 60
 
 
 @functools.lru_cache(maxsize=8)
 def draw(episode, seed, split, n, busy=0.0):
-    """[episode]: n of them, lists of (x, z, y); z is None in those that are state-only, so that no code can peek."""
-    some = {"busy": busy} if busy and split in ("labelled", "state-only") else {}   # nobody else acts in the others
+    """[episode]: n of them, lists of (x, z, y); z is None in those that are state-only, so that no
+    code can peek."""
+    # nobody else acts in the others
+    some = {"busy": busy} if busy and split in ("labelled", "state-only") else {}
     drawn = [episode(random.Random(f"{seed} {split} {i}"), **some) for i in range(n)]
-    return drawn if split != "state-only" else [[(x, None, y) for x, _, y in steps] for steps in drawn]
+    return (
+        drawn if split != "state-only" else [[(x, None, y) for x, _, y in steps] for steps in drawn]
+    )
 
 
 def shares(cfg):
     """{split: number of episodes} of a world."""
     world, half = WORLDS[cfg.env], cfg.episodes // 2
-    held = max(1, min(half // 2, -(-cfg.validation_size // world.STEPS)))          # no more than are used
-    return {"labelled": half - held, "validation": held, "state-only": half * world.STATE_ONLY, "test": TEST}
+    # no more than are used
+    held = max(1, min(half // 2, -(-cfg.validation_size // world.STEPS)))
+    return {
+        "labelled": half - held,
+        "validation": held,
+        "state-only": half * world.STATE_ONLY,
+        "test": TEST,
+    }
 
 
 @functools.lru_cache(maxsize=2)
 def fit_codebook(env, seed, labelled, state_only):
-    frames = [frame for split, n in (("labelled", labelled), ("state-only", state_only)) for steps in draw(WORLDS[env].episode, seed, split, n)
-              for frame in (steps[0][0], *(y for _, _, y in steps))]
+    frames = [
+        frame
+        for split, n in (("labelled", labelled), ("state-only", state_only))
+        for steps in draw(WORLDS[env].episode, seed, split, n)
+        for frame in (steps[0][0], *(y for _, _, y in steps))
+    ]
     return images.Codebook.fit(np.stack(frames), pixels.PATCH, seed=seed)
 
 
@@ -36,33 +52,55 @@ def codebook(cfg):
     """The image tokenizer of a world of frames, fitted on what it trains on; None for text."""
     if cfg.data or cfg.env != "pixels":
         return None
-    return fit_codebook(cfg.env, cfg.seed, *(shares(cfg)[split] for split in ("labelled", "state-only")))
+    return fit_codebook(
+        cfg.env, cfg.seed, *(shares(cfg)[split] for split in ("labelled", "state-only"))
+    )
 
 
 def episodes(cfg, split):
     """[episode] of a world, with its states as strings."""
-    drawn, book = draw(WORLDS[cfg.env].episode, cfg.seed, split, shares(cfg)[split], cfg.busy), codebook(cfg)
+    drawn, book = (
+        draw(WORLDS[cfg.env].episode, cfg.seed, split, shares(cfg)[split], cfg.busy),
+        codebook(cfg))
     if book is None:
         return drawn
-    return [list(zip(images.strings(book, xs), zs, images.strings(book, ys))) for xs, zs, ys in (zip(*steps) for steps in drawn)]
+    return [
+        list(zip(images.strings(book, xs), zs, images.strings(book, ys)))
+        for xs, zs, ys in (zip(*steps) for steps in drawn)
+    ]
 
 
 def load_splits(cfg):
     """labelled, validation, test: [(x, z, y)]; state_only: [(x, y)], no z anywhere in memory."""
     if cfg.data:
         part = records.split(records.read(cfg.data), cfg.seed)
-        labelled, validation, test = ([(t.x, t.z, t.y) for t in part[k]] for k in ("labelled", "validation", "test"))
+        labelled, validation, test = (
+            [(t.x, t.z, t.y) for t in part[k]] for k in ("labelled", "validation", "test")
+        )
         state_only = [(t.x, t.y) for t in part["state_only"]]
     else:
-        labelled, validation, test = ([t for steps in episodes(cfg, split) for t in steps] for split in ("labelled", "validation", "test"))
+        labelled, validation, test = (
+            [t for steps in episodes(cfg, split) for t in steps]
+            for split in ("labelled", "validation", "test")
+        )
         state_only = [(x, y) for steps in episodes(cfg, "state-only") for x, _, y in steps]
     seen = {s for x, _, y in labelled for s in (x, y)} | {s for pair in state_only for s in pair}
-    known = all if cfg.data else any                                              # MirrorAPI's x, a documentation, comes again and again
-    fresh = [t for t in test if not known(s in seen for s in (t[0], t[2]))]        # no state that training held word for word
+    # MirrorAPI's x, a documentation, comes again and again
+    known = all if cfg.data else any
+    # no state that training held word for word
+    fresh = [t for t in test if not known(s in seen for s in (t[0], t[2]))]
     if not fresh:
-        print(f"warning: {cfg.data or cfg.env}: training holds the states of all {len(test)} test transitions; they are scored all the same")
+        print(
+            f"warning: {cfg.data or cfg.env}: training holds the states of all {len(test)} test "
+            "transitions; they are scored all the same"
+        )
     pick = lambda rows, n, what: random.Random(f"{cfg.seed} {what}").sample(rows, min(n, len(rows)))
-    return labelled, pick(validation, cfg.validation_size, "validation"), state_only, pick(fresh or test, cfg.eval_size, "test")
+    return (
+        labelled,
+        pick(validation, cfg.validation_size, "validation"),
+        state_only,
+        pick(fresh or test, cfg.eval_size, "test"),
+    )
 
 
 def test_episodes(cfg):

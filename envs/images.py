@@ -1,13 +1,15 @@
-"""Pictures as strings: an image is cut into patches, each patch is a code, each code one token between two marks.
+"""Pictures as strings: an image is cut into patches, each patch is a code, each code one token
+between two marks.
 
     <image><c12><c12><c7>..</image>          row by row, as many rows as columns
 
-Claim: so P and Q stay the language models that they are, and the same functions serve text and pictures. `encode` takes frames (N, H, W, 3)
-of uint8 to codes (N, side, side), `decode` takes them back; whatever has these two calls can stand behind a world of frames.
+Claim: so P and Q stay the language models that they are, and the same functions serve text and
+pictures. `encode` takes frames (N, H, W, 3) of uint8 to codes (N, side, side), `decode` takes them
+back; whatever has these two calls can stand behind a world of frames.
 
-Departure from the paper: its codes are those of a VQ model learnt on a great many pictures (Liquid's, 1,024 a
-picture). `Codebook` is k-means on the patches of the run's own training frames. Where these hold no more than
-`size` different ones, as in `pixels.py`, it is exact on them.
+Departure from the paper: its codes are those of a VQ model learnt on a great many pictures
+(Liquid's, 1,024 a picture). `Codebook` is k-means on the patches of the run's own training frames.
+Where these hold no more than `size` different ones, as in `pixels.py`, it is exact on them.
 """
 import re
 
@@ -16,7 +18,7 @@ import numpy as np
 IMAGE, END = "<image>", "</image>"
 
 
-# ---- Codes and strings -------------------------------------------------------------------------------------------------
+# ---- Codes and strings ---------------------------------------------------------------------------
 
 
 def spell(codes):
@@ -25,10 +27,15 @@ def spell(codes):
 
 
 def patches(image):
-    """The code tokens of an image's string, row by row: ["<c12>", ..]. None if the string is no image."""
+    """The code tokens of an image's string, row by row: ["<c12>", ..]. None if the string is no
+    image."""
     found = re.findall(r"<c\d+>", image)
     side = round(len(found) ** 0.5)
-    return found if found and side * side == len(found) and image == IMAGE + "".join(found) + END else None
+    return (
+        found
+        if found and side * side == len(found) and image == IMAGE + "".join(found) + END
+        else None
+    )
 
 
 def is_image(state):
@@ -38,7 +45,11 @@ def is_image(state):
 def codes(image):
     """(side, side) codes of an image's string; None if it is none."""
     found = patches(image)
-    return None if found is None else np.array([int(code[2:-1]) for code in found]).reshape(round(len(found) ** 0.5), -1)
+    return (
+        None
+        if found is None
+        else np.array([int(code[2:-1]) for code in found]).reshape(round(len(found) ** 0.5), -1)
+    )
 
 
 def place(i, n):
@@ -49,24 +60,38 @@ def place(i, n):
 def neighbours(i, side):
     """The patches above, left of, right of and below patch i."""
     r, c = divmod(i, side)
-    return [side * a + b for a, b in ((r - 1, c), (r, c - 1), (r, c + 1), (r + 1, c)) if 0 <= a < side and 0 <= b < side]
+    return [
+        side * a + b
+        for a, b in ((r - 1, c), (r, c - 1), (r, c + 1), (r + 1, c))
+        if 0 <= a < side and 0 <= b < side
+    ]
 
 
 def diff(x, y):
-    """What Q reads, two lines, column by column: place, code before, code after of each patch that changes; place and code of those above, below
-    and beside them: what a toy was put on does not change. If a shift of the whole of x by one patch (its border repeated) leaves less than half
-    of that list, as when a camera moves, the line begins with two places, from where to where, and x is taken as shifted: a video's codec does
-    the same. A function of x and y alone."""
+    """What Q reads, two lines, column by column: place, code before, code after of each patch that
+    changes; place and code of those above, below and beside them: what a toy was put on does not
+    change. If a shift of the whole of x by one patch (its border repeated) leaves less than half of
+    that list, as when a camera moves, the line begins with two places, from where to where, and x
+    is taken as shifted: a video's codec does the same. A function of x and y alone."""
     before, after = patches(x), patches(y)
     if before is None or after is None or len(before) != len(after):
-        return [x, y]                                                              # no picture is predicted: the whole of both
+        # no picture is predicted: the whole of both
+        return [x, y]
     n, side = len(after), round(len(after) ** 0.5)
     wide = np.pad(np.array(before).reshape(side, side), 1, "edge")
-    shifts = {(r, c): wide[1 - r:1 - r + side, 1 - c:1 - c + side].ravel().tolist() for r, c in ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))}
-    left = {way: sum(old != new for old, new in zip(moved, after)) * (1 if any(way) else 0.5) for way, moved in shifts.items()}
-    r, c = min(left, key=left.get)                                                 # of equals the first
+    shifts = {
+        (r, c): wide[1 - r : 1 - r + side, 1 - c : 1 - c + side].ravel().tolist()
+        for r, c in ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
+    }
+    left = {
+        way: sum(old != new for old, new in zip(moved, after)) * (1 if any(way) else 0.5)
+        for way, moved in shifts.items()
+    }
+    # of equals the first
+    r, c = min(left, key=left.get)
     before = shifts[r, c]
-    columns = sorted(range(n), key=lambda i: (i % side, i))                        # left and right are what most sentences tell
+    # left and right are what most sentences tell
+    columns = sorted(range(n), key=lambda i: (i % side, i))
     changed = [i for i in columns if before[i] != after[i]]
     beside = {j for i in changed for j in neighbours(i, side)} - set(changed)
     shift = place(side + 1, n) + place(side * (1 + r) + 1 + c, n) if r or c else ""
@@ -75,15 +100,24 @@ def diff(x, y):
 
 
 def spoil(x, y, other, rng):
-    """The image y as a careless P would draw it: one that should have stayed or one that changes has another code, of x, y or `other`; one that
-    changes stays as it was; or one that changes and one beside it are exchanged. None if nothing changes or that cannot be done."""
+    """The image y as a careless P would draw it: one that should have stayed or one that changes
+    has another code, of x, y or `other`; one that changes stays as it was; or one that changes and
+    one beside it are exchanged. None if nothing changes or that cannot be done."""
     before, after = patches(x), patches(y)
     n, side = len(after), round(len(after) ** 0.5)
     changed = [i for i in range(n) if before[i] != after[i]]
     if not changed:
         return None
-    way = rng.choice(("swap", "swap", "stray", "stray", "change", "stay") if len(changed) > 1 else ("swap", "stray", "stray"))
-    i = rng.choice([i for i in range(n) if i not in changed] or changed) if way == "stray" else rng.choice(changed)
+    way = rng.choice(
+        ("swap", "swap", "stray", "stray", "change", "stay")
+        if len(changed) > 1
+        else ("swap", "stray", "stray")
+    )
+    i = (
+        rng.choice([i for i in range(n) if i not in changed] or changed)
+        if way == "stray"
+        else rng.choice(changed)
+    )
     if way == "swap":
         near = [j for j in neighbours(i, side) if after[i] != after[j]]
         if near:
@@ -92,7 +126,14 @@ def spoil(x, y, other, rng):
     elif way == "stay":
         after[i] = before[i]
     else:
-        after[i] = rng.choice([code for code in sorted({*before, *after, *patches(other)}) if code not in (before[i], after[i])] or [after[i]])
+        after[i] = rng.choice(
+            [
+                code
+                for code in sorted({*before, *after, *patches(other)})
+                if code not in (before[i], after[i])
+            ]
+            or [after[i]]
+        )
     bad = IMAGE + "".join(after) + END
     return bad if bad != y else None
 
@@ -103,28 +144,38 @@ def is_token(token):
 
 
 def vocabulary(states, size=0):
-    """The tokens that images among the states need: marks, codes (those that are there, and `size` at least) and places; [] if there are
-    no images."""
+    """The tokens that images among the states need: marks, codes (those that are there, and `size`
+    at least) and places; [] if there are no images."""
     images = [state for state in states if is_image(state)]
     if not images:
         return []
     n = max(image.count("<c") for image in images)
     top = max(int(code) for image in images for code in re.findall(r"<c(\d+)>", image))
-    return [IMAGE, END, *(f"<c{code}>" for code in range(max(size, top + 1))), *(place(i, n) for i in range(n))]
+    return [
+        IMAGE,
+        END,
+        *(f"<c{code}>" for code in range(max(size, top + 1))),
+        *(place(i, n) for i in range(n)),
+    ]
 
 
-# ---- Frames and codes --------------------------------------------------------------------------------------------------
+# ---- Frames and codes ----------------------------------------------------------------------------
 
 
 def cut(frames, patch):
     """(N, H, W, 3) frames as (N, H/patch, W/patch, patch * patch * 3) patches."""
     N, H, W, C = frames.shape
-    return frames.reshape(N, H // patch, patch, W // patch, patch, C).swapaxes(2, 3).reshape(N, H // patch, W // patch, -1)
+    return (
+        frames.reshape(N, H // patch, patch, W // patch, patch, C)
+        .swapaxes(2, 3)
+        .reshape(N, H // patch, W // patch, -1)
+    )
 
 
 def distinct(points):
     """(the different ones of (n, D) uint8 points, which of these each is, how often each comes)."""
-    found = {}                                                                     # np.unique(axis=0) sorts them all: seconds
+    # np.unique(axis=0) sorts them all: seconds
+    found = {}
     back = np.array([found.setdefault(point.tobytes(), len(found)) for point in points])
     return np.frombuffer(b"".join(found), np.uint8).reshape(len(found), -1), back, np.bincount(back)
 
@@ -148,8 +199,8 @@ class Codebook:
 
     @classmethod
     def fit(cls, frames, patch=16, size=256, seed=0, rounds=20):
-        """From (N, H, W, 3) frames: their different patches, the commonest first; where there are more than `size`, the centres of k-means
-        (k-means++, each patch with its count)."""
+        """From (N, H, W, 3) frames: their different patches, the commonest first; where there are
+        more than `size`, the centres of k-means (k-means++, each patch with its count)."""
         points, _, count = distinct(cut(frames, patch).reshape(-1, patch * patch * 3))
         order = np.argsort(-count, kind="stable")
         points, count = points[order], count[order]
@@ -157,28 +208,41 @@ class Codebook:
             return cls(points)
         rng, values = np.random.default_rng(seed), points.astype(np.float32)
         centres = values[:1]
-        far = ((values - centres[0]) ** 2).sum(1)                                  # to the nearest centre so far
+        # to the nearest centre so far
+        far = ((values - centres[0]) ** 2).sum(1)
         while len(centres) < size:
             new = values[rng.choice(len(values), p=far * count / (far * count).sum())]
             centres, far = np.vstack([centres, new]), np.minimum(far, ((values - new) ** 2).sum(1))
         for _ in range(rounds):
             nearest = cls(centres).nearest(values)
-            for k in np.unique(nearest):                                           # a centre without points stays where it is
+            # a centre without points stays where it is
+            for k in np.unique(nearest):
                 centres[k] = np.average(values[nearest == k], axis=0, weights=count[nearest == k])
         return cls(np.rint(centres).astype(np.uint8))
 
     def features(self, n=32):
-        """(K, n) what each centre looks like: the n chief directions in which their 4x4 thumbnails differ."""
+        """(K, n) what each centre looks like: the n chief directions in which their 4x4 thumbnails
+        differ."""
         size = self.patch // 4
-        small = self.centres.astype(np.float32).reshape(self.size, 4, size, 4, size, 3).mean((2, 4)).reshape(self.size, -1)
+        small = (
+            self.centres.astype(np.float32)
+            .reshape(self.size, 4, size, 4, size, 3)
+            .mean((2, 4))
+            .reshape(self.size, -1)
+        )
         left, length, _ = np.linalg.svd(small - small.mean(0), full_matrices=False)
         return (left * length)[:, :n]
 
     def nearest(self, points):
-        """(n,) the code of each of (n, D) patches. In float64, where whole numbers are exact: a tie falls alike in every batch."""
+        """(n,) the code of each of (n, D) patches. In float64, where whole numbers are exact: a tie
+        falls alike in every batch."""
         centres = self.centres.astype(float)
-        return np.concatenate([((centres ** 2).sum(1) - 2 * part.astype(float) @ centres.T).argmin(1)
-                               for part in np.array_split(points, max(1, len(points) // 4096))])
+        return np.concatenate(
+            [
+                ((centres**2).sum(1) - 2 * part.astype(float) @ centres.T).argmin(1)
+                for part in np.array_split(points, max(1, len(points) // 4096))
+            ]
+        )
 
     def encode(self, frames):
         """(N, side, side) codes of (N, H, W, 3) frames."""

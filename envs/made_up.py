@@ -1,4 +1,5 @@
-"""Made-up worlds, to pretrain the tiny model on: what it knows before it sees a world of this project.
+"""Made-up worlds, to pretrain the tiny model on: what it knows before it sees a world of this
+project.
 
     python -m envs.made_up              prints five transitions
     python -m envs.made_up 20 7         prints twenty, of seed 7
@@ -13,16 +14,16 @@ A world is a list of cells. A cell has a name, a kind and a value:
 | list   | 0 to 4 names    | put in, take out, move to another list, empty           |
 | text   | 3 to 12 words   | none: it is there to be copied                          |
 
-Other actions look at a cell (nothing changes), move all counters on, delete a thing or add one.
-An action may fail: the number would be negative, the name is not in the list, the flag is already so.
+Other actions look at a cell (nothing changes), move all counters on, delete a thing or add one. An
+action may fail: the number would be negative, the name is not in the list, the flag is already so.
 Then nothing changes, or only the answer line of a world that has one.
 
 Each transition has a world of its own: words, verbs, the form of an action, the form of a state.
 The forms of a state: lines `name: value`, rows, sections, sentences, JSON, HTML, a table.
 So nothing can be learnt by heart. What can be learnt is to copy a state and to change what z names.
 
-The words are the most common ones of English, from data/tiny/words.txt.
-Nothing here comes from the other worlds: no rule, no template, no list of words (tests/test_made_up.py).
+The words are the most common ones of English, from data/tiny/words.txt. Nothing here comes from the
+other worlds: no rule, no template, no list of words (tests/test_made_up.py).
 """
 import functools
 import json
@@ -54,8 +55,9 @@ VERBS = {
 }
 LINKS = {"set": "to", "raise": "by", "lower": "by", "flag": "to", "copy": "from", "swap": "with",
          "put": "into", "take": "from", "move": "to"}
-PAIRS = (("on", "off"), ("open", "closed"), ("yes", "no"), ("true", "false"), ("locked", "not locked"),
-         ("active", "inactive"), ("visible", "hidden"), ("up", "down"), ("done", "not done"))
+PAIRS = (
+    ("on", "off"), ("open", "closed"), ("yes", "no"), ("true", "false"), ("locked", "not locked"),
+    ("active", "inactive"), ("visible", "hidden"), ("up", "down"), ("done", "not done"))
 UNITS = ("", "", "", " kg", "%", " left", " units", " points")
 
 
@@ -67,7 +69,10 @@ def words():
 def word(rng):
     """A word, the common ones more often; at times with a capital, or a string of random signs."""
     if rng.random() < 0.05:
-        return "".join(rng.choice("abcdefghijklmnopqrstuvwxyzABCDEF0123456789") for _ in range(rng.randint(2, 8)))
+        return "".join(
+            rng.choice("abcdefghijklmnopqrstuvwxyzABCDEF0123456789")
+            for _ in range(rng.randint(2, 8))
+        )
     chosen = words()[int(rng.expovariate(1 / 900)) % len(words())]
     return chosen.capitalize() if rng.random() < 0.1 else chosen
 
@@ -123,7 +128,8 @@ class World:
         return self.join.join(word(self.rng) for _ in range(self.rng.choice((1, 1, 2))))
 
     def add_thing(self, name):
-        """A thing with a cell for each field. In half of the forms each thing has fields of its own."""
+        """A thing with a cell for each field. In half of the forms each thing has fields of its
+        own."""
         own = self.form in ("lines", "sentences") and self.rng.random() < 0.7
         fields = [(word(self.rng), self.rng.choice(KINDS))] if own else self.fields
         if name not in [cell.thing for cell in self.cells]:
@@ -159,13 +165,18 @@ class World:
     def label(self, cell):
         """How an action names a cell."""
         alone = sum(other.thing == cell.thing for other in self.cells) == 1
-        return cell.thing if alone else f"{cell.thing}{'.' if self.speech == 'call' else ' '}{cell.field}"
+        return (
+            cell.thing
+            if alone
+            else f"{cell.thing}{'.' if self.speech == 'call' else ' '}{cell.field}"
+        )
 
     def say(self, act, *args):
         return SPEECH[self.speech](self.verb[act], LINKS.get(act, ""), [str(arg) for arg in args])
 
     def act(self):
-        """Change the world by one action; return what was done, or None if nothing could be tried."""
+        """Change the world by one action; return what was done, or None if nothing could be
+        tried."""
         rng = self.rng
         if rng.random() < 0.12:
             return self.act_on_all()
@@ -219,7 +230,9 @@ class World:
     def act_on_flag(self, cell, label):
         value = self.rng.choice(cell.pair)
         was, cell.value = cell.value, value
-        return self.answer(self.say("flag", label, value), "done" if was != value else f"already {value}")
+        return self.answer(
+            self.say("flag", label, value), "done" if was != value else f"already {value}"
+        )
 
     def act_on_word(self, cell, label):
         rng = self.rng
@@ -247,7 +260,9 @@ class World:
         if kind == "put":
             name = rng.choice(self.pool)
             if name in cell.value or len(cell.value) > 3:
-                return self.answer(self.say("put", name, label), f"failed: {label} has {name} or is full")
+                return self.answer(
+                    self.say("put", name, label), f"failed: {label} has {name} or is full"
+                )
             cell.value = [*cell.value, name]
             return self.answer(self.say("put", name, label))
         name = rng.choice(cell.value if cell.value and rng.random() < 0.9 else self.pool)
@@ -284,7 +299,8 @@ def as_json(verb, link, args):
     return json.dumps({"do": verb, **dict(zip(("name", "value"), args))})
 
 
-SPEECH = {"call": called, "spoken": spoken, "the": spoken_with_the, "pointed": pointed, "json": as_json}
+SPEECH = {
+    "call": called, "spoken": spoken, "the": spoken_with_the, "pointed": pointed, "json": as_json}
 
 
 # --- the forms of a state: world -> text ----------------------------------------------------------
@@ -303,14 +319,25 @@ def with_feedback(world, lines):
 
 def lines(world):
     """A line a cell."""
-    return with_feedback(world, [f"{world.bullet}{world.label(cell)}{world.separator}{cell.shown(world.none)}"
-                              for cell in world.cells])
+    return with_feedback(
+        world,
+        [
+            f"{world.bullet}{world.label(cell)}{world.separator}{cell.shown(world.none)}"
+            for cell in world.cells
+        ],
+    )
 
 
 def rows(world):
     """A line a thing: its name, then its values."""
-    return with_feedback(world, [f"{world.bullet}{thing}{world.separator}" + ", ".join(c.shown(world.none) for c in cells)
-                              for thing, cells in by_thing(world).items()])
+    return with_feedback(
+        world,
+        [
+            f"{world.bullet}{thing}{world.separator}"
+            + ", ".join(c.shown(world.none) for c in cells)
+            for thing, cells in by_thing(world).items()
+        ],
+    )
 
 
 def sections(world):
@@ -340,8 +367,13 @@ def sentences(world):
 
 
 def json_text(world):
-    state = {thing: {cell.field: cell.value if cell.kind in ("number", "list") else cell.shown(world.none)
-                     for cell in cells} for thing, cells in by_thing(world).items()}
+    state = {
+        thing: {
+            cell.field: cell.value if cell.kind in ("number", "list") else cell.shown(world.none)
+            for cell in cells
+        }
+        for thing, cells in by_thing(world).items()
+    }
     if world.feedback:
         state["answer"] = world.feedback
     return json.dumps(state, indent=world.indent)
@@ -350,10 +382,18 @@ def json_text(world):
 def html(world):
     out = []
     for thing, cells in by_thing(world).items():
-        marks = "".join(f' {cell.field}="{cell.shown(world.none)}"' for cell in cells if cell.kind == "flag")
-        inner = [f"<b>{cell.field}</b> {cell.shown(world.none)}" for cell in cells if cell.kind != "flag"]
+        marks = "".join(
+            f' {cell.field}="{cell.shown(world.none)}"' for cell in cells if cell.kind == "flag"
+        )
+        inner = [
+            f"<b>{cell.field}</b> {cell.shown(world.none)}" for cell in cells if cell.kind != "flag"
+        ]
         if world.bullet:
-            out += [f'<{world.tag} id="{thing}"{marks}>', *("  " + part for part in inner), f"</{world.tag}>"]
+            out += [
+                f'<{world.tag} id="{thing}"{marks}>',
+                *("  " + part for part in inner),
+                f"</{world.tag}>",
+            ]
         else:
             out.append(f'<{world.tag} id="{thing}"{marks}>{" ".join(inner)}</{world.tag}>')
     return with_feedback(world, out)
@@ -364,11 +404,16 @@ def table(world):
     mark = " | " if world.bullet else ","
     things = by_thing(world)
     head = ["name", *(cell.field for cell in next(iter(things.values())))]
-    rows = [[thing, *(cell.shown(world.none).replace(", ", " ") for cell in cells)] for thing, cells in things.items()]
+    rows = [
+        [thing, *(cell.shown(world.none).replace(", ", " ") for cell in cells)]
+        for thing, cells in things.items()
+    ]
     return with_feedback(world, [mark.join(row) for row in [head, *rows]])
 
 
-FORMS = {"lines": lines, "rows": rows, "sections": sections, "sentences": sentences, "json": json_text, "html": html, "table": table}
+FORMS = {
+    "lines": lines, "rows": rows, "sections": sections, "sentences": sentences, "json": json_text,
+    "html": html, "table": table}
 
 
 def transition(rng, most=64):

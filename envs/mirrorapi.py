@@ -3,23 +3,26 @@
     python -m envs.mirrorapi --train train_sft.json --test test_sft/*.json --out mirrorapi.jsonl.gz
     python train.py --data mirrorapi.jsonl.gz --model MODEL
 
-Claim: every row {"system", "instruction", "output"} of the files becomes one transition, word for word but for blanks
-at the ends of x and z, or is counted as left out. An instruction is "API doc:", the documentation, a blank line,
-"Request:" and the request:
+Claim: every row {"system", "instruction", "output"} of the files becomes one transition, word for
+word but for blanks at the ends of x and z, or is counted as left out. An instruction is "API doc:",
+the documentation, a blank line, "Request:" and the request:
 
     x = system, a blank line, "API doc:" and the documentation    z = the request    y = output
 
-Source: the data sets stabletoolbench/MirrorAPI-Bench (test_sft/ and test_cot/: id_high, id_medium, id_low, ood,
-ood_failure) and MirrorAPI-Training (train_sft, train_cot, train_augment, train_cache); a JSON list each, or JSONL.
+Source: the data sets stabletoolbench/MirrorAPI-Bench (test_sft/ and test_cot/: id_high, id_medium,
+id_low, ood, ood_failure) and MirrorAPI-Training (train_sft, train_cot, train_augment, train_cache);
+a JSON list each, or JSONL.
 
 Notes:
-  1. A row is an episode of one step, t = 0, called SPLIT-FILE-ROW: test-ood-12 is row 12 of ood.json. The two
-     modes have files of the same names: convert them apart.
-  2. The paper does not say what x, z, y are here; this is the one split that has a state, an action and an effect.
-     The state behind an API is hidden, so equal (x, z) may have several y, and x never changes into y.
-  3. y is the whole output, as the benchmark scores it. In SFT mode that is {"error", "response"}, in CoT mode
-     "mechanism_of_the_api" comes first. `reply` reads both. --no-errors leaves out the replies that tell an error,
-     as Word2World does; a reply that `reply` cannot read stays and is counted.
+  1. A row is an episode of one step, t = 0, called SPLIT-FILE-ROW: test-ood-12 is row 12 of
+     ood.json. The two modes have files of the same names: convert them apart.
+  2. The paper does not say what x, z, y are here; this is the one split that has a state, an action
+     and an effect. The state behind an API is hidden, so equal (x, z) may have several y, and x
+     never changes into y.
+  3. y is the whole output, as the benchmark scores it. In SFT mode that is {"error", "response"},
+     in CoT mode "mechanism_of_the_api" comes first. `reply` reads both. --no-errors leaves out the
+     replies that tell an error, as Word2World does; a reply that `reply` cannot read stays and is
+     counted.
 """
 
 import argparse
@@ -30,27 +33,38 @@ from envs import official, records
 from envs.official import need
 from envs.records import BadData
 
-_REQUEST = re.compile(r"\n[ \t]*Request:")  # the first one: the documentation, one dict, has no raw line break inside
+# the first one: the documentation, one dict, has no raw line break inside
+_REQUEST = re.compile(r"\n[ \t]*Request:")
 _FIELDS = re.compile(r'"error"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"response"\s*:\s*"(.*)', re.DOTALL)
 
 
 def transition(row, episode, place):
-    """Transition of one row (dict); BadData, which begins with `place`, says what is wrong with it."""
+    """Transition of one row (dict); BadData, which begins with `place`, says what is wrong with
+    it."""
     instruction = need(row, "instruction", str, place)
     found = _REQUEST.search(instruction)
     if not found:
         raise BadData(f"{place}: the instruction has no line \"Request:\"")
     x = need(row, "system", str, place).strip() + "\n\n" + instruction[:found.start()].strip()
-    return records.check({"episode": episode, "t": 0, "x": x.strip(), "z": instruction[found.end():].strip(),
-                          "y": need(row, "output", str, place)}, place)
+    return records.check(
+        {
+            "episode": episode,
+            "t": 0,
+            "x": x.strip(),
+            "z": instruction[found.end() :].strip(),
+            "y": need(row, "output", str, place),
+        },
+        place,
+    )
 
 
 def reply(text):
     """(error, response) that an output tells, in SFT or CoT mode, or None if it tells neither.
 
-    A field that is no string is given as JSON. A reply that was cut, or is no JSON for another reason, is searched for
-    the two fields; the end of the response may be missing. Its escapes (such as a backslash and n) are left as they are.
-    Source: StableToolBench, server/main_mirrorapi.py, which keeps the closing quote and bracket where they are there.
+    A field that is no string is given as JSON. A reply that was cut, or is no JSON for another
+    reason, is searched for the two fields; the end of the response may be missing. Its escapes
+    (such as a backslash and n) are left as they are. Source: StableToolBench,
+    server/main_mirrorapi.py, which keeps the closing quote and bracket where they are there.
     """
     try:
         fields = json.loads(text)
@@ -82,9 +96,15 @@ def make(args, broken, counts):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m envs.mirrorapi", description="MirrorAPI files to a transitions file.")
+    parser = argparse.ArgumentParser(
+        prog="python -m envs.mirrorapi", description="MirrorAPI files to a transitions file."
+    )
     official.add_files(parser)
-    parser.add_argument("--no-errors", action="store_true", help="leave out the replies whose field error is not empty")
+    parser.add_argument(
+        "--no-errors",
+        action="store_true",
+        help="leave out the replies whose field error is not empty",
+    )
     return official.main(parser, make, argv)
 
 

@@ -1,11 +1,14 @@
-"""What the importers of official data share: a large JSON file read row by row, and their command line.
+"""What the importers of official data share: a large JSON file read row by row, and their command
+line.
 
-Claim: no file is in memory as a whole. A JSON list is decoded through a buffer of about two rows (at least a
-megabyte), a JSONL file by lines. What is wrong with a file is said in one line, and then nothing is written.
+Claim: no file is in memory as a whole. A JSON list is decoded through a buffer of about two rows
+(at least a megabyte), a JSONL file by lines. What is wrong with a file is said in one line, and
+then nothing is written.
 
 Notes:
-  1. A row that its reader refuses is left out; the command counts such rows and names the first. So is a line of
-     a JSONL file that is no JSON. In a list, nothing after broken JSON can be trusted: the file is refused.
+  1. A row that its reader refuses is left out; the command counts such rows and names the first. So
+     is a line of a JSONL file that is no JSON. In a list, nothing after broken JSON can be trusted:
+     the file is refused.
   2. Files may be gzipped (.gz). A file whose first character is [ is a list, any other is JSONL.
 """
 
@@ -26,29 +29,42 @@ SPLITS = ("train", "dev", "test")
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-# ---- Rows of a file ----------------------------------------------------------------------------------------
+# ---- Rows of a file ------------------------------------------------------------------------------
 
 
 def rows(path, broken):
-    """Yields (n, place, row): the row's number from 1, "FILE:LINE, row n", and what JSON makes of it.
+    """Yields (n, place, row): the row's number from 1, "FILE:LINE, row n", and what JSON makes of
+    it.
 
-    broken: list; gets a message for each line of a JSONL file that is no JSON. Raises BadData for all else.
+    broken: list; gets a message for each line of a JSONL file that is no JSON. Raises BadData for
+    all else.
     """
     place = [path, 0]  # the line reached, for the errors of the file itself
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+        with (gzip.open if path.endswith(".gz") else open)(
+            path, "rt", encoding="utf-8-sig"
+        ) as file:
             text = file.read(CHUNK)
             while text.isspace() and (more := file.read(CHUNK)):
                 text += more
             first = _SPACE.match(text).end()
-            yield from _list(file, place, text, first) if text[first:first + 1] == "[" else _lines(file, place, text, broken)
+            yield from (
+                _list(file, place, text, first)
+                if text[first : first + 1] == "["
+                else _lines(file, place, text, broken)
+            )
     except FileNotFoundError:
         raise BadData(f"{path}: there is no such file; check the path") from None
     except UnicodeDecodeError:
-        raise BadData(f"{path}: not UTF-8 text after line {place[1]}; download it again, or name it .gz if it "
-                      "is gzip") from None
+        raise BadData(
+            f"{path}: not UTF-8 text after line {place[1]}; download it again, or name it .gz if "
+            "it "
+            "is gzip"
+        ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadData(f"{path}: not a whole gzip file ({error}); download it again, or drop .gz from its name") from None
+        raise BadData(
+            f"{path}: not a whole gzip file ({error}); download it again, or drop .gz from its name"
+        ) from None
     except OSError as error:
         raise BadData(f"{path}: cannot read it ({error.strerror}); give a readable file") from None
 
@@ -68,7 +84,9 @@ def _lines(file, place, text, broken):
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    broken.append(f"{where}: not valid JSON ({getattr(error, 'msg', 'too long or too deep')})")
+                    broken.append(
+                        f"{where}: not valid JSON ({getattr(error, 'msg', 'too long or too deep')})"
+                    )
                     continue
                 yield n, where, row
         text = rest + more
@@ -85,13 +103,18 @@ def _list(file, place, text, at):
         try:
             row, end = decode(text, at)
             end = _SPACE.match(text, end).end()
-            error = None if text[end:end + 1] in (",", "]") else json.JSONDecodeError("no comma or ] after it", text, end)
+            error = (
+                None
+                if text[end : end + 1] in (",", "]")
+                else json.JSONDecodeError("no comma or ] after it", text, end)
+            )
         except (ValueError, RecursionError) as caught:
             error = caught
         # The buffer's end may have cut the row: then it lacks a quote, or the fault is at that end
         if isinstance(error, json.JSONDecodeError) and (error.msg.startswith("Unterminated")
                                                         or error.pos >= len(text.rstrip()) - 16):
-            more = file.read(max(CHUNK, len(text) - at))  # at least as much as there is, so all readings together are linear
+            # at least as much as there is, so all readings together are linear
+            more = file.read(max(CHUNK, len(text) - at))
             if more:
                 line += text.count("\n", counted, at)
                 text, at, counted = text[at:] + more, 0, 0
@@ -99,8 +122,10 @@ def _list(file, place, text, at):
         line, counted = line + text.count("\n", counted, at), at
         place[1], where = line, f"{place[0]}:{line}, row {n}"
         if error is not None:
-            raise BadData(f"{where}: not valid JSON ({getattr(error, 'msg', 'too long or too deep')}); "
-                          "the file is damaged or was cut: download it again")
+            raise BadData(
+                f"{where}: not valid JSON ({getattr(error, 'msg', 'too long or too deep')}); "
+                "the file is damaged or was cut: download it again"
+            )
         yield n, where, row
         n, at, last = n + 1, end + 1, text[end]
         if last == "]":
@@ -120,7 +145,7 @@ def need(row, key, kind, place):
     return row[key]
 
 
-# ---- Command line ------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def add_files(parser):
@@ -131,14 +156,23 @@ def add_files(parser):
 
 
 def files(args):
-    """[(split, file's name without folder and endings, path)]; BadData if there is none or two would share their ids."""
+    """[(split, file's name without folder and endings, path)]; BadData if there is none or two
+    would share their ids."""
     found, seen = [], {}
     for split in SPLITS:
         for path in getattr(args, split):
-            name = os.path.basename(path).removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+            name = (
+                os.path.basename(path)
+                .removesuffix(".gz")
+                .removesuffix(".jsonl")
+                .removesuffix(".json")
+            )
             if (split, name) in seen:
-                raise BadData(f"{path}: the name {name} was taken by {seen[split, name]}, and episodes are named after "
-                              "their file; rename one of them, or write two files")
+                raise BadData(
+                    f"{path}: the name {name} was taken by {seen[split, name]}, and episodes are "
+                    "named after "
+                    "their file; rename one of them, or write two files"
+                )
             seen[split, name] = path
             found.append((split, name, path))
     if not found:
@@ -149,10 +183,16 @@ def files(args):
 def main(parser, make, argv=None):
     """Writes what make(args, broken, counts) yields to --out, and prints what that was.
 
-    make: yields Transitions; appends to `broken` (list of str) a message for each row left out, and counts in
-    `counts` (Counter) what the user should know, by sentence. Bad input: one line on standard error, exit code 2.
+    make: yields Transitions; appends to `broken` (list of str) a message for each row left out, and
+    counts in `counts` (Counter) what the user should know, by sentence. Bad input: one line on
+    standard error, exit code 2.
     """
-    parser.add_argument("--out", required=True, metavar="FILE", help="transitions file to write, .jsonl or .jsonl.gz")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="transitions file to write, .jsonl or .jsonl.gz",
+    )
     parser.add_argument("--force", action="store_true", help="replace --out if it is there")
     parser.error = records.fail
     args = parser.parse_args(argv)
@@ -167,13 +207,18 @@ def main(parser, make, argv=None):
                 sizes[key] = max(sizes[key], len(getattr(tr, key)))
             yield tr
         if not episodes:
-            raise BadData(f"no transition is left of what was read{'; the first fault: ' + broken[0] if broken else ''}")
+            raise BadData(
+                f"no transition is left of what was "
+                f"read{'; the first fault: ' + broken[0] if broken else ''}"
+            )
 
     try:
         if not args.out.endswith((".jsonl", ".jsonl.gz")):
             raise BadData(f"--out {args.out}: give a name that ends in .jsonl or .jsonl.gz")
         if os.path.exists(args.out) and not args.force:
-            raise BadData(f"--out {args.out} is there already; name another file, or replace it with --force")
+            raise BadData(
+                f"--out {args.out} is there already; name another file, or replace it with --force"
+            )
         records.write(args.out, watched())
     except BadData as error:
         records.fail(error)
@@ -184,10 +229,13 @@ def main(parser, make, argv=None):
     by_split = collections.Counter(episode.split("-")[0] for episode in episodes)
     with open(args.out, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    print(f"{args.out}: {sizes['rows']} transitions of {len(episodes)} episodes "
-          f"({', '.join(f'{split} {by_split[split]}' for split in SPLITS)}); y differs from x in "
-          f"{100 * sizes['changed'] / sizes['rows']:.1f}%; at most {sizes['x']}, {sizes['z']}, {sizes['y']} "
-          "characters of x, z, y")
+    print(
+        f"{args.out}: {sizes['rows']} transitions of {len(episodes)} episodes "
+        f"({', '.join(f'{split} {by_split[split]}' for split in SPLITS)}); y differs from x in "
+        f"{100 * sizes['changed'] / sizes['rows']:.1f}%; at most {sizes['x']}, {sizes['z']}, "
+        f"{sizes['y']} "
+        "characters of x, z, y"
+    )
     for sentence, number in counts.items():
         print(f"{sentence}: {number}")
     print(f"sha256 {digest}")

@@ -1,6 +1,8 @@
-"""Household physics in the spirit of ScienceWorld: heat and phases, vessels and devices, all in sight.
+"""Household physics in the spirit of ScienceWorld: heat and phases, vessels and devices, all in
+sight.
 
-A drawn transition: x on the left; z = `wait`; y is x with the lines on the right in place of theirs.
+A drawn transition: x on the left; z = `wait`; y is x with the lines on the right in place of
+theirs.
     stove: on
     freezer: on, shut
     chest: shut
@@ -10,29 +12,35 @@ A drawn transition: x on the left; z = `wait`; y is x with the lines on the righ
     jar: liquid water, 60 C, on the stove               jar: boiling water, 100 C, on the stove
 
 The rules:
- 1. Time passes only on `wait`. What a wait does follows from the state before it. An action whose condition
-    fails changes nothing.
- 2. Heat, on a wait: on the stove, if it is on, what a vessel holds warms by 40 C, to 120 C at most and never
-    past a boiling point. In the freezer, on and shut, it cools by 40 C, to -20 C. In the shut chest, lined
-    with cork, it stays as it is. Anywhere else it moves 20 C towards the room's 20 C.
+ 1. Time passes only on `wait`. What a wait does follows from the state before it. An action whose
+    condition fails changes nothing.
+ 2. Heat, on a wait: on the stove, if it is on, what a vessel holds warms by 40 C, to 120 C at most
+    and never past a boiling point. In the freezer, on and shut, it cools by 40 C, to -20 C. In the
+    shut chest, lined with cork, it stays as it is. Anywhere else it moves 20 C towards the room's
+    20 C.
  3. Phase: solid at or below the melting point, boiling at or above the boiling point, else liquid.
- 4. What boils on a stove that is on is gone after the next wait; brine leaves salt, syrup leaves sugar.
- 5. A vessel holds at most two substances, each once. What comes in meets what is there halfway in temperature
-    (rounded down to a multiple of 20 C). The tap and the shelf give things at 20 C.
+ 4. What boils on a stove that is on is gone after the next wait; brine leaves salt, syrup leaves
+    sugar.
+ 5. A vessel holds at most two substances, each once. What comes in meets what is there halfway in
+    temperature (rounded down to a multiple of 20 C). The tap and the shelf give things at 20 C.
  6. `pour` moves what is not solid, all or nothing. `fill` needs the vessel in the sink.
  7. `stir` makes one substance of two if RECIPES has them and they are warm enough.
- 8. Nothing in a shut freezer or chest can be reached. Stove, freezer, chest and sink take one vessel each.
+ 8. Nothing in a shut freezer or chest can be reached. Stove, freezer, chest and sink take one
+    vessel each.
 
 Departures from the benchmark:
  1. One room, all of it in sight: no walking, no inventory, no looking; no task and no score.
- 2. No amounts, no hot empty vessels; melting points are moved to fit (sugar melts above 100 C here).
- 3. A failed action says nothing (ScienceWorld answers with a message). No plants, circuits or friction.
+ 2. No amounts, no hot empty vessels; melting points are moved to fit (sugar melts above 100 C
+    here).
+ 3. A failed action says nothing (ScienceWorld answers with a message). No plants, circuits or
+    friction.
 
-Busy logs (`--busy`): in training episodes a housemate acts as well, after us: any action but `wait`, chosen with the same
-habits. z does not name it.
+Busy logs (`--busy`): in training episodes a housemate acts as well, after us: any action but
+`wait`, chosen with the same habits. z does not name it.
 
-To add an action: a `case` in step() (and a method, if it is long), a line in propose(), its name in KINDS.
-To add a substance or a recipe: a line in SUBSTANCES or RECIPES (and STOCK, if the shelf may offer it).
+To add an action: a `case` in step() (and a method, if it is long), a line in propose(), its name in
+KINDS. To add a substance or a recipe: a line in SUBSTANCES or RECIPES (and STOCK, if the shelf may
+offer it).
 """
 import copy
 
@@ -43,17 +51,32 @@ PRESET = {}         # settings of this world, where they differ from settings.py
 KINDS = ("put", "take", "turn on", "turn off", "open", "close",
          "fill", "pour", "empty", "stir", "add", "wait")
 NEVER = 999                                         # a temperature that nothing here reaches
-SUBSTANCES = {                                      # name: (melting point, boiling point)
-    "water": (0, 100), "milk": (0, 100), "oil": (-20, NEVER), "butter": (20, NEVER), "chocolate": (40, NEVER),
-    "wax": (60, NEVER), "sugar": (100, NEVER), "salt": (NEVER, NEVER), "mint": (NEVER, NEVER),
-    "brine": (-NEVER, 120), "syrup": (-20, 120), "tea": (0, 100), "cocoa": (0, 100), "caramel": (80, NEVER)}
-RECIPES = {                                         # (one, other), in any order: (product, lowest heat)
-    ("water", "salt"): ("brine", 20), ("water", "sugar"): ("syrup", 40), ("water", "mint"): ("tea", 80),
-    ("milk", "chocolate"): ("cocoa", 60), ("butter", "sugar"): ("caramel", 100)}
+SUBSTANCES = {  # name: (melting point, boiling point)
+    "water": (0, 100),
+    "milk": (0, 100),
+    "oil": (-20, NEVER),
+    "butter": (20, NEVER),
+    "chocolate": (40, NEVER),
+    "wax": (60, NEVER),
+    "sugar": (100, NEVER),
+    "salt": (NEVER, NEVER),
+    "mint": (NEVER, NEVER),
+    "brine": (-NEVER, 120),
+    "syrup": (-20, 120),
+    "tea": (0, 100),
+    "cocoa": (0, 100),
+    "caramel": (80, NEVER),
+}
+# (one, other), in any order: (product, lowest heat)
+RECIPES = {
+    ("water", "salt"): ("brine", 20), ("water", "sugar"): ("syrup", 40),
+    ("water", "mint"): ("tea", 80), ("milk", "chocolate"): ("cocoa", 60),
+    ("butter", "sugar"): ("caramel", 100)}
 RESIDUE = {"brine": "salt", "syrup": "sugar"}       # what stays when it boils away
 STOCK = ["milk", "oil", "butter", "chocolate", "wax", "sugar", "salt", "mint"]
 VESSELS = ["pot", "cup", "jar"]
-PLACES = {"stove": "on", "freezer": "in", "chest": "in", "sink": "in"}      # for a vessel, besides the bench
+# for a vessel, besides the bench
+PLACES = {"stove": "on", "freezer": "in", "chest": "in", "sink": "in"}
 
 
 def phase(substance, heat):
@@ -70,7 +93,9 @@ class World:
         self.holds, self.heat = {}, {}
         for v in VESSELS:
             some = rng.sample(["water", *STOCK], 2)
-            self.holds[v] = rng.choice([[], ["water"], some[:1], some, list(rng.choice(list(RECIPES)))])
+            self.holds[v] = rng.choice(
+                [[], ["water"], some[:1], some, list(rng.choice(list(RECIPES)))]
+            )
             usual = {"stove": [20, 40, 60, 80], "freezer": [-20, 0, 20]}.get(self.where[v], [20])
             self.heat[v] = rng.choice(usual) if self.holds[v] else 20
 
@@ -90,8 +115,14 @@ class World:
 
     def step(self, z):
         match z.split():
-            case ["put", "the", v, prep, "the", place] if v in VESSELS and PLACES.get(place) == prep:
-                if self.reach(v) and self.open.get(place, True) and place not in self.where.values():
+            case ["put", "the", v, prep, "the", place] if (
+                v in VESSELS and PLACES.get(place) == prep
+            ):
+                if (
+                    self.reach(v)
+                    and self.open.get(place, True)
+                    and place not in self.where.values()
+                ):
                     self.where[v] = place
             case ["take", "the", v] if v in VESSELS:
                 if self.reach(v):
@@ -123,7 +154,8 @@ class World:
                 raise ValueError(f"no such action: {z!r}")
 
     def join(self, v, stuff, heat):
-        """Stuff of this temperature goes into v; False if v is out of reach or has no room for it."""
+        """Stuff of this temperature goes into v; False if v is out of reach or has no room for
+        it."""
         both = self.holds[v] + stuff
         if not self.reach(v) or len(both) > 2 or len(set(both)) < len(both):
             return False
@@ -132,7 +164,8 @@ class World:
         return True
 
     def keep(self, v, stuff):
-        """Only this stays in v. An empty vessel shows no temperature, so it must have a fixed one."""
+        """Only this stays in v. An empty vessel shows no temperature, so it must have a fixed
+        one."""
         self.holds[v] = stuff
         self.heat[v] = self.heat[v] if stuff else 20
 
@@ -147,7 +180,8 @@ class World:
             boiling = [s for s in self.holds[v] if phase(s, heat) == "boiling"]
             if boiling:
                 left = [RESIDUE.get(s) if s in boiling else s for s in self.holds[v]]
-                self.keep(v, [s for s in dict.fromkeys(left) if s])         # salt from brine joins salt
+                # salt from brine joins salt
+                self.keep(v, [s for s in dict.fromkeys(left) if s])
             else:
                 self.heat[v] = min([heat + 40, 120] + [SUBSTANCES[s][1] for s in self.holds[v]])
         elif place == "freezer" and self.on["freezer"] and not self.open["freezer"]:
@@ -156,15 +190,17 @@ class World:
             self.heat[v] += 20 if heat < 20 else -20 if heat > 20 else 0
 
     def propose(self, rng):
-        """Mostly what changes something, and sooner what leads somewhere; at times a careless try."""
+        """Mostly what changes something, and sooner what leads somewhere; at times a careless
+        try."""
         careless = rng.random() < 0.17
         while True:
             v, w = rng.sample(VESSELS, 2)
             place, device, door = (rng.choice(list(some)) for some in (PLACES, self.on, self.open))
             options = [
-                f"put the {v} {PLACES[place]} the {place}", f"take the {v}", f"turn on the {device}",
-                f"turn off the {device}", f"open the {door}", f"close the {door}", f"fill the {v}",
-                f"pour the {v} into the {w}", f"empty the {v}", f"stir the {v}",
+                f"put the {v} {PLACES[place]} the {place}", f"take the {v}",
+                f"turn on the {device}", f"turn off the {device}", f"open the {door}",
+                f"close the {door}", f"fill the {v}", f"pour the {v} into the {w}",
+                f"empty the {v}", f"stir the {v}",
                 f"add the {rng.choice(self.shelf or STOCK)} to the {v}", "wait"]
             if not careless:                        # what leads somewhere comes up more often
                 if self.holds[v]:
@@ -188,7 +224,8 @@ class World:
 
 
 def episode(rng, steps=STEPS, busy=0.0):
-    """[(x, z, y)], y of one step is x of the next; busy: the chance that somebody else acts, too, between x and y."""
+    """[(x, z, y)], y of one step is x of the next; busy: the chance that somebody else acts, too,
+    between x and y."""
     world, out = World(rng), []
     for _ in range(steps):
         x, z = world.text(), world.propose(rng)

@@ -1,73 +1,97 @@
-"""A toy room seen by a camera, in the spirit of ByteMorph and AURORA-Bench: what does a sentence change in a picture?
+"""A toy room seen by a camera, in the spirit of ByteMorph and AURORA-Bench: what does a sentence
+change in a picture?
 
-A frame is an array (128, 128, 3) of uint8, an action is a sentence, and the next frame is the room after it. `images.py` turns frames
-into codes, so that P and Q read and write pictures as they do text. The room has four columns. Toys stand in them in piles, one column
-is a figure's with joints in its arms and knees, half of the rooms have a curtain that hides a column, and above there is a window.
+A frame is an array (128, 128, 3) of uint8, an action is a sentence, and the next frame is the room
+after it. `images.py` turns frames into codes, so that P and Q read and write pictures as they do
+text. The room has four columns. Toys stand in them in piles, one column is a figure's with joints
+in its arms and knees, half of the rooms have a curtain that hides a column, and above there is a
+window.
 
-    zoom in                       pan left                  tilt up                                  camera zoom, camera motion
-    move the red ball left        rotate the yellow cone    remove the blue box
-    add a yellow box              paint the red ball blue   put the red ball on the blue box         object motion, and AURORA's
-    raise the left arm            kneel                     walk right                               human motion
-    pick up the red ball          put it down left          push the blue box right                  interaction
+    zoom in                  pan left                  tilt up        (camera zoom, camera motion)
+    move the red ball left   rotate the yellow cone    remove the blue box
+    add a yellow box         paint the red ball blue   put the red ball on the blue box
+                                                       (object motion, and AURORA's)
+    raise the left arm       kneel                     walk right                  (human motion)
+    pick up the red ball     put it down left          push the blue box right     (interaction)
 
 Rules
- 1. Toys fall: one that is moved, put or added comes to rest on top of its column's pile, and what stood on a toy that left comes down by
-    one. A pile holds three. "left" and "right" are the viewer's. One that is added comes to the leftmost column that has room.
- 2. "put A left of B" (right of, on, under): the column beside B's, the top of B's pile, or below B, which lifts all above.
- 3. The figure walks to a free column beside it. It pushes a single toy beside it if that finds room, and follows. It picks up the top toy
-    of a pile beside it and holds it over its head; then its arms are up, and it neither kneels nor lowers them.
- 4. What stands behind the curtain is not seen, but named it can be moved: it comes out. Nothing is put beside it by name. The figure does not
-    go there.
- 5. "zoom in" shows the four columns at twice the size, "zoom out" all of the wall with them in its middle. A camera that is out can pan by a
-    cell to each side of where it began and tilt down by one: all that is seen moves the other way.
- 6. No two toys look the same, up to a turn. What cannot be done (moving a ball against the figure) changes nothing. "rotate" lays a cone
-    down or stands it up.
- 7. What a sentence does is said in one way: "move A left", not "put A on B" of the B that stands there. Else nobody could read which.
+ 1. Toys fall: one that is moved, put or added comes to rest on top of its column's pile, and what
+    stood on a toy that left comes down by one. A pile holds three. "left" and "right" are the
+    viewer's. One that is added comes to the leftmost column that has room.
+ 2. "put A left of B" (right of, on, under): the column beside B's, the top of B's pile, or below B,
+    which lifts all above.
+ 3. The figure walks to a free column beside it. It pushes a single toy beside it if that finds
+    room, and follows. It picks up the top toy of a pile beside it and holds it over its head; then
+    its arms are up, and it neither kneels nor lowers them.
+ 4. What stands behind the curtain is not seen, but named it can be moved: it comes out. Nothing is
+    put beside it by name. The figure does not go there.
+ 5. "zoom in" shows the four columns at twice the size, "zoom out" all of the wall with them in its
+    middle. A camera that is out can pan by a cell to each side of where it began and tilt down by
+    one: all that is seen moves the other way.
+ 6. No two toys look the same, up to a turn. What cannot be done (moving a ball against the figure)
+    changes nothing. "rotate" lays a cone down or stands it up.
+ 7. What a sentence does is said in one way: "move A left", not "put A on B" of the B that stands
+    there. Else nobody could read which.
 
 To add an action: a case in `step`, and its sentence with its kind in `sentences`.
 
 Departures from the benchmarks
- 1. ByteMorph and AURORA are photographs and renderings; these are flat drawings, whose patches (16 pixels) repeat, so that a codebook of 256
-    holds them all.
- 2. x tells everything that y depends on, but for a toy behind the curtain, which the sentence names.
+ 1. ByteMorph and AURORA are photographs and renderings; these are flat drawings, whose patches (16
+    pixels) repeat, so that a codebook of 256 holds them all.
+ 2. x tells everything that y depends on, but for a toy behind the curtain, which the sentence
+    names.
  3. Their actions are free text, five words to fifty; these follow one form each.
 """
+
 import copy
 import functools
 import itertools
-import random
 from typing import NamedTuple
 
 import numpy as np
 
 STEPS = 10
 EPISODES = 82       # to train on, unless --episodes says else: half of these keep their actions
-STATE_ONLY = 5      # episodes without actions for each of that half: pictures are plenty, what was done between them is seldom told
-# Settings of this world. P is so sure of what it draws that at temperature 1 a third of the groups have no spread
-PRESET = {"busy": 0.0, "scale": "mean", "group_size": 16, "lr_idm": 2e-4, "muon": True, "warmup_lr": 4e-3, "warmup_steps": 2400, "warmup_steps_idm": 500, "warmup_batch_idm": 32,
-          "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "lr_fwm": 1.2e-3, "phase1_steps": 120, "phase2_steps": 40,
-          "bootstrap_steps": 1200, "tokens": 2048, "spoiled": 1.0, "floor": 10.0, "eval_size": 500}
+# episodes without actions for each of that half: pictures are plenty, what was done between them is
+# seldom told
+STATE_ONLY = 5
+# Settings of this world. P is so sure of what it draws that at temperature 1 a third of the groups
+# have no spread
+PRESET = {
+    "busy": 0.0, "scale": "mean", "group_size": 16, "lr_idm": 2e-4, "muon": True,
+    "warmup_lr": 4e-3, "warmup_steps": 2400, "warmup_steps_idm": 500, "warmup_batch_idm": 32,
+    "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "lr_fwm": 1.2e-3, "phase1_steps": 120,
+    "phase2_steps": 40, "bootstrap_steps": 1200, "tokens": 2048, "spoiled": 1.0, "floor": 10.0,
+    "eval_size": 500}
 SLIP = 0.04         # share of sentences given without a look at the room
-BACK = 0.8          # share of near views that end at once: from near a toy has other codes, each to be learnt anew
-CELL, PATCH = 32, 16                                                               # pixels of a cell seen from near, of a patch
-COLUMNS, HIGH = 4, 3                                                               # the stage, in cells
-HOME = 3, 2                                                                        # the row and column of its top left on the wall
+# share of near views that end at once: from near a toy has other codes, each to be learnt anew
+BACK = 0.8
+# pixels of a cell seen from near, of a patch
+CELL, PATCH = 32, 16
+# the stage, in cells
+COLUMNS, HIGH = 4, 3
+# the row and column of its top left on the wall
+HOME = 3, 2
 
 COLOURS = {"red": (214, 58, 52), "blue": (52, 96, 200), "yellow": (240, 190, 40)}
 SHAPES = ("ball", "box", "cone")
 WALL, FLOOR, BOARD, SKIN, SHIRT, DARK, CLOTH, PANE = (
-    (236, 230, 218), (176, 136, 96), (120, 84, 56), (232, 184, 148), (120, 70, 150), (50, 46, 60), (150, 40, 70), (170, 210, 235))
+    (236, 230, 218), (176, 136, 96), (120, 84, 56), (232, 184, 148), (120, 70, 150), (50, 46, 60),
+    (150, 40, 70), (170, 210, 235))
 
 # How often a sentence of each kind is given.
-HABITS = {"camera zoom": 0.4, "camera motion": 4, "object motion": 4, "human motion": 4, "interaction": 4,
-          "add": 1, "remove": 1, "recolour": 2, "put": 2, "rotate": 2}
-MOTION = ("camera zoom", "camera motion", "object motion", "human motion", "interaction")       # ByteMorph's; the others are AURORA's
+HABITS = {
+    "camera zoom": 0.4, "camera motion": 4, "object motion": 4, "human motion": 4,
+    "interaction": 4, "add": 1, "remove": 1, "recolour": 2, "put": 2, "rotate": 2}
+# ByteMorph's; the others are AURORA's
+MOTION = ("camera zoom", "camera motion", "object motion", "human motion", "interaction")
 
 
 class Toy(NamedTuple):
     colour: str
     shape: str
-    turn: int = 0                                                                  # of cones alone: 1 lies
+    # of cones alone: 1 lies
+    turn: int = 0
 
     @property
     def name(self):
@@ -78,11 +102,13 @@ class Room:
     """Where everything is. Two rooms that look the same may differ behind the curtain alone."""
 
     def __init__(self, rng):
-        self.near, self.camera = False, HOME                                       # the stage's place in the picture, when out
+        # the stage's place in the picture, when out
+        self.near, self.camera = False, HOME
         self.figure, *free = rng.sample(range(COLUMNS), COLUMNS)
         self.curtain = free.pop() if rng.random() < 0.5 else None
         self.up, self.kneels, self.held = {"left": False, "right": False}, False, None
-        self.piles = [[] for _ in range(COLUMNS)]                                  # from the floor up
+        # from the floor up
+        self.piles = [[] for _ in range(COLUMNS)]
         names = rng.sample(list(itertools.product(COLOURS, SHAPES)), 2)
         for colour, shape in names:
             self.piles[rng.choice(free)].append(Toy(colour, shape))
@@ -107,7 +133,7 @@ class Room:
 SIDE = {"left": -1, "right": 1}
 
 
-# ---- What a sentence does ----------------------------------------------------------------------------------------------
+# ---- What a sentence does ------------------------------------------------------------------------
 
 
 def step(room, sentence):
@@ -118,15 +144,18 @@ def step(room, sentence):
 
 
 def act(room, words):
-    """Change the room as the words say; False if that cannot be done (the room may then be half changed)."""
+    """Change the room as the words say; False if that cannot be done (the room may then be half
+    changed)."""
     words = [word for word in words if word not in ("the", "a", "of", "it")]
     match words:
         case ["zoom", way]:
             done, room.near, room.camera = room.near != (way == "in"), way == "in", HOME
             return done
-        case ["pan" | "tilt", way]:                                                # what is seen moves the other way
+        # what is seen moves the other way
+        case ["pan" | "tilt", way]:
             row, column = room.camera
-            row, column = row + (way == "up") - (way == "down"), column + (way == "left") - (way == "right")
+            row, column = (
+                row + (way == "up") - (way == "down"), column + (way == "left") - (way == "right"))
             room.camera = row, column
             return not room.near and -1 <= row - HOME[0] <= 0 and abs(column - HOME[1]) <= 1
         case ["move", colour, shape, ("left" | "right") as side]:
@@ -141,30 +170,48 @@ def act(room, words):
         case ["remove", colour, shape]:
             return lift(room, (colour, shape)) is not None
         case ["paint", colour, shape, new]:
-            return change(room, (colour, shape), lambda toy: toy._replace(colour=new)) if not taken(room, new, shape) else False
+            return (
+                change(room, (colour, shape), lambda toy: toy._replace(colour=new))
+                if not taken(room, new, shape)
+                else False
+            )
         case ["rotate", colour, "cone"]:
             return change(room, (colour, "cone"), lambda toy: toy._replace(turn=1 - toy.turn))
         case ["raise" | "lower" as verb, side, "arm"]:
-            done, room.up[side] = room.up[side] != (verb == "raise") and not room.held, verb == "raise"
+            done, room.up[side] = (
+                room.up[side] != (verb == "raise") and not room.held, verb == "raise")
             return done
         case ["kneel"] | ["stand", "up"]:
-            done, room.kneels = room.kneels != (words == ["kneel"]) and not room.held, words == ["kneel"]
+            done, room.kneels = (
+                room.kneels != (words == ["kneel"]) and not room.held, words == ["kneel"])
             return done
         case ["walk", side]:
             room.figure += SIDE[side]
             return not room.kneels and room.free(room.figure)
         case ["push", colour, shape, side]:
             beside = room.figure + SIDE[side]
-            if room.kneels or room.find(colour, shape) != (beside, 0) or len(room.piles[beside]) > 1 or beside == room.curtain:
+            if (
+                room.kneels
+                or room.find(colour, shape) != (beside, 0)
+                or len(room.piles[beside]) > 1
+                or beside == room.curtain
+            ):
                 return False
-            room.figure, old = beside, room.figure
+            room.figure = beside
             toy = room.piles[beside].pop()
             if not room.takes(beside + SIDE[side]):
                 return False
             room.piles[beside + SIDE[side]].append(toy)
         case ["pick", "up", colour, shape]:
             at = room.find(colour, shape)
-            if not at or room.held or room.kneels or abs(at[0] - room.figure) != 1 or at[0] == room.curtain or at[1] < len(room.piles[at[0]]) - 1:
+            if (
+                not at
+                or room.held
+                or room.kneels
+                or abs(at[0] - room.figure) != 1
+                or at[0] == room.curtain
+                or at[1] < len(room.piles[at[0]]) - 1
+            ):
                 return False
             room.held, room.up = room.piles[at[0]].pop(), {"left": True, "right": True}
         case ["put", "down", side]:
@@ -179,7 +226,9 @@ def act(room, words):
 
 
 def taken(room, colour, shape):
-    return (colour, shape) in [(toy.colour, toy.shape) for toy in [*room.toys(), *([room.held] if room.held else [])]]
+    return (colour, shape) in [
+        (toy.colour, toy.shape) for toy in [*room.toys(), *([room.held] if room.held else [])]
+    ]
 
 
 def lift(room, name):
@@ -212,7 +261,8 @@ def put(room, name, where, other):
     if where in SIDE:
         return carry(room, name, lambda c, h: there[0] + SIDE[where])
     toy = lift(room, name)
-    column, height = room.find(*other)                                             # it may have come down
+    # it may have come down
+    column, height = room.find(*other)
     pile = room.piles[column]
     if len(pile) == HIGH or (where == "on" and height < len(pile) - 1):
         return False
@@ -223,7 +273,9 @@ def put(room, name, where, other):
 def sentences(room):
     """{kind: sentences} that name what is there, whether they can be done or not."""
     names, sides = [toy.name for toy in room.toys()], ("left", "right")
-    seen = [toy.name for column, pile in enumerate(room.piles) for toy in pile if column != room.curtain]
+    seen = [
+        toy.name for column, pile in enumerate(room.piles) for toy in pile if column != room.curtain
+    ]
     held = [room.held.name] if room.held else []
     return {
         "camera zoom": ["zoom in", "zoom out"],
@@ -231,19 +283,26 @@ def sentences(room):
         "object motion": [f"move {name} {side}" for name in names for side in sides],
         "human motion": [f"{verb} the {side} arm" for verb in ("raise", "lower") for side in sides]
         + ["kneel", "stand up", "walk left", "walk right"],
-        "interaction": [f"push {name} {side}" for name in names for side in sides] + [f"pick up {name}" for name in names]
+        "interaction": [f"push {name} {side}" for name in names for side in sides]
+        + [f"pick up {name}" for name in names]
         + [f"put it down {side}" for side in sides if held],
         "add": [f"add a {colour} {shape}" for colour in COLOURS for shape in SHAPES],
         "remove": [f"remove {name}" for name in names],
         "recolour": [f"paint {name} {colour}" for name in names for colour in COLOURS],
-        "put": [f"put {a} {where} {b}" for where in ("on", "under", "left of", "right of") for a in names for b in seen if a != b],
+        "put": [
+            f"put {a} {where} {b}"
+            for where in ("on", "under", "left of", "right of")
+            for a in names
+            for b in seen
+            if a != b
+        ],
         "rotate": [f"rotate {name}" for name in names if name.endswith("cone")],
     }
 
 
 def propose(room, x, rng):
-    """(sentence, room after it, its frame): a kind by its habit, of it a sentence that changes the picture x in a way that none before
-    it does (`move` is before `put`); now and then any."""
+    """(sentence, room after it, its frame): a kind by its habit, of it a sentence that changes the
+    picture x in a way that none before it does (`move` is before `put`); now and then any."""
     said, slip = sentences(room), rng.random() < SLIP
     if room.near and rng.random() < BACK:
         said = {kind: ["zoom out"] if kind == "camera zoom" else [] for kind in said}
@@ -253,7 +312,11 @@ def propose(room, x, rng):
         ways = (said["object motion"] if kind == "put" else []) + said[kind]
         for z in rng.sample(said[kind], len(said[kind])):
             new = step(room, z)
-            if slip or new is not room and z == next(way for way in ways if vars(step(room, way)) == vars(new)):
+            if (
+                slip
+                or new is not room
+                and z == next(way for way in ways if vars(step(room, way)) == vars(new))
+            ):
                 y = draw(new)
                 if slip or not np.array_equal(x, y):
                     return z, new, y
@@ -277,21 +340,29 @@ def kind(z):
         return "human motion"
     if first in ("push", "pick") or z.startswith("put it down"):
         return "interaction"
-    return {"zoom": "camera zoom", "pan": "camera motion", "tilt": "camera motion", "move": "object motion", "paint": "recolour"}.get(first, first)
+    return {
+        "zoom": "camera zoom",
+        "pan": "camera motion",
+        "tilt": "camera motion",
+        "move": "object motion",
+        "paint": "recolour",
+    }.get(first, first)
 
 
-# ---- What it looks like ------------------------------------------------------------------------------------------------
+# ---- What it looks like --------------------------------------------------------------------------
 
 
 def draw(room):
-    """The frame, (128, 128, 3) uint8: the wall with the stage on it, drawn as seen from near, then cut or halved."""
+    """The frame, (128, 128, 3) uint8: the wall with the stage on it, drawn as seen from near, then
+    cut or halved."""
     row, column = HOME if room.near else room.camera
     canvas = np.empty((8 * CELL, 8 * CELL, 3), np.float32)
     canvas[:] = WALL
     ground = (row + HIGH) * CELL
     canvas[ground:], canvas[ground:ground + 4] = FLOOR, BOARD
 
-    def paste(tile, c, h):                                                         # its top left in column c, h cells above the floor
+    # its top left in column c, h cells above the floor
+    def paste(tile, c, h):
         top, left = ground - CELL * (h + 1), CELL * (column + c)
         canvas[top:top + len(tile), left:left + CELL] = tile
     for c, pile in enumerate(room.piles):
@@ -300,22 +371,27 @@ def draw(room):
     paste(figure_tile(room.up["left"], room.up["right"], room.kneels), room.figure, 1)
     if room.held:
         paste(toy_tile(room.held), room.figure, 2)
-    paste(window_tile(), 1, HIGH)                                                  # else a walk in an empty room could be a pan
+    # else a walk in an empty room could be a pan
+    paste(window_tile(), 1, HIGH)
     if room.curtain is not None:
         paste(curtain_tile(), room.curtain, HIGH - 1)
     if room.near:
         top, left = ground - HIGH * CELL - PATCH, column * CELL
         return np.rint(canvas[top:top + 4 * CELL, left:left + 4 * CELL]).astype(np.uint8)
-    return np.rint((canvas[::2, ::2] + canvas[::2, 1::2] + canvas[1::2, ::2] + canvas[1::2, 1::2]) / 4).astype(np.uint8)
+    return np.rint(
+        (canvas[::2, ::2] + canvas[::2, 1::2] + canvas[1::2, ::2] + canvas[1::2, 1::2]) / 4
+    ).astype(np.uint8)
 
 
 def blank(high):
-    """A tile of wall, and fill(colour, distance), which paints it where distance(across, down) < 0, in pixels from its middle."""
+    """A tile of wall, and fill(colour, distance), which paints it where distance(across, down) < 0,
+    in pixels from its middle."""
     tile = np.full((high, CELL, 3), WALL, float)
     down, across = np.mgrid[:high, :CELL] + 0.5
 
     def fill(colour, distance):
-        cover = np.clip(0.5 - distance(across - CELL / 2, down - high / 2), 0, 1)[..., None]   # a soft edge
+        # a soft edge
+        cover = np.clip(0.5 - distance(across - CELL / 2, down - high / 2), 0, 1)[..., None]
         tile[:] += cover * (np.array(colour) - tile)
     return tile, fill
 
@@ -327,7 +403,8 @@ def toy_tile(toy):
     light, dark = 0.55 * colour + 0.45 * 255, 0.65 * colour
     square = lambda a, d: np.maximum(abs(a), abs(d))
 
-    def cone(a, d):                                                                # its tip up or, lying, right
+    # its tip up or, lying, right
+    def cone(a, d):
         a, d = (d, -a) if toy.turn else (a, d)
         return np.maximum(d, (2 * abs(a) - d) / 5 ** 0.5)
     size, shape = {"ball": (14, np.hypot), "box": (14, square), "cone": (12, cone)}[toy.shape]
@@ -336,7 +413,10 @@ def toy_tile(toy):
     if toy.shape == "ball":
         fill(light, lambda a, d: np.hypot(a + 4, d + 5) - 4)
     elif toy.shape == "box":
-        fill(light, lambda a, d: np.minimum(abs(a - d), abs(a + d)) / 1.4 - 1.5 + 100 * (square(a, d) > 11))
+        fill(
+            light,
+            lambda a, d: np.minimum(abs(a - d), abs(a + d)) / 1.4 - 1.5 + 100 * (square(a, d) > 11),
+        )
     return tile
 
 
@@ -348,14 +428,27 @@ def figure_tile(left_up, right_up, kneels):
 
     def limb(colour, *joints, wide=2.5):
         for (a0, d0), (a1, d1) in itertools.pairwise(joints):
-            def distance(a, d):                                                    # to the line between two joints
-                t = np.clip(((a - a0) * (a1 - a0) + (d - d0) * (d1 - d0)) / ((a1 - a0) ** 2 + (d1 - d0) ** 2), 0, 1)
+            # to the line between two joints
+            def distance(a, d):
+                t = np.clip(
+                    ((a - a0) * (a1 - a0) + (d - d0) * (d1 - d0))
+                    / ((a1 - a0) ** 2 + (d1 - d0) ** 2),
+                    0,
+                    1,
+                )
                 return np.hypot(a - a0 - t * (a1 - a0), d - d0 - t * (d1 - d0)) - wide
             fill(colour, distance)
 
     for side, raised in ((-1, left_up), (1, right_up)):
-        limb(DARK, (3 * side, 8 + low), (10 * side, 24) if kneels else (5 * side, 18), (6 * side, 29))
-        limb(SKIN, (5 * side, low - 11), (11 * side, low - 8), (12 * side, low - 24 if raised else low + 3))
+        limb(
+            DARK, (3 * side, 8 + low), (10 * side, 24) if kneels else (5 * side, 18), (6 * side, 29)
+        )
+        limb(
+            SKIN,
+            (5 * side, low - 11),
+            (11 * side, low - 8),
+            (12 * side, low - 24 if raised else low + 3),
+        )
     limb(SHIRT, (0, low - 9), (0, low + 6), wide=6)
     limb(SKIN, (0, low - 23), (0, low - 22), wide=6.5)
     for eye in (-2.5, 2.5):

@@ -1,23 +1,27 @@
 """Your own logs as a world: read, check, write and split a transitions file.
 
-Claim: whatever is wrong with the file is said in one line, "FILE:LINE: what is wrong; what to do" (no LINE
-where the file as a whole is at fault), and no episode is on two sides of the split, whatever the line order.
+Claim: whatever is wrong with the file is said in one line, "FILE:LINE: what is wrong; what to do"
+(no LINE where the file as a whole is at fault), and no episode is on two sides of the split,
+whatever the line order.
 
 One JSON object a line, plain or .gz, UTF-8:
-    {"episode": str, "t": int, "x": str, "z": str or absent, "y": str}    x --z--> y, step t of the episode
+    {"episode": str, "t": int, "x": str, "z": str or absent, "y": str}    x --z--> y at step t
 
 Notes:
-  1. An absent z: nobody wrote the action down. Such an episode can only be state-only training data.
-  2. Split, always by episode: ids that begin with train-, dev- or test- say where they belong (dev is
-     validation). Of the others, those with every z are shuffled by seed and cut 70 / 10 / 20 into train, dev,
-     test, and those that lack one go to train: scarce labels keep their share of training data.
-  3. Training episodes are halved, by episode and seed, into labelled and state-only. Episodes that lack a z
-     fill the state-only half first; if they are more than half, labelled gets all the rest.
+  1. An absent z: nobody wrote the action down. Such an episode can only be state-only training
+     data.
+  2. Split, always by episode: ids that begin with train-, dev- or test- say where they belong (dev
+     is validation). Of the others, those with every z are shuffled by seed and cut 70 / 10 / 20
+     into train, dev, test, and those that lack one go to train: scarce labels keep their share of
+     training data.
+  3. Training episodes are halved, by episode and seed, into labelled and state-only. Episodes that
+     lack a z fill the state-only half first; if they are more than half, labelled gets all the
+     rest.
   4. Without any dev episode, a tenth of the labelled ones (at least one) becomes validation.
   5. State-only transitions hold z = None in memory, so that no code can peek.
-  6. Blank lines and extra keys are skipped. An episode of one line is refused, unless its id fixes its split
-     (cut windows of a longer record may hold one line) or `min_steps=1`.
-     That y of one step is x of the next is not required.
+  6. Blank lines and extra keys are skipped. An episode of one line is refused, unless its id fixes
+     its split (cut windows of a longer record may hold one line) or `min_steps=1`. That y of one
+     step is x of the next is not required.
 """
 
 import contextlib
@@ -43,7 +47,8 @@ def fail(message):
 
 @dataclasses.dataclass(frozen=True)
 class Transition:
-    """One step (x, z, y) of an episode. `source`: "FILE:LINE" if it was read; == does not look at it."""
+    """One step (x, z, y) of an episode. `source`: "FILE:LINE" if it was read; == does not look at
+    it."""
     episode: str
     t: int
     x: str
@@ -52,41 +57,53 @@ class Transition:
     source: str = dataclasses.field(default="", compare=False, repr=False)
 
 
-# ---- Read --------------------------------------------------------------------------------------------------
+# ---- Read ----------------------------------------------------------------------------------------
 
 
 def read(path, min_steps=2):
-    """List of every Transition in the file at `path` (.jsonl or .jsonl.gz), sorted by episode, then by t.
+    """List of every Transition in the file at `path` (.jsonl or .jsonl.gz), sorted by episode, then
+    by t.
 
-    min_steps: an episode of fewer lines is refused if its id fixes no split (int >= 1; 1 takes every episode).
-    Raises BadData for anything that the docstring above does not allow, with file and line.
+    min_steps: an episode of fewer lines is refused if its id fixes no split (int >= 1; 1 takes
+    every episode). Raises BadData for anything that the docstring above does not allow, with file
+    and line.
     """
     path = os.fspath(path)
-    transitions, seen, steps = [], {}, {}  # seen: (episode, t) -> line; steps: episode -> number of lines
+    # seen: (episode, t) -> line; steps: episode -> number of lines
+    transitions, seen, steps = [], {}, {}
     for number, raw in lines(path):
         if not raw.strip():
             continue
         transition = _parse(raw, f"{path}:{number}")
         key = (transition.episode, transition.t)
         if key in seen:
-            raise BadData(f"{transition.source}: episode {_show(key[0])} has t = {key[1]} twice, first on "
-                          f"line {seen[key]}; remove or renumber one of them")
+            raise BadData(
+                f"{transition.source}: episode {_show(key[0])} has t = {key[1]} twice, first on "
+                f"line {seen[key]}; remove or renumber one of them"
+            )
         seen[key] = number
         steps[transition.episode] = steps.get(transition.episode, 0) + 1
         transitions.append(transition)
     if not transitions:
-        raise BadData(f"{path}: the file holds no transitions; write one JSON object a line with the keys "
-                      "episode, t, x, z, y")
+        raise BadData(
+            f"{path}: the file holds no transitions; write one JSON object a line with the keys "
+            "episode, t, x, z, y"
+        )
     for transition in transitions:
-        if steps[transition.episode] < min_steps and not transition.episode.startswith(("train-", "dev-", "test-")):
-            raise BadData(f"{transition.source}: episode {_show(transition.episode)} has "
-                          f"{steps[transition.episode]} line(s), and at least {min_steps} are needed; "
-                          "add the other steps or remove the episode")
+        if steps[transition.episode] < min_steps and not transition.episode.startswith(
+            ("train-", "dev-", "test-")
+        ):
+            raise BadData(
+                f"{transition.source}: episode {_show(transition.episode)} has "
+                f"{steps[transition.episode]} line(s), and at least {min_steps} are needed; "
+                "add the other steps or remove the episode"
+            )
     return sorted(transitions, key=_order)
 
 
 def lines(path):
-    """Yields (line number from 1, bytes of the line); bytes, so that bad UTF-8 can be told with its line."""
+    """Yields (line number from 1, bytes of the line); bytes, so that bad UTF-8 can be told with its
+    line."""
     number = 0
     try:
         with (gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")) as file:
@@ -96,8 +113,10 @@ def lines(path):
         raise BadData(f"{path}: there is no such file; check the path") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         place = f"{path}:{number + 1}" if number else path
-        raise BadData(f"{place}: not a whole gzip file ({error}); compress it again, or drop .gz from its "
-                      "name if it is plain text") from None
+        raise BadData(
+            f"{place}: not a whole gzip file ({error}); compress it again, or drop .gz from its "
+            "name if it is plain text"
+        ) from None
     except OSError as error:
         raise BadData(f"{path}: cannot read it ({error.strerror}); give a readable file") from None
 
@@ -105,26 +124,38 @@ def lines(path):
 def _parse(raw, source):
     """Transition from the bytes of one line, or BadData."""
     try:
-        record = json.loads(raw.decode("utf-8-sig"))  # -sig: some editors begin a file with a byte-order mark
+        # -sig: some editors begin a file with a byte-order mark
+        record = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise BadData(f"{source}: not UTF-8 text; save it as UTF-8, or name it .gz if it is gzip") from None
+        raise BadData(
+            f"{source}: not UTF-8 text; save it as UTF-8, or name it .gz if it is gzip"
+        ) from None
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "a number too long or brackets too deep")
-        raise BadData(f"{source}: not valid JSON ({reason}); write one JSON object on each line") from None
+        raise BadData(
+            f"{source}: not valid JSON ({reason}); write one JSON object on each line"
+        ) from None
     return check(record, source)
 
 
 def check(record, source):
-    """Transition from what one line says (a dict, or whatever JSON gave), or BadData, which begins with `source`."""
+    """Transition from what one line says (a dict, or whatever JSON gave), or BadData, which begins
+    with `source`."""
     if not isinstance(record, dict):
-        raise BadData(f"{source}: {_show(record)} is not a JSON object; write {{\"episode\": .., \"t\": .., "
-                      "\"x\": .., \"z\": .., \"y\": ..} on each line")
+        raise BadData(
+            f'{source}: {_show(record)} is not a JSON object; write {{"episode": .., "t": .., '
+            '"x": .., "z": .., "y": ..} on each line'
+        )
     for key in ("episode", "t", "x", "y"):
         if key not in record:
-            raise BadData(f"{source}: the key \"{key}\" is missing; every line needs episode, t, x and y")
+            raise BadData(
+                f'{source}: the key "{key}" is missing; every line needs episode, t, x and y'
+            )
     # type() is int: True is an int to isinstance, and 3.0 is no step number.
     if type(record["t"]) is not int:
-        raise BadData(f"{source}: \"t\" is {_show(record['t'])}; give the step as a whole number, as in 3")
+        raise BadData(
+            f'{source}: "t" is {_show(record["t"])}; give the step as a whole number, as in 3'
+        )
     for key in ("episode", "x", "z", "y"):
         if key not in record:  # only z may be absent
             continue
@@ -132,42 +163,55 @@ def check(record, source):
             todo = ", or leave the key out if the action is unknown" if key == "z" else ""
             raise BadData(f"{source}: \"{key}\" is {_show(record[key])}; give a string{todo}")
         if not record[key].strip():
-            todo = "leave the key out if the action is unknown" if key == "z" else "give it some text"
+            todo = (
+                "leave the key out if the action is unknown" if key == "z" else "give it some text"
+            )
             raise BadData(f"{source}: \"{key}\" is empty; {todo}")
         try:
             record[key].encode("utf-8")
-        except UnicodeEncodeError:  # JSON can spell half a character, such as "\ud800"; no tokenizer takes it
+        # JSON can spell half a character, such as "\ud800"; no tokenizer takes it
+        except UnicodeEncodeError:
             raise BadData(f"{source}: \"{key}\" holds half a surrogate pair (\\ud800 to \\udfff); "
                           "write the whole character or remove it") from None
-    return Transition(record["episode"], record["t"], record["x"], record.get("z"), record["y"], source)
+    return Transition(
+        record["episode"], record["t"], record["x"], record.get("z"), record["y"], source
+    )
 
 
-# ---- Write -------------------------------------------------------------------------------------------------
+# ---- Write ---------------------------------------------------------------------------------------
 
 
 def write(path, transitions):
-    """Writes the transitions to `path`, in the order given, gzipped if it ends in .gz; z = None leaves z out.
+    """Writes the transitions to `path`, in the order given, gzipped if it ends in .gz; z = None
+    leaves z out.
 
-    transitions: any iterable of Transition; it is written as it comes, so that it may be larger than memory.
-    Atomic: the old file stays whole until the new one, written beside it, takes its place.
+    transitions: any iterable of Transition; it is written as it comes, so that it may be larger
+    than memory. Atomic: the old file stays whole until the new one, written beside it, takes its
+    place.
     """
     path = os.fspath(path)
     try:
         # No name, no time stamp: the same transitions make the same bytes
-        with whole(path) as file, gzip.GzipFile("", "wb", 9, file, mtime=0) if path.endswith(".gz") else file as out:
+        with (
+            whole(path) as file,
+            gzip.GzipFile("", "wb", 9, file, mtime=0) if path.endswith(".gz") else file as out,
+        ):
             for tr in transitions:
                 record = {"episode": tr.episode, "t": tr.t, "x": tr.x, "z": tr.z, "y": tr.y}
                 if tr.z is None:
                     del record["z"]
                 out.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))
     except OSError as error:
-        raise BadData(f"{path}: cannot write it ({error.strerror}); name a file in a folder that exists and "
-                      "that you may write to") from None
+        raise BadData(
+            f"{path}: cannot write it ({error.strerror}); name a file in a folder that exists and "
+            "that you may write to"
+        ) from None
 
 
 @contextlib.contextmanager
 def whole(path):
-    """A binary file beside `path` that takes its place when the block ends without an error, and is removed otherwise."""
+    """A binary file beside `path` that takes its place when the block ends without an error, and is
+    removed otherwise."""
     unfinished = f"{path}.{os.getpid()}.unfinished"
     try:
         with open(unfinished, "wb") as file:
@@ -192,23 +236,27 @@ def sha256(path):
     return digest.hexdigest()
 
 
-# ---- Split -------------------------------------------------------------------------------------------------
+# ---- Split ---------------------------------------------------------------------------------------
 
 
 def split(transitions, seed):
-    """Splits by episode: {"labelled", "state_only", "validation", "test"}, each a list of Transition.
+    """Splits by episode: {"labelled", "state_only", "validation", "test"}, each a list of
+    Transition.
 
-    The same `seed` (int) and transitions, in any order, give the same split. Lists are sorted by episode,
-    then by t. state_only holds z = None and may be empty; the others hold every z and at least one episode.
-    Raises BadData where that cannot be had, or where a dev- or test- episode lacks a z.
+    The same `seed` (int) and transitions, in any order, give the same split. Lists are sorted by
+    episode, then by t. state_only holds z = None and may be empty; the others hold every z and at
+    least one episode. Raises BadData where that cannot be had, or where a dev- or test- episode
+    lacks a z.
     """
     transitions = sorted(transitions, key=_order)
     has_z, train, dev, test, free = {}, [], [], [], []
     for tr in transitions:
         has_z[tr.episode] = has_z.get(tr.episode, True) and tr.z is not None
         if tr.z is None and tr.episode.startswith(("dev-", "test-")):
-            raise BadData(f"{tr.source or 'transitions'}: held-out episode {_show(tr.episode)} has no z at "
-                          f"t = {tr.t}; add the action, or rename the episode to train-.. for state-only use")
+            raise BadData(
+                f"{tr.source or 'transitions'}: held-out episode {_show(tr.episode)} has no z at "
+                f"t = {tr.t}; add the action, or rename the episode to train-.. for state-only use"
+            )
     for episode in has_z:  # sorted, as the transitions are
         if episode.startswith("dev-"):
             dev.append(episode)
@@ -241,14 +289,18 @@ def split(transitions, seed):
     for name, episodes in (("labelled", labelled), ("validation", dev), ("test", test)):
         if not episodes:
             file = transitions[0].source.rpartition(":")[0] if transitions else ""
-            raise BadData(f"{file or 'transitions'}: no episode is left for the {name} split: "
-                          f"{sum(has_z.values())} of {len(has_z)} episodes have every z; add such episodes")
+            raise BadData(
+                f"{file or 'transitions'}: no episode is left for the {name} split: "
+                f"{sum(has_z.values())} of {len(has_z)} episodes have every z; add such episodes"
+            )
     labelled, dev, test = set(labelled), set(dev), set(test)
     rest = set(has_z) - labelled - dev - test
-    return {"labelled": [tr for tr in transitions if tr.episode in labelled],
-            "state_only": [dataclasses.replace(tr, z=None) for tr in transitions if tr.episode in rest],
-            "validation": [tr for tr in transitions if tr.episode in dev],
-            "test": [tr for tr in transitions if tr.episode in test]}
+    return {
+        "labelled": [tr for tr in transitions if tr.episode in labelled],
+        "state_only": [dataclasses.replace(tr, z=None) for tr in transitions if tr.episode in rest],
+        "validation": [tr for tr in transitions if tr.episode in dev],
+        "test": [tr for tr in transitions if tr.episode in test],
+    }
 
 
 def _order(transition):

@@ -1,27 +1,32 @@
-"""ScienceWorld as a frozen file: records episodes of the simulator, gold paths with a slip now and then.
+"""ScienceWorld as a frozen file: records episodes of the simulator, gold paths with a slip now and
+then.
 
-    python -m envs.scienceworld --out scienceworld.jsonl.gz         (pip install scienceworld; Java 8 or later)
+    pip install scienceworld                                  (it needs Java 8 or later)
+    python -m envs.scienceworld --out scienceworld.jsonl.gz
     python train.py --data scienceworld.jsonl.gz
 
-Claim: x, z, y is what the simulator showed before the command z, z, and what it showed after it: nothing in between,
-no command left out without a count. A state is `look`, a line break and the inventory, which cost the simulator no
-time; blanks at line ends and empty lines are cut. Splits are the package's own, by task variation; the id is
-SPLIT-TASK-VARIATION.
+Claim: x, z, y is what the simulator showed before the command z, z, and what it showed after it:
+nothing in between, no command left out without a count. A state is `look`, a line break and the
+inventory, which cost the simulator no time; blanks at line ends and empty lines are cut. Splits are
+the package's own, by task variation; the id is SPLIT-TASK-VARIATION.
 
 Departures:
   1. The paper does not say what its states are. --observations takes the simulator's answers alone.
-  2. The command is a gold one, or before it, with the probability --slips, one drawn from those that the simulator
-     calls valid. A gold path then may not reach its goal; what happens instead is what a world model must know.
-  3. Some of these "valid" commands the simulator does not understand, or asks back which object is meant. They are
-     taken back, left out and counted; the next x is read afresh. A gold command that a slip made impossible is kept
-     if the simulator answers it in any other way.
+  2. The command is a gold one, or before it, with the probability --slips, one drawn from those
+     that the simulator calls valid. A gold path then may not reach its goal; what happens instead
+     is what a world model must know.
+  3. Some of these "valid" commands the simulator does not understand, or asks back which object is
+     meant. They are taken back, left out and counted; the next x is read afresh. A gold command
+     that a slip made impossible is kept if the simulator answers it in any other way.
   4. A long path gives one window of --steps commands, at a random place. t is the true step.
-  5. Most looking and focusing changes nothing. Of transitions with y = x, test ones too, only --unchanged stay.
-  6. Half of the episodes are of train variations, two tenths of dev, three tenths of test ones (SHARES), so that
-     few episodes already fill every split. No variation comes twice.
+  5. Most looking and focusing changes nothing. Of transitions with y = x, test ones too, only
+     --unchanged stay.
+  6. Half of the episodes are of train variations, two tenths of dev, three tenths of test ones
+     (SHARES), so that few episodes already fill every split. No variation comes twice.
 
-What is reproducible: the frozen file, by its sha256. A new recording is not, whatever the seed: 1.2.3 lists objects in
-another order after each load, and its plants differ. The seed fixes tasks, variations and the places of slips.
+What is reproducible: the frozen file, by its sha256. A new recording is not, whatever the seed:
+1.2.3 lists objects in another order after each load, and its plants differ. The seed fixes tasks,
+variations and the places of slips.
 """
 
 import argparse
@@ -29,6 +34,7 @@ import collections
 import itertools
 import random
 import shutil
+import types
 
 import tqdm
 
@@ -37,7 +43,11 @@ from envs.records import BadData
 
 SHARES = ("train", "test", "train", "dev", "train", "test", "train", "dev", "train", "test")
 UNKNOWN = ("No known action", "Ambiguous request", "Unknown action")
-EASY = "easy,noElectricalAction,openContainers,openDoors,selfWateringFlowerPots,teleportAction".split(",")
+EASY = (
+    "easy,noElectricalAction,openContainers,openDoors,selfWateringFlowerPots,teleportAction".split(
+        ","
+    )
+)
 
 
 def tidy(text):
@@ -50,43 +60,52 @@ def state(env):
     return tidy(env.server.freeActionLook() + "\n" + env.server.freeActionInventory())
 
 
-def episode(env, task, variation, split, rng, slips=0.15, steps=22, unchanged=0.2, simplifications="",
-            observations=False, counts=None):
+# Of a recording; `--help` says what they mean
+OPTIONS = dict(slips=0.15, steps=22, unchanged=0.2, simplifications="", observations=False)
+
+
+def episode(env, task, variation, split, rng, counts=None, **options):
     """[Transition] of one window: at most `steps`, of those with y = x a share of `unchanged`.
 
-    env: a ScienceWorldEnv, of which load, get_gold_action_sequence, get_valid_action_object_combinations and
-    server.{step, freeActionLook, freeActionInventory} are used. counts: Counter of what was left out.
-    Raises BadData if the simulator has no gold path.
+    env: a ScienceWorldEnv, of which load, get_gold_action_sequence,
+    get_valid_action_object_combinations and server.{step, freeActionLook, freeActionInventory} are
+    used. counts: Counter of what was left out. Raises BadData if the simulator has no gold path.
     """
     counts = collections.Counter() if counts is None else counts
+    how = types.SimpleNamespace(**OPTIONS | options)
     name = f"{split}-{task}-{variation:03d}"
-    env.load(task, variation, simplifications, generateGoldPath=True)
+    env.load(task, variation, how.simplifications, generateGoldPath=True)
     gold = list(env.get_gold_action_sequence())
     if not gold or gold[0].startswith("ERROR"):
         raise BadData(f"{name}: the simulator has no gold path")
     plan = []  # None: a slip
     for z in gold:
-        plan += [None, z] if rng.random() < slips else [z]
-    begin = rng.randint(0, max(0, len(plan) - steps))
-    found, x = [], tidy(env.server.freeActionLook()) if observations else state(env)
-    for t, z in enumerate(plan[:begin + steps]):
+        plan += [None, z] if rng.random() < how.slips else [z]
+    begin = rng.randint(0, max(0, len(plan) - how.steps))
+    found, x = [], tidy(env.server.freeActionLook()) if how.observations else state(env)
+    for t, z in enumerate(plan[:begin + how.steps]):
         if z is None:
             # sorted: the package's order differs from load to load
             z = rng.choice(sorted(env.get_valid_action_object_combinations()))
-        # env.step would list all valid commands after each step, which takes longer than the step itself
+        # env.step would list all valid commands after each step, which takes longer than the step
+        # itself
         answer = env.server.step(z)
         if answer.startswith(UNKNOWN):
             if answer.startswith("Ambiguous"):
                 env.server.step("")  # no answer to its question: no action
             counts["commands that the simulator did not understand, left out"] += 1
-            x = x if observations else state(env)
+            x = x if how.observations else state(env)
             continue
         # the window's first x must be true, what lies before it need not be looked at
-        y = tidy(answer) if observations else state(env) if t >= begin - 1 else x
-        if t >= begin and x == y and rng.random() >= unchanged:
+        y = tidy(answer) if how.observations else state(env) if t >= begin - 1 else x
+        if t >= begin and x == y and rng.random() >= how.unchanged:
             counts["transitions in which nothing changes, left out"] += 1
         elif t >= begin:
-            found.append(records.check({"episode": name, "t": t, "x": x, "z": z, "y": y}, f"{name}, step {t}"))
+            found.append(
+                records.check(
+                    {"episode": name, "t": t, "x": x, "z": z, "y": y}, f"{name}, step {t}"
+                )
+            )
         x = y
     return found
 
@@ -94,8 +113,8 @@ def episode(env, task, variation, split, rng, slips=0.15, steps=22, unchanged=0.
 def record(env, tasks, episodes, seed, broken, counts, bar=None, **options):
     """Yields the Transitions of `episodes` episodes, tasks in turn, splits as SHARES.
 
-    options: as for `episode`; bar: a tqdm, or None. A variation without a gold path is told in `broken`,
-    and no other takes its place.
+    options: as for `episode`; bar: a tqdm, or None. A variation without a gold path is told in
+    `broken`, and no other takes its place.
     """
     rng, variations = random.Random(f"{seed} variations"), {}
     for task in tasks:
@@ -134,11 +153,16 @@ def start():
     except ImportError as error:
         raise BadData(f"the package {error.name} is missing; pip install scienceworld") from None
     if shutil.which("java") is None:
-        raise BadData("there is no java on the PATH, and ScienceWorld's simulator needs it; install Java 8 or later")
+        raise BadData(
+            "there is no java on the PATH, and ScienceWorld's simulator needs it; install Java 8 "
+            "or later"
+        )
     try:
         return ScienceWorldEnv("", envStepLimit=10**9), Py4JError
     except Exception as error:  # py4j tells a Java that does not run in many ways
-        raise BadData(f"the simulator did not start ({error}); see whether `java -version` shows 8 or later") from None
+        raise BadData(
+            f"the simulator did not start ({error}); see whether `java -version` shows 8 or later"
+        ) from None
 
 
 def make(args, broken, counts):
@@ -147,37 +171,90 @@ def make(args, broken, counts):
         known = list(env.get_task_names())
         for task in args.tasks:
             if task not in known:
-                raise BadData(f"--tasks {task}: there is no such task; the tasks are {', '.join(known)}")
+                raise BadData(
+                    f"--tasks {task}: there is no such task; the tasks are {', '.join(known)}"
+                )
         tasks = args.tasks or known
         electric = [task for task in tasks if "power-component" in task or "conductivity" in task]
         if electric and {"easy", "noElectricalAction"} & set(args.simplifications):
-            raise BadData(f"--simplifications: easy and noElectricalAction take away what {electric[0]} needs; leave them "
-                          "out, or name other --tasks")
+            raise BadData(
+                f"--simplifications: easy and noElectricalAction take away what {electric[0]} "
+                "needs; leave them "
+                "out, or name other --tasks"
+            )
 
         with tqdm.tqdm(total=args.episodes, unit=" episodes") as bar:
-            yield from record(env, tasks, args.episodes, args.seed, broken, counts, bar, slips=args.slips, steps=args.steps,
-                              unchanged=args.unchanged, simplifications=",".join(args.simplifications),
-                              observations=args.observations)
+            yield from record(
+                env,
+                tasks,
+                args.episodes,
+                args.seed,
+                broken,
+                counts,
+                bar,
+                slips=args.slips,
+                steps=args.steps,
+                unchanged=args.unchanged,
+                simplifications=",".join(args.simplifications),
+                observations=args.observations,
+            )
     except (Py4JError, OSError) as error:
-        raise BadData(f"the simulator stopped ({type(error).__name__}: {error}); start again") from None
+        raise BadData(
+            f"the simulator stopped ({type(error).__name__}: {error}); start again"
+        ) from None
     finally:
         env.close()
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m envs.scienceworld", description="Record ScienceWorld episodes.")
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="task names, in turn (default: all 30)")
+    parser = argparse.ArgumentParser(
+        prog="python -m envs.scienceworld", description="Record ScienceWorld episodes."
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="task names, in turn (default: all 30)",
+    )
     parser.add_argument("--episodes", type=int, default=450, help="episodes in all [450]")
-    parser.add_argument("--steps", type=int, default=22, help="commands of an episode, at most [22]")
-    parser.add_argument("--slips", type=float, default=0.15, help="chance of a random command before a gold one [0.15]")
-    parser.add_argument("--unchanged", type=float, default=0.2, help="chance that a transition with y = x is kept [0.2]")
-    parser.add_argument("--seed", type=int, default=0, help="of variations, windows, slips and what is kept [0]")
-    parser.add_argument("--simplifications", nargs="+", default=[], choices=EASY, metavar="NAME", help=", ".join(EASY))
-    parser.add_argument("--observations", action="store_true", help="x and y are the simulator's answers alone")
+    parser.add_argument(
+        "--steps", type=int, default=22, help="commands of an episode, at most [22]"
+    )
+    parser.add_argument(
+        "--slips",
+        type=float,
+        default=0.15,
+        help="chance of a random command before a gold one [0.15]",
+    )
+    parser.add_argument(
+        "--unchanged",
+        type=float,
+        default=0.2,
+        help="chance that a transition with y = x is kept [0.2]",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of variations, windows, slips and what is kept [0]"
+    )
+    parser.add_argument(
+        "--simplifications",
+        nargs="+",
+        default=[],
+        choices=EASY,
+        metavar="NAME",
+        help=", ".join(EASY),
+    )
+    parser.add_argument(
+        "--observations", action="store_true", help="x and y are the simulator's answers alone"
+    )
 
     def checked(args, broken, counts):
-        for name, fine in (("episodes", args.episodes >= 1), ("steps", args.steps >= 1), ("slips", 0 <= args.slips <= 1),
-                           ("unchanged", 0 <= args.unchanged <= 1)):
+        for name, fine in (
+            ("episodes", args.episodes >= 1),
+            ("steps", args.steps >= 1),
+            ("slips", 0 <= args.slips <= 1),
+            ("unchanged", 0 <= args.unchanged <= 1),
+        ):
             if not fine:
                 raise BadData(f"--{name} cannot be {getattr(args, name)}; see --help")
         return make(args, broken, counts)

@@ -1,4 +1,5 @@
-"""A small web shop as text, in the spirit of Mind2Web: which page does a click, a word or a choice lead to?
+"""A small web shop as text, in the spirit of Mind2Web: which page does a click, a word or a choice
+lead to?
 
 A drawn transition: x, the action z, and of y the lines that are new.
 
@@ -19,34 +20,42 @@ A drawn transition: x, the action z, and of y the lines that are new.
     note: ready
 
 Rules
- 1. The rows are the items of the catalogue (PRICES) that match the printed search and colour, in the printed
-    sort (equal prices: a to z), three a page. Prices are not printed: they are the same in all episodes. Next
-    and previous turn pages as far as there are any.
+ 1. The rows are the items of the catalogue (PRICES) that match the printed search and colour, in
+    the printed sort (equal prices: a to z), three a page. Prices are not printed: they are the same
+    in all episodes. Next and previous turn pages as far as there are any.
  2. A new search, colour or sort leads to page 1; one that is chosen already changes nothing.
- 3. Add puts an item that is on the page into the cart. The cart holds 4 things; one more is an error dialog.
- 4. An amount, 1 or 2, can be typed for an item in the cart, with the same limit. Remove takes out a single
-    thing at once, and asks first if there are two or more of it. Both work in both views.
- 5. Search, filter, order, pages, add, checkout work in view list; name, street, time, delivery, coupon, apply, pay,
-    back in view checkout. Checkout wants something in the cart, else an error dialog.
- 6. Apply counts the typed coupon: spring takes 10 off from 50 of goods on, winter 20 from 90 on, autumn is
-    over. Goods that fall below the limit, or a new code, switch it off again.
- 7. Pay wants something in the cart, a name, a street, a time, a delivery, and the courier for a chair. The first one
-    missing is an error dialog; otherwise a dialog asks whether to send. Sending empties cart, time, delivery and code.
- 8. A dialog stands in the place of the note and blocks the rest. Yes agrees to a question, close ends any.
+ 3. Add puts an item that is on the page into the cart. The cart holds 4 things; one more is an
+    error dialog.
+ 4. An amount, 1 or 2, can be typed for an item in the cart, with the same limit. Remove takes out a
+    single thing at once, and asks first if there are two or more of it. Both work in both views.
+ 5. Search, filter, order, pages, add, checkout work in view list; name, street, time, delivery,
+    coupon, apply, pay, back in view checkout. Checkout wants something in the cart, else an error
+    dialog.
+ 6. Apply counts the typed coupon: spring takes 10 off from 50 of goods on, winter 20 from 90 on,
+    autumn is over. Goods that fall below the limit, or a new code, switch it off again.
+ 7. Pay wants something in the cart, a name, a street, a time, a delivery, and the courier for a
+    chair. The first one missing is an error dialog; otherwise a dialog asks whether to send.
+    Sending empties cart, time, delivery and code.
+ 8. A dialog stands in the place of the note and blocks the rest. Yes agrees to a question, close
+    ends any.
  9. What is not on offer (other view, item not on the page or not in the cart) changes nothing.
 
 Departures from the benchmark
- 1. Mind2Web has real pages, HTML of thousands of elements; this is one shop of 15 lines without markup.
- 2. Mind2Web asks for the action that serves a goal; here it is given, or to be read from the change.
- 3. Actions keep its form, `[role] name -> CLICK / TYPE: word / SELECT: word`, but a visitor with simple
-    habits draws them (`propose`), not a person with a task.
+ 1. Mind2Web has real pages, HTML of thousands of elements; this is one shop of 15 lines without
+    markup.
+ 2. Mind2Web asks for the action that serves a goal; here it is given, or to be read from the
+    change.
+ 3. Actions keep its form, `[role] name -> CLICK / TYPE: word / SELECT: word`, but a visitor with
+    simple habits draws them (`propose`), not a person with a task.
  4. The page answers at once and in full: nothing loads, no hidden server state, nothing random.
 
-Busy logs (`--busy`): in training episodes the same account is open on a second device. After our action somebody changes the
-cart, the form or the code there (OTHERS). z does not name that. View, search, colour, sort, page and message are ours.
+Busy logs (`--busy`): in training episodes the same account is open on a second device. After our
+action somebody changes the cart, the form or the code there (OTHERS). z does not name that. View,
+search, colour, sort, page and message are ours.
 
-To add an action: a line in ACTIONS (each string with its argument), a weight in HABITS, an `elif kind == ...`
-in `step`. Whatever the rule needs must be printed by `text`, or be the same in every episode.
+To add an action: a line in ACTIONS (each string with its argument), a weight in HABITS, an `elif
+kind == ...` in `step`. Whatever the rule needs must be printed by `text`, or be the same in every
+episode.
 """
 import copy
 
@@ -58,14 +67,24 @@ PRICES = {
 }
 THINGS = ("lamp", "mug", "bag", "chair")
 COLOURS = ("red", "blue", "white", "green")
-SORTS = {"name": "a to z", "price up": "cheap first", "price down": "dear first"}    # choice: as printed
-NAMES = tuple(f"{first} {last}" for first in ("ana", "ben", "cleo", "dan") for last in ("gray", "hill", "moss", "stone"))
+# choice: as printed
+SORTS = {"name": "a to z", "price up": "cheap first", "price down": "dear first"}
+NAMES = tuple(
+    f"{first} {last}"
+    for first in ("ana", "ben", "cleo", "dan")
+    for last in ("gray", "hill", "moss", "stone")
+)
 STREETS = tuple(f"{number} {street}" for number in (3, 12, 27, 40)
                 for street in ("oak road", "mill lane", "park row", "bay street"))
-TIMES = tuple(f"{day} {hours}" for day in ("monday", "friday", "sunday") for hours in ("8 to 10", "12 to 14", "18 to 20"))
+TIMES = tuple(
+    f"{day} {hours}"
+    for day in ("monday", "friday", "sunday")
+    for hours in ("8 to 10", "12 to 14", "18 to 20")
+)
 FORM = ("name", "street", "time", "delivery")         # what paying asks for, in this order
 DELIVERY = ("pickup", "post", "courier")
-COUPONS = {"spring": (50, 10), "winter": (90, 20), "autumn": None}      # (goods from, off); None: over
+# (goods from, off); None: over
+COUPONS = {"spring": (50, 10), "winter": (90, 20), "autumn": None}
 ROWS, FULL, STEPS = 3, 4, 14      # rows a page, things a cart holds, steps an episode
 
 # kind: {action string: its argument}
@@ -95,9 +114,10 @@ KINDS = tuple(ACTIONS)
 OTHERS = ("amount", "remove", "name", "street", "time", "delivery", "coupon")
 
 # How much a visitor likes each kind.
-HABITS = {"search": 2, "clear": 4, "colour": 2, "sort": 2, "next": 9, "previous": 14, "add": 5, "amount": 3, "remove": 3,
-          "checkout": 9, "back": 9, "name": 10, "street": 10, "time": 10, "delivery": 8, "coupon": 8, "apply": 6, "pay": 4,
-          "yes": 7, "close": 2}
+HABITS = {
+    "search": 2, "clear": 4, "colour": 2, "sort": 2, "next": 9, "previous": 14, "add": 5,
+    "amount": 3, "remove": 3, "checkout": 9, "back": 9, "name": 10, "street": 10, "time": 10,
+    "delivery": 8, "coupon": 8, "apply": 6, "pay": 4, "yes": 7, "close": 2}
 EPISODES = 240    # to train on, unless --episodes says else
 STATE_ONLY = 1
 PRESET = {}         # settings of this world, where they differ from settings.py's
@@ -119,11 +139,14 @@ class World:
         self.colour = rng.choice(("any", "any", "any", "any", *COLOURS))
         self.sort = rng.choice(list(SORTS.values()))
         self.page = rng.randint(1, self.pages())
-        self.cart = {}                                        # item: amount, in the order in which they came
+        # item: amount, in the order in which they came
+        self.cart = {}
         for item in rng.sample(list(PRICES), rng.choice((1, 2, 2, 3))):
             self.cart[item] = 1 if self.cart else rng.choice((1, 1, 2))
-        self.name, self.street, self.time = (rng.choice(("none", rng.choice(some), rng.choice(some)))
-                                             for some in (NAMES, STREETS, TIMES))
+        self.name, self.street, self.time = (
+            rng.choice(("none", rng.choice(some), rng.choice(some)))
+            for some in (NAMES, STREETS, TIMES)
+        )
         self.delivery = rng.choice(("none", *DELIVERY))
         self.code = rng.choice(("none", "none", *COUPONS))
         self.applied = False
@@ -133,31 +156,42 @@ class World:
     def text(self):
         rows = [item or "nothing" for item in self.rows()]
         off = f", {COUPONS[self.code][1]} off" if self.applied else ""
-        return "\n".join([
-            f"view: {self.view}",
-            f"search: {self.search}",
-            f"colour: {self.colour}",
-            f"sort: {self.sort}",
-            f"page: {self.page} of {self.pages()}",
-            *(f"{number} {row}" for number, row in enumerate(rows, 1)),
-            "cart: " + (", ".join(item + (f" x{n}" if n > 1 else "") for item, n in self.cart.items()) or "empty"),
-            f"name: {self.name}",
-            f"street: {self.street}",
-            f"time: {self.time}",
-            f"delivery: {self.delivery}",
-            f"code: {self.code}{off}",
-            self.message,
-        ])
+        return "\n".join(
+            [
+                f"view: {self.view}",
+                f"search: {self.search}",
+                f"colour: {self.colour}",
+                f"sort: {self.sort}",
+                f"page: {self.page} of {self.pages()}",
+                *(f"{number} {row}" for number, row in enumerate(rows, 1)),
+                "cart: "
+                + (
+                    ", ".join(item + (f" x{n}" if n > 1 else "") for item, n in self.cart.items())
+                    or "empty"
+                ),
+                f"name: {self.name}",
+                f"street: {self.street}",
+                f"time: {self.time}",
+                f"delivery: {self.delivery}",
+                f"code: {self.code}{off}",
+                self.message,
+            ]
+        )
 
     def found(self):
         """All items that match search and colour, sorted."""
-        items = [item for item in PRICES
-                 if self.search in ("none", item.split("-")[1]) and self.colour in ("any", item.split("-")[0])]
+        items = [
+            item
+            for item in PRICES
+            if self.search in ("none", item.split("-")[1])
+            and self.colour in ("any", item.split("-")[0])
+        ]
         sign = {"a to z": 0, "cheap first": 1, "dear first": -1}[self.sort]
         return sorted(items, key=lambda item: (sign * PRICES[item], item))
 
     def pages(self):
-        return max(1, -(-len(self.found()) // ROWS))          # rounded up; one empty page if nothing is found
+        # rounded up; one empty page if nothing is found
+        return max(1, -(-len(self.found()) // ROWS))
 
     def rows(self):
         """The items on this page, None for an empty row."""
@@ -228,7 +262,8 @@ class World:
         if n == 0:
             del self.cart[item]
         if self.applied and self.goods() < COUPONS[self.code][0]:
-            self.applied = False                              # rule 6: too little left for the coupon
+            # rule 6: too little left for the coupon
+            self.applied = False
 
     def apply(self):
         if COUPONS[self.code] is None:
@@ -257,7 +292,8 @@ class World:
             self.message = f"note: {item} is out"
         elif self.message.startswith("dialog: send "):
             self.message = f"note: sent to {self.name}"
-            self.cart, self.time, self.delivery, self.code, self.applied = {}, "none", "none", "none", False
+            self.cart, self.time, self.delivery, self.code, self.applied = (
+                {}, "none", "none", "none", False)
 
     def after(self, z):
         """The world that z would lead to."""
@@ -269,7 +305,8 @@ class World:
     def propose(self, rng):
         if rng.random() < CARELESS:
             return rng.choice(list(ACTIONS[rng.choice(KINDS)]))
-        while True:                                     # ends: search, back or close always does something
+        # ends: search, back or close always does something
+        while True:
             kind = rng.choices(list(HABITS), list(HABITS.values()))[0]
             for z in rng.sample(list(ACTIONS[kind]), len(ACTIONS[kind])):
                 twin = self.after(z)
@@ -288,12 +325,14 @@ class World:
 
 
 def episode(rng, steps=STEPS, busy=0.0):
-    """[(x, z, y)], y of one step is x of the next; busy: the chance that somebody else acts, too, between x and y."""
+    """[(x, z, y)], y of one step is x of the next; busy: the chance that somebody else acts, too,
+    between x and y."""
     world = World(rng)
     transitions, seen = [], set()
     for _ in range(steps):
         x, z = world.text(), world.propose(rng)
-        if world.after(z).text() in seen:                   # rather something new than back and forth
+        # rather something new than back and forth
+        if world.after(z).text() in seen:
             z = world.propose(rng)
         seen.add(x)
         world.step(z)

@@ -1,28 +1,39 @@
-"""AURORA-Bench: edit an image as an instruction says. CLIP similarities and success, two DiscEdits, a judge from 0 to 10.
+"""AURORA-Bench: edit an image as an instruction says. CLIP similarities and success, two DiscEdits,
+a judge from 0 to 10.
 
     python -m evals.aurora --data AURORA/test.json --generated GEN --json scores.json
-    python -m evals.aurora --data AURORA/test.json --generated GEN --judge gpt-4o --replies replies.jsonl
-    python -m evals.aurora --disc-edit whatsup=itm_test.json something=valid.json --root AURORA --generated SAMPLES
+    python -m evals.aurora --data AURORA/test.json --generated GEN --judge gpt-4o \\
+        --replies replies.jsonl
+    python -m evals.aurora --disc-edit whatsup=itm_test.json something=valid.json \\
+        --root AURORA --generated SAMPLES
 
-Claim: with CLIP ViT-B/32, per task and pooled over images: the cosines of the generated image with source and target, the share
-strictly nearer to the target (clip_success), and the judge's success, over-editing (10: none) and the smaller of the two.
+Claim: with CLIP ViT-B/32, per task and pooled over images: the cosines of the generated image with
+source and target, the share strictly nearer to the target (clip_success), and the judge's success,
+over-editing (10: none) and the smaller of the two.
 
-x = source image, z = instruction, y = target image. test.json is a list of {"input", "instruction", "task", "output"?}, with paths
-from its folder (--root); the image of row i, from 0 in the full file, is GEN/fullset/TASK/aurora_%05d.png. DiscEdit's files are lists
-of {"input" or "image", "prompt"?, "pos"?, "neg"?}, and sample i of row n, from 0, is SAMPLES/TASK/%05d/pos_i.png and neg_i.png.
+x = source image, z = instruction, y = target image. test.json is a list of {"input", "instruction",
+"task", "output"?}, with paths from its folder (--root); the image of row i, from 0 in the full
+file, is GEN/fullset/TASK/aurora_%05d.png. DiscEdit's files are lists of {"input" or "image",
+"prompt"?, "pos"?, "neg"?}, and sample i of row n, from 0, is SAMPLES/TASK/%05d/pos_i.png and
+neg_i.png.
 
 Notes:
-  1. clip_success is most likely what the paper calls DiscEdit, so it also goes by disc_edit_swirl. AURORA's own is another thing:
-     pos asks for what the image shows already, neg for a change, both are sampled under one seed, and disc_edit_aurora is the
-     share of pairs in which pos_i stays strictly nearer to the source than neg_i. Chance is .5, standing still 0.
-  2. AURORA measures that distance between latents (L2), which other models do not have. Here: --distance pixels (L2 over pixels,
-     the source brought to the sample's size by Lanczos) or embedder (1 - cosine). No LPIPS. The figures are not AURORA's.
-  3. An empty neg is `prompt`; an empty pos is `prompt` in whatsup and svo, and elsewhere the row is left out, as in AURORA. A row
-     whose pos and neg come out the same, or empty, is broken.
-  4. Text similarity and the judge are given the instruction. The released scripts read it from a key that is never set: with
-     --released there is no text similarity, and the judge gets an empty instruction.
-  5. Tasks without targets (emu, clevr, epic) have neither clip_sim_target nor clip_success; the released script has success 0.
-  6. Rows without a source or with a target that is not there are counted; the released scripts drop the former silently.
+  1. clip_success is most likely what the paper calls DiscEdit, so it also goes by disc_edit_swirl.
+     AURORA's own is another thing: pos asks for what the image shows already, neg for a change,
+     both are sampled under one seed, and disc_edit_aurora is the share of pairs in which pos_i
+     stays strictly nearer to the source than neg_i. Chance is .5, standing still 0.
+  2. AURORA measures that distance between latents (L2), which other models do not have. Here:
+     --distance pixels (L2 over pixels, the source brought to the sample's size by Lanczos) or
+     embedder (1 - cosine). No LPIPS. The figures are not AURORA's.
+  3. An empty neg is `prompt`; an empty pos is `prompt` in whatsup and svo, and elsewhere the row is
+     left out, as in AURORA. A row whose pos and neg come out the same, or empty, is broken.
+  4. Text similarity and the judge are given the instruction. The released scripts read it from a
+     key that is never set: with --released there is no text similarity, and the judge gets an empty
+     instruction.
+  5. Tasks without targets (emu, clevr, epic) have neither clip_sim_target nor clip_success; the
+     released script has success 0.
+  6. Rows without a source or with a target that is not there are counted; the released scripts drop
+     the former silently.
 """
 import functools
 import os
@@ -37,10 +48,13 @@ from envs.records import BadData
 from evals import judge, visual
 from evals.visual import Missing, Row, cosine, read_image
 
-TASKS = ("magicbrush", "ag", "something", "whatsup", "kubric")                     # the paper's: those that have targets
-COLUMNS = {"clip_sim_source": ("sim source", 4), "clip_sim_target": ("sim target", 4), "clip_success": ("success", 4),
-           "clip_sim_text": ("sim text", 4)}
-JUDGED = {"avg_edit_success": ("judge", 2), "avg_overediting": ("overediting", 2), "avg_min": ("min", 2)}
+# the paper's: those that have targets
+TASKS = ("magicbrush", "ag", "something", "whatsup", "kubric")
+COLUMNS = {
+    "clip_sim_source": ("sim source", 4), "clip_sim_target": ("sim target", 4),
+    "clip_success": ("success", 4), "clip_sim_text": ("sim text", 4)}
+JUDGED = {
+    "avg_edit_success": ("judge", 2), "avg_overediting": ("overediting", 2), "avg_min": ("min", 2)}
 
 
 class Item(typing.NamedTuple):
@@ -61,11 +75,12 @@ class Pair(typing.NamedTuple):
     neg: str
 
 
-# ---- Read --------------------------------------------------------------------------------------------------
+# ---- Read ----------------------------------------------------------------------------------------
 
 
 def read(path, root=None, tasks=TASKS):
-    """Yields an Item, or a Missing, for each row of test.json that belongs to `tasks` (None: all)."""
+    """Yields an Item, or a Missing, for each row of test.json that belongs to `tasks` (None:
+    all)."""
     broken, root = [], root or os.path.dirname(path)
     for n, place, row in official.rows(path, broken):
         groups = ()
@@ -73,9 +88,18 @@ def read(path, root=None, tasks=TASKS):
             groups = (visual.text(row, "task", place).lower().replace("/", "-"),)
             if tasks and groups[0] not in tasks:
                 continue
-            target = os.path.join(root, visual.text(row, "output", place)) if row.get("output") is not None else None
-            yield Item(f"aurora_{n - 1:05d}", groups, os.path.join(root, visual.text(row, "input", place)), target,
-                       visual.text(row, "instruction", place))
+            target = (
+                os.path.join(root, visual.text(row, "output", place))
+                if row.get("output") is not None
+                else None
+            )
+            yield Item(
+                f"aurora_{n - 1:05d}",
+                groups,
+                os.path.join(root, visual.text(row, "input", place)),
+                target,
+                visual.text(row, "instruction", place),
+            )
         except BadData as error:
             yield Missing(str(error), groups)
     yield from map(Missing, broken)
@@ -87,42 +111,68 @@ def image_path(generated, item):
 
 
 def read_disc_edit(path, task, root=None):
-    """Yields a Pair, or a Missing, for each row of a DiscEdit file that is not left out (note 3)."""
+    """Yields a Pair, or a Missing, for each row of a DiscEdit file that is not left out (note
+    3)."""
     broken, root = [], root or os.path.dirname(path)
     for n, place, row in official.rows(path, broken):
         try:
-            given = {key: visual.text(row, key, place) for key in ("pos", "neg", "prompt", "input", "image")
-                     if not isinstance(row, dict) or row.get(key)}
+            given = {
+                key: visual.text(row, key, place)
+                for key in ("pos", "neg", "prompt", "input", "image")
+                if not isinstance(row, dict) or row.get(key)
+            }
             if task not in ("whatsup", "svo") and "pos" not in given:
                 continue
-            pos, neg = (given.get(key) or visual.text(row, "prompt", place) for key in ("pos", "neg"))
+            pos, neg = (
+                given.get(key) or visual.text(row, "prompt", place) for key in ("pos", "neg")
+            )
             if pos == neg or not (pos and neg):
                 raise BadData(f"{place}: pos and neg are the same prompt, or one is empty")
-            yield Pair(f"{n - 1:05d}", (task,), os.path.join(root, given.get("input") or visual.text(row, "image", place)), pos, neg)
+            yield Pair(
+                f"{n - 1:05d}",
+                (task,),
+                os.path.join(root, given.get("input") or visual.text(row, "image", place)),
+                pos,
+                neg,
+            )
         except BadData as error:
             yield Missing(str(error), (task,))
     yield from (Missing(why, (task,)) for why in broken)
 
 
-# ---- Score -------------------------------------------------------------------------------------------------
+# ---- Score ---------------------------------------------------------------------------------------
 
 
 def clip_scores(g, s, t, z):
-    """The four columns of one image from feature rows: generated, source, target or None, instruction or None."""
+    """The four columns of one image from feature rows: generated, source, target or None,
+    instruction or None."""
     source, target = cosine(g, s), cosine(g, t)
     success = None if target is None or source is None else float(target > source)  # strictly
-    return {"clip_sim_source": source, "clip_sim_target": target, "clip_success": success, "disc_edit_swirl": success,
-            "clip_sim_text": cosine(g, z)}
+    return {
+        "clip_sim_source": source,
+        "clip_sim_target": target,
+        "clip_success": success,
+        "disc_edit_swirl": success,
+        "clip_sim_text": cosine(g, z),
+    }
 
 
 def judged(ask, id, instruction, source, edited, released=False):
     """The three columns of one image, from the judge's two numbers."""
-    asked = ("You judge image edits with the eye of a professional digital artist. The first image is the original, the second the "
-             "edited one; how well does the edit do what the instruction says? Reply with one Python dict and nothing else: "
-             "{\"score\": [success, overedit], \"reasoning\": \"...\"}\nsuccess, 0 to 10: how far the instruction was carried out.\n"
-             "overedit, 0 to 10: how much was changed that should have stayed; 10 means that hardly anything was.\n"
-             f"The instruction: {'' if released else instruction}")
-    found = ask and ask(functools.partial(judge.aurora_scores, released=released), id, asked, [source, edited])
+    asked = (
+        "You judge image edits with the eye of a professional digital artist. The first image is "
+        "the original, the second the "
+        "edited one; how well does the edit do what the instruction says? Reply with one Python "
+        "dict and nothing else: "
+        '{"score": [success, overedit], "reasoning": "..."}\n'
+        "success, 0 to 10: how far the instruction was carried out.\n"
+        "overedit, 0 to 10: how much was changed that should have stayed; 10 means that hardly "
+        "anything was.\n"
+        f"The instruction: {'' if released else instruction}"
+    )
+    found = ask and ask(
+        functools.partial(judge.aurora_scores, released=released), id, asked, [source, edited]
+    )
     return dict(zip(JUDGED, (*found, min(found)) if found else (None,) * 3))
 
 
@@ -130,13 +180,25 @@ def work(args, embedder, ask):
     """What visual.run needs for test.json."""
     def score(item):
         edited, source = read_image(image_path(args.generated, item)), read_image(item.source)
-        g, s, *t = embedder.images([edited, source] + ([read_image(item.target)] if item.target else []))
+        g, s, *t = embedder.images(
+            [edited, source] + ([read_image(item.target)] if item.target else [])
+        )
         z = None if args.released else embedder.texts([item.instruction])
         t, z = t[0] if t else None, None if z is None else z[0]
-        return Row(item.groups,
-                   clip_scores(g, s, t, z) | judged(ask, item.id, item.instruction, source, edited, args.released),
-                   clip_scores(s, s, t, z) | judged(ask and ask.copies, f"{item.id}/copy", item.instruction, source, source,
-                                                    args.released))
+        return Row(
+            item.groups,
+            clip_scores(g, s, t, z)
+            | judged(ask, item.id, item.instruction, source, edited, args.released),
+            clip_scores(s, s, t, z)
+            | judged(
+                ask and ask.copies,
+                f"{item.id}/copy",
+                item.instruction,
+                source,
+                source,
+                args.released,
+            ),
+        )
 
     about = {"tasks": " ".join(args.tasks)}
     items = read(args.data, args.root, None if "all" in args.tasks else args.tasks)
@@ -151,7 +213,11 @@ def work_disc_edit(args, embedder, ask):
             if not equals or os.path.exists(name):
                 task, path = Path(name).absolute().parent.name, name
             for pair in read_disc_edit(path, task, args.root):
-                samples = (pair._replace(id=f"{pair.id}/{i}") for i in range(args.samples)) if isinstance(pair, Pair) else [pair]
+                samples = (
+                    (pair._replace(id=f"{pair.id}/{i}") for i in range(args.samples))
+                    if isinstance(pair, Pair)
+                    else [pair]
+                )
                 yield from samples
 
     def score(pair):
@@ -160,10 +226,14 @@ def work_disc_edit(args, embedder, ask):
         pos, neg = (read_image(folder / f"{side}_{i}.png") for side in ("pos", "neg"))
         if pos.shape != neg.shape:
             raise BadData(f"{folder}: pos_{i}.png and neg_{i}.png differ in size")
-        nearer = distance(args.distance, embedder, pos, source) < distance(args.distance, embedder, neg, source)
+        nearer = distance(args.distance, embedder, pos, source) < distance(
+            args.distance, embedder, neg, source
+        )
         return Row(pair.groups, {"disc_edit_aurora": float(nearer)}, {"disc_edit_aurora": 0.0})
 
-    about = {"distance": "pixel L2" if args.distance == "pixels" else "1 - cosine", "samples": args.samples, "chance": .5}
+    about = {
+        "distance": "pixel L2" if args.distance == "pixels" else "1 - cosine",
+        "samples": args.samples, "chance": .5}
     return about, items(), score, {"disc_edit_aurora": ("DiscEdit", 4)}, None
 
 
@@ -178,10 +248,26 @@ def distance(kind, embedder, image, source):
 def main(argv=None):
     parser = visual.parser(__doc__)
     parser.add_argument("--data", metavar="FILE", help="AURORA's test.json")
-    parser.add_argument("--disc-edit", nargs="+", metavar="[TASK=]FILE", help="AURORA's DiscEdit files; the folder names the task")
-    parser.add_argument("--root", metavar="DIR", help="the folder that paths in the files begin from [the file's own]")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of test.json, or all [the five that have targets]")
-    parser.add_argument("--distance", choices=["pixels", "embedder"], default="pixels", help="of DiscEdit [pixels]")
+    parser.add_argument(
+        "--disc-edit",
+        nargs="+",
+        metavar="[TASK=]FILE",
+        help="AURORA's DiscEdit files; the folder names the task",
+    )
+    parser.add_argument(
+        "--root",
+        metavar="DIR",
+        help="the folder that paths in the files begin from [the file's own]",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=list(TASKS),
+        help="of test.json, or all [the five that have targets]",
+    )
+    parser.add_argument(
+        "--distance", choices=["pixels", "embedder"], default="pixels", help="of DiscEdit [pixels]"
+    )
     parser.add_argument("--samples", type=int, default=4, help="of each prompt of DiscEdit [4]")
     args = parser.parse_args(argv)
     if bool(args.data) == bool(args.disc_edit):

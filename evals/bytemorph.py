@@ -1,29 +1,37 @@
-"""ByteMorph-Bench: edit an image with motion (camera, objects, people). Four CLIP scores and a judge from 0 to 100, by type.
+"""ByteMorph-Bench: edit an image with motion (camera, objects, people). Four CLIP scores and a
+judge from 0 to 100, by type.
 
     python -m evals.bytemorph --data BM-Bench --generated GEN --json scores.json
     python -m evals.bytemorph --data BM-Bench --generated GEN --judge gpt-4o --replies replies.jsonl
     python -m evals.bytemorph --layout bm --data SIDE_BY_SIDE --generated GEN
 
-Claim: with CLIP ViT-B/32 on stretched images (s, g, t: source, generated, target; c_s, c_t: captions of source and target),
-    clip_sim_txt = cos(g, c_t)    clip_dir_txt = cos(g - s, c_t - c_s)    clip_sim_img = cos(s, g)    clip_dir_img = cos(t - s, g - s)
-means per type, and pooled over images; the judge's mean per type is rounded to 2 decimals, as BM does.
+Claim: with CLIP ViT-B/32 on stretched images (s, g, t: source, generated, target; c_s, c_t:
+captions of source and target),
+    clip_sim_txt = cos(g, c_t)    clip_dir_txt = cos(g - s, c_t - c_s)
+    clip_sim_img = cos(s, g)      clip_dir_img = cos(t - s, g - s)
+means per type, and pooled over images; the judge's mean per type is rounded to 2 decimals, as BM
+does.
 
 x = source image, z = the rewritten instruction (edit_prompt where that is empty), y = target image.
-Layout sw: --data is BM-Bench's parquet (needs pyarrow), a JSON list or a JSONL of the same fields (src_img, tgt_img: paths from
-the file's folder), or a folder that holds one; the image is GEN/fullset/TYPE/IMAGE_ID.png, with "-" for "/" in the type.
-Layout bm: --data holds TYPE/NAME.png, source and target side by side, and TYPE/NAME.json {"input", "output", "edit"}: the captions
-and the instruction; GEN holds TYPE/NAME.png, source and generated image side by side.
+Layout sw: --data is BM-Bench's parquet (needs pyarrow), a JSON list or a JSONL of the same fields
+(src_img, tgt_img: paths from the file's folder), or a folder that holds one; the image is
+GEN/fullset/TYPE/IMAGE_ID.png, with "-" for "/" in the type. Layout bm: --data holds TYPE/NAME.png,
+source and target side by side, and TYPE/NAME.json {"input", "output", "edit"}: the captions and the
+instruction; GEN holds TYPE/NAME.png, source and generated image side by side.
 
 Notes:
-  1. A direction of nothing (g = s, or c_t = c_s) has no cosine: no number, counted; so copy x has no directions. In the released
-     scripts one such image makes the mean NaN.
-  2. Layout bm brings the generated half to the target's size by Lanczos for clip_dir_img, and for that alone; its other scores take
-     s from the generated file.
-  3. The released SWIRL scorers look an image up under its id in lower case, other characters than a-z 0-9 . _ - replaced by -, and
-     only what stands after its last _. Its generator writes the plain id, so such images are not found: --released does the same.
-     The two names are never mixed: a_1 and b_1 would both be 1.png.
-  4. A missing caption leaves the two text scores without a number; the released script compares with the empty caption.
+  1. A direction of nothing (g = s, or c_t = c_s) has no cosine: no number, counted; so copy x has
+     no directions. In the released scripts one such image makes the mean NaN.
+  2. Layout bm brings the generated half to the target's size by Lanczos for clip_dir_img, and for
+     that alone; its other scores take s from the generated file.
+  3. The released SWIRL scorers look an image up under its id in lower case, other characters than
+     a-z 0-9 . _ - replaced by -, and only what stands after its last _. Its generator writes the
+     plain id, so such images are not found: --released does the same. The two names are never
+     mixed: a_1 and b_1 would both be 1.png.
+  4. A missing caption leaves the two text scores without a number; the released script compares
+     with the empty caption.
 """
+
 import functools
 import json
 import os
@@ -37,16 +45,23 @@ from envs.records import BadData
 from evals import judge, visual
 from evals.visual import Missing, Row, cosine, read_image
 
-COLUMNS = {"clip_sim_txt": ("sim txt", 4), "clip_sim_img": ("sim img", 4), "clip_dir_txt": ("dir txt", 4),
-           "clip_dir_img": ("dir img", 4)}
-SYSTEM = ("You evaluate image edits. You are shown an image before and after an edit, and the EDIT TEXT that was asked for. Rate "
-          "the result from 0 to 100. Everything that the text requires must be there, nothing that it does not require may have "
-          "changed, and the change itself should be as small as the text allows. Be strict. Reply with JSON only, without another "
-          "word: {\"Score\": number}")
+COLUMNS = {
+    "clip_sim_txt": ("sim txt", 4), "clip_sim_img": ("sim img", 4), "clip_dir_txt": ("dir txt", 4),
+    "clip_dir_img": ("dir img", 4)}
+SYSTEM = (
+    "You evaluate image edits. You are shown an image before and after an edit, and the EDIT TEXT "
+    "that was asked for. Rate "
+    "the result from 0 to 100. Everything that the text requires must be there, nothing that it "
+    "does not require may have "
+    "changed, and the change itself should be as small as the text allows. Be strict. Reply with "
+    "JSON only, without another "
+    'word: {"Score": number}'
+)
 
 
 class Item(typing.NamedTuple):
-    """One edit. Images are whatever visual.read_image takes; target, captions: None if they are not given."""
+    """One edit. Images are whatever visual.read_image takes; target, captions: None if they are not
+    given."""
     id: str
     groups: tuple        # (type,)
     source: typing.Any
@@ -55,20 +70,29 @@ class Item(typing.NamedTuple):
     captions: tuple      # of source and target
 
 
-# ---- Read --------------------------------------------------------------------------------------------------
+# ---- Read ----------------------------------------------------------------------------------------
 
 
 def read(path):
-    """Yields an Item, or a Missing, for each row of BM-Bench in layout sw: a file, or the folder that holds it."""
+    """Yields an Item, or a Missing, for each row of BM-Bench in layout sw: a file, or the folder
+    that holds it."""
     files = [path]
     if os.path.isdir(path):
-        found = (sorted(map(str, Path(path).glob(p))) for p in ("data/test-*.parquet", "*.parquet", "*.jsonl", "*.json"))
+        found = (
+            sorted(map(str, Path(path).glob(p)))
+            for p in ("data/test-*.parquet", "*.parquet", "*.jsonl", "*.json")
+        )
         files = next(filter(None, found), None)
         if files is None:
-            raise BadData(f"{path}: holds no data/test-*.parquet, *.parquet, *.jsonl or *.json; give BM-Bench's folder or file")
+            raise BadData(
+                f"{path}: holds no data/test-*.parquet, *.parquet, *.jsonl or *.json; give "
+                "BM-Bench's folder or file"
+            )
     for file in files:
         broken = []
-        for _, place, row in _parquet(file) if file.endswith(".parquet") else official.rows(file, broken):
+        for _, place, row in (
+            _parquet(file) if file.endswith(".parquet") else official.rows(file, broken)
+        ):
             groups = ()
             try:
                 groups = (visual.text(row, "edit_type", place).replace("/", "-"),)
@@ -91,7 +115,9 @@ def _parquet(path):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ImportError("a parquet file is read with pyarrow, which is not installed: pip install pyarrow") from None
+        raise ImportError(
+            "a parquet file is read with pyarrow, which is not installed: pip install pyarrow"
+        ) from None
     n = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=8):
@@ -101,19 +127,27 @@ def _parquet(path):
     except FileNotFoundError:
         raise BadData(f"{path}: there is no such file; check the path") from None
     except Exception as error:  # whatever a damaged file makes pyarrow raise
-        raise BadData(f"{path}: no whole parquet file ({str(error).partition(chr(10))[0]}); download it again") from None
+        raise BadData(
+            f"{path}: no whole parquet file ({str(error).partition(chr(10))[0]}); download it again"
+        ) from None
 
 
 def _image(row, key, folder, place):
-    """A path, or the bytes of an image file, of what stands in a row: a path, bytes, or {"bytes", "path"} as the Hub writes it."""
+    """A path, or the bytes of an image file, of what stands in a row: a path, bytes, or {"bytes",
+    "path"} as the Hub writes it."""
     value = row.get(key)
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    return value if isinstance(value, bytes) else os.path.join(folder, visual.text({key: value}, key, place))
+    return (
+        value
+        if isinstance(value, bytes)
+        else os.path.join(folder, visual.text({key: value}, key, place))
+    )
 
 
 def read_side_by_side(data):
-    """Yields an Item, or a Missing, for each PNG of layout bm; source and target are both the file, whose halves they are."""
+    """Yields an Item, or a Missing, for each PNG of layout bm; source and target are both the file,
+    whose halves they are."""
     for file in sorted(Path(data).glob("*/*.png")):
         groups, sidecar = (file.parent.name,), file.with_suffix(".json")
         try:
@@ -121,58 +155,110 @@ def read_side_by_side(data):
                 row = json.loads(sidecar.read_bytes())
             except (OSError, ValueError, RecursionError):
                 raise BadData(f"{sidecar}: is not there, or no JSON") from None
-            known = lambda key: visual.text(row, key, sidecar) if not isinstance(row, dict) or row.get(key) else None
+            known = lambda key: (
+                visual.text(row, key, sidecar)
+                if not isinstance(row, dict) or row.get(key)
+                else None
+            )
             captions = known("input"), known("output")
-            yield Item(file.stem, groups, file, file, known("edit") or visual.text(row, "edit", sidecar), captions)
+            yield Item(
+                file.stem,
+                groups,
+                file,
+                file,
+                known("edit") or visual.text(row, "edit", sidecar),
+                captions,
+            )
         except BadData as error:
             yield Missing(str(error), groups)
 
 
 def image_path(generated, item, layout="sw", released=False):
-    """Where a model puts its image of an Item; released: where the released scorers look for it (note 3)."""
+    """Where a model puts its image of an Item; released: where the released scorers look for it
+    (note 3)."""
     if layout == "bm":
         return Path(generated, item.groups[0], f"{item.id}.png")
-    name = re.sub(r"[^a-zA-Z0-9._-]+", "-", item.id.strip()).lower().split("_")[-1] if released else item.id
+    name = (
+        re.sub(r"[^a-zA-Z0-9._-]+", "-", item.id.strip()).lower().split("_")[-1]
+        if released
+        else item.id
+    )
     return Path(generated, "fullset", item.groups[0], f"{name}.png")
 
 
-# ---- Score -------------------------------------------------------------------------------------------------
+# ---- Score ---------------------------------------------------------------------------------------
 
 
 def clip_scores(g, s, c_s, c_t, t=None, g_at_t=None, s_at_t=None):
-    """The four columns of one image from feature rows. g_at_t, s_at_t: what clip_dir_img takes for g and s, if not themselves."""
+    """The four columns of one image from feature rows. g_at_t, s_at_t: what clip_dir_img takes for
+    g and s, if not themselves."""
     direction = lambda a, b: None if a is None or b is None else a - b
     g_at_t, s_at_t = g if g_at_t is None else g_at_t, s if s_at_t is None else s_at_t
-    return {"clip_sim_txt": cosine(g, c_t), "clip_sim_img": cosine(s, g), "clip_dir_txt": cosine(g - s, direction(c_t, c_s)),
-            "clip_dir_img": cosine(direction(t, s_at_t), g_at_t - s_at_t)}
+    return {
+        "clip_sim_txt": cosine(g, c_t),
+        "clip_sim_img": cosine(s, g),
+        "clip_dir_txt": cosine(g - s, direction(c_t, c_s)),
+        "clip_dir_img": cosine(direction(t, s_at_t), g_at_t - s_at_t),
+    }
 
 
 def judged(ask, id, instruction, source, edited, released=False):
     """The column of the judge."""
-    return {"judge": ask and ask(functools.partial(judge.bytemorph_score, released=released), id, f"EDIT TEXT: {instruction}",
-                                 [source, edited], system=SYSTEM, jpeg=True)}
+    return {
+        "judge": ask
+        and ask(
+            functools.partial(judge.bytemorph_score, released=released),
+            id,
+            f"EDIT TEXT: {instruction}",
+            [source, edited],
+            system=SYSTEM,
+            jpeg=True,
+        )
+    }
 
 
 def work(args, embedder, ask):
     """What visual.run needs."""
     def score(item):
-        edited, source = read_image(image_path(args.generated, item, args.layout, args.released)), read_image(item.source)
+        edited, source = (
+            read_image(image_path(args.generated, item, args.layout, args.released)),
+            read_image(item.source))
         target, at_t = read_image(item.target) if item.target else None, []
         if args.layout == "bm":
             (source, edited), (true_source, target) = halves(edited), halves(source)
-            at_t = [visual.resize(edited, target.shape[1], target.shape[0], "LANCZOS") if edited.shape != target.shape else edited,
-                    true_source]
-        g, s, *rest = embedder.images([edited, source, *at_t] + ([] if target is None else [target]))
+            at_t = [
+                visual.resize(edited, target.shape[1], target.shape[0], "LANCZOS")
+                if edited.shape != target.shape
+                else edited,
+                true_source,
+            ]
+        g, s, *rest = embedder.images(
+            [edited, source, *at_t] + ([] if target is None else [target])
+        )
         at_t, t = rest[:len(at_t)], rest[-1] if target is not None else None
-        c_s, c_t = (None if rows is None else rows[0] for rows in (c and embedder.texts([c]) for c in item.captions))
+        c_s, c_t = (
+            None if rows is None else rows[0]
+            for rows in (c and embedder.texts([c]) for c in item.captions)
+        )
         id = f"{item.groups[0]}/{item.id}"
-        return Row(item.groups,
-                   clip_scores(g, s, c_s, c_t, t, *at_t) | judged(ask, id, item.instruction, source, edited, args.released),
-                   clip_scores(s, s, c_s, c_t, t) | judged(ask and ask.copies, f"{id}/copy", item.instruction, source, source,
-                                                           args.released))
+        return Row(
+            item.groups,
+            clip_scores(g, s, c_s, c_t, t, *at_t)
+            | judged(ask, id, item.instruction, source, edited, args.released),
+            clip_scores(s, s, c_s, c_t, t)
+            | judged(
+                ask and ask.copies, f"{id}/copy", item.instruction, source, source, args.released
+            ),
+        )
 
     items = read_side_by_side(args.data) if args.layout == "bm" else read(args.data)
-    return {"layout": args.layout}, items, score, COLUMNS | ({"judge": ("judge", 2)} if ask else {}), None
+    return (
+        {"layout": args.layout},
+        items,
+        score,
+        COLUMNS | ({"judge": ("judge", 2)} if ask else {}),
+        None,
+    )
 
 
 def halves(image):
@@ -185,8 +271,18 @@ def halves(image):
 
 def main(argv=None):
     parser = visual.parser(__doc__)
-    parser.add_argument("--data", required=True, metavar="PATH", help="BM-Bench's folder or file; layout bm: the folder of types")
-    parser.add_argument("--layout", choices=["sw", "bm"], default="sw", help="one file an image (sw), or side by side (bm) [sw]")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="BM-Bench's folder or file; layout bm: the folder of types",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=["sw", "bm"],
+        default="sw",
+        help="one file an image (sw), or side by side (bm) [sw]",
+    )
     return visual.run("bytemorph", parser.parse_args(argv), work, fit="stretch", rounded=("judge",))
 
 

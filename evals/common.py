@@ -1,23 +1,31 @@
-"""What the scorers of the text benchmarks share: reading pairs, scoring them by split, the table and the JSON file.
+"""What the scorers of the text benchmarks share: reading pairs, scoring them by split, the table
+and the JSON file.
 
-Claim: every pair that can be scored is scored once, every other row is counted and never scored as 0, and each number stands
-beside the same number of the model that copies x, and of the changed pairs (reference != x) alone.
+Claim: every pair that can be scored is scored once, every other row is counted and never scored as
+0, and each number stands beside the same number of the model that copies x, and of the changed
+pairs (reference != x) alone.
 
 Pairs come from one of
-    --pairs FILE ..   JSONL, plain or .gz: {"prediction": str, "reference": str, "x": str or absent, "split": str or absent},
+    --pairs FILE ..   JSONL, plain or .gz: {"prediction": str, "reference": str, "x": str or absent,
+                      "split": str or absent},
                       or LLaMA-Factory's generated_predictions.jsonl: {"prompt", "predict", "label"}
-    --predictions FILE .. --references FILE ..   a JSON string a line (or an object of the keys above), zipped in order
+    --predictions FILE .. --references FILE ..   a JSON string a line (or an object of the keys
+                      above), zipped in order
     --run DIR         what train.py wrote: its model predicts its test transitions anew, greedily
-SPLIT=FILE puts a whole file into a split; a file that is named after a split of the benchmark (id_high.jsonl) needs no SPLIT=.
+SPLIT=FILE puts a whole file into a split; a file that is named after a split of the benchmark
+(id_high.jsonl) needs no SPLIT=.
 
 Notes:
-  1. A row is missing if it is no JSON, lacks a text, or has no line across in the other file. A text may be empty: that is an
-     answer. Missing rows are counted by split where their split is known. A blank line of --pairs is no row.
+  1. A row is missing if it is no JSON, lacks a text, or has no line across in the other file. A
+     text may be empty: that is an answer. Missing rows are counted by split where their split is
+     known. A blank line of --pairs is no row.
   2. x of LLaMA-Factory's rows is not taken from "prompt": that holds instructions and z as well.
-  3. copy-x and changed-only need an x in every scored pair of a split; else they are null. Presets are never mixed: a report
-     has one, and names it, as it names the encoder, the layer and the stemmer.
+  3. copy-x and changed-only need an x in every scored pair of a split; else they are null. Presets
+     are never mixed: a report has one, and names it, as it names the encoder, the layer and the
+     stemmer.
   4. The scorers need no torch; --run and --encoder do.
 """
+
 import argparse
 import json
 import math
@@ -47,11 +55,12 @@ class Missing(typing.NamedTuple):
     split: str | None = None
 
 
-# ---- Read --------------------------------------------------------------------------------------------------
+# ---- Read ----------------------------------------------------------------------------------------
 
 
 def read_pairs(path, split=None, splits=()):
-    """([Pair], [Missing]) of a JSONL file in the form of --pairs. split: of the whole file; None: each row's own "split".
+    """([Pair], [Missing]) of a JSONL file in the form of --pairs. split: of the whole file; None:
+    each row's own "split".
 
     splits: the names that a split may have, if only some may. BadData if the file cannot be read.
     """
@@ -63,21 +72,28 @@ def read_pairs(path, split=None, splits=()):
         try:
             row = _json(raw)
             if not isinstance(row, dict):
-                raise ValueError("not a JSON object; write {\"prediction\": .., \"reference\": ..} on each line")
+                raise ValueError(
+                    'not a JSON object; write {"prediction": .., "reference": ..} on each line'
+                )
             own = _text(row, "split") if row.get("split") is not None and split is None else split
             if splits and own is not None and own not in splits:
-                raise ValueError(f"no split is called {json.dumps(own)[:60]}; give one of {', '.join(splits)}")
+                raise ValueError(
+                    f"no split is called {json.dumps(own)[:60]}; give one of {', '.join(splits)}"
+                )
             pairs.append(Pair(_text(row, "prediction"), _text(row, "reference"),
                               None if row.get("x") is None else _text(row, "x"), own))
         except ValueError as error:
-            own = split if split is not None else row.get("split") if isinstance(row, dict) else None
+            own = (
+                split if split is not None else row.get("split") if isinstance(row, dict) else None
+            )
             known = isinstance(own, str) and (not splits or own in splits)
             missing.append(Missing(f"{path}:{number}: {error}", own if known else None))
     return pairs, missing
 
 
 def read_zipped(predictions, references, split=None):
-    """([Pair], [Missing]) of two JSONL files, line by line; BadData if one cannot be read. split: of them both, or None."""
+    """([Pair], [Missing]) of two JSONL files, line by line; BadData if one cannot be read. split:
+    of them both, or None."""
     sides = []
     for path, key in ((predictions, "prediction"), (references, "reference")):
         rows = [raw for _, raw in records.lines(path)]
@@ -90,7 +106,10 @@ def read_zipped(predictions, references, split=None):
         for (path, key, rows), (other, *_) in zip(sides, reversed(sides)):
             try:
                 if i >= len(rows):
-                    raise ValueError(f"the file ends before this line, which {other} has; give both as many lines")
+                    raise ValueError(
+                        f"the file ends before this line, which {other} has; give both as many "
+                        "lines"
+                    )
                 value = _json(rows[i])
                 texts.append(_text(value if isinstance(value, dict) else {key: value}, key))
             except ValueError as error:
@@ -120,29 +139,43 @@ def _text(row, key):
     try:
         row[name].encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"\"{name}\" holds half a surrogate pair; write the whole character") from None
+        raise ValueError(
+            f'"{name}" holds half a surrogate pair; write the whole character'
+        ) from None
     return row[name]
 
 
 def predict_run(folder, splits=()):
-    """[Pair] of a finished run of train.py: x, y and the greedy y_hat of each test transition, as its last stage scored them. The split
-    of `splits` is the one in the episode's id (test-SPLIT-..), if the run was on a transitions file. BadData as in `opened.open_run`."""
-    from support.opened import open_run        # here and not above: note 4
+    """[Pair] of a finished run of train.py: x, y and the greedy y_hat of each test transition, as
+    its last stage scored them. The split of `splits` is the one in the episode's id
+    (test-SPLIT-..), if the run was on a transitions file. BadData as in `opened.open_run`."""
+    from support.opened import open_run  # here and not above: note 4
     run = open_run(folder)
     file = records.read(run.cfg.data) if run.cfg.data else []
     episodes = {(t.x, t.z, t.y): t.episode for t in file if t.episode.startswith("test-")}
     if len(run.test) < len(episodes):
-        print(f"warning: the run scored {len(run.test)} of {len(episodes)} test transitions (--eval-size)", file=sys.stderr)
-    groups = [next((s for s in splits if episodes.get(row, "").startswith(f"test-{s}-")), None) for row in run.uncut]
+        print(
+            f"warning: the run scored {len(run.test)} of {len(episodes)} test transitions "
+            "(--eval-size)",
+            file=sys.stderr,
+        )
+    groups = [
+        next((s for s in splits if episodes.get(row, "").startswith(f"test-{s}-")), None)
+        for row in run.uncut
+    ]
     xs, zs, ys = map(list, zip(*run.test))
-    return [Pair(y_hat, y, x, group) for x, y, y_hat, group in zip(xs, ys, run.P.predict(xs, zs), groups)]
+    return [
+        Pair(y_hat, y, x, group)
+        for x, y, y_hat, group in zip(xs, ys, run.P.predict(xs, zs), groups)
+    ]
 
 
-# ---- Score -------------------------------------------------------------------------------------------------
+# ---- Score ---------------------------------------------------------------------------------------
 
 
 class Column(typing.NamedTuple):
-    """score: (predictions, references) -> one number a pair; a group's number is their mean, to `digits` if given."""
+    """score: (predictions, references) -> one number a pair; a group's number is their mean, to
+    `digits` if given."""
     score: typing.Callable
     digits: int | None = None
 
@@ -154,74 +187,140 @@ def exact(predictions, references):
 
 def rouge_l(stemmer):
     """The score of a Column: ROUGE-L F of each pair, in [0, 100]."""
-    return lambda predictions, references: [100 * metrics.rouge_l(p, r, stemmer) for p, r in zip(predictions, references)]
+    return lambda predictions, references: [
+        100 * metrics.rouge_l(p, r, stemmer) for p, r in zip(predictions, references)
+    ]
 
 
 def score(pairs, missing, columns, splits=(), average=False):
-    """{group: row}: a row for each split in the order of `splits`, then "all" (pooled) or, if `average`, "average".
+    """{group: row}: a row for each split in the order of `splits`, then "all" (pooled) or, if
+    `average`, "average".
 
-    columns: {name: Column}. average: the plain mean of the rows of `splits`; without any split there is only "all".
-    row = {"n", "n_missing", "n_changed", "model", "changed", "copy_x", "copy_x_changed"}; the last four are {name: number}
-    or None: of all n pairs, of the n_changed with reference != x, and both again for the prediction x.
+    columns: {name: Column}. average: the plain mean of the rows of `splits`; without any split
+    there is only "all". row = {"n", "n_missing", "n_changed", "model", "changed", "copy_x",
+    "copy_x_changed"}; the last four are {name: number} or None: of all n pairs, of the n_changed
+    with reference != x, and both again for the prediction x.
     """
     xs, references = [p.x or "" for p in pairs], [p.reference for p in pairs]
-    model = {name: c.score([p.prediction for p in pairs], references) for name, c in columns.items()}
-    copies = {name: c.score(xs, references) for name, c in columns.items()} if any(p.x is not None for p in pairs) else None
+    model = {
+        name: c.score([p.prediction for p in pairs], references) for name, c in columns.items()
+    }
+    copies = (
+        {name: c.score(xs, references) for name, c in columns.items()}
+        if any(p.x is not None for p in pairs)
+        else None
+    )
 
     def mean(values, chosen):
         if not chosen or values is None:
             return None
         means = {name: math.fsum(values[name][i] for i in chosen) / len(chosen) for name in columns}
-        return {name: m if columns[name].digits is None else round(m, columns[name].digits) for name, m in means.items()}
+        return {
+            name: m if columns[name].digits is None else round(m, columns[name].digits)
+            for name, m in means.items()
+        }
 
     def row(chosen, n_missing):
         known = bool(chosen) and all(pairs[i].x is not None for i in chosen)
         changed = [i for i in chosen if references[i] != pairs[i].x] if known else []
-        return {"n": len(chosen), "n_missing": n_missing, "n_changed": len(changed) if known else None,
-                "model": mean(model, chosen), "changed": mean(model, changed),
-                "copy_x": mean(copies, chosen) if known else None, "copy_x_changed": mean(copies, changed)}
+        return {
+            "n": len(chosen),
+            "n_missing": n_missing,
+            "n_changed": len(changed) if known else None,
+            "model": mean(model, chosen),
+            "changed": mean(model, changed),
+            "copy_x": mean(copies, chosen) if known else None,
+            "copy_x_changed": mean(copies, changed),
+        }
 
     found = {p.split for p in pairs} | {m.split for m in missing}
-    order = [s for s in splits if s in found] + sorted(s for s in found - set(splits) if s is not None)
-    groups = {s: row([i for i, p in enumerate(pairs) if p.split == s], sum(m.split == s for m in missing)) for s in order}
+    order = [s for s in splits if s in found] + sorted(
+        s for s in found - set(splits) if s is not None
+    )
+    groups = {
+        s: row([i for i, p in enumerate(pairs) if p.split == s], sum(m.split == s for m in missing))
+        for s in order
+    }
     if order and None in found:
-        groups["no split"] = row([i for i, p in enumerate(pairs) if p.split is None], sum(m.split is None for m in missing))
+        groups["no split"] = row(
+            [i for i, p in enumerate(pairs) if p.split is None],
+            sum(m.split is None for m in missing),
+        )
     whole = row(range(len(pairs)), len(missing))
     scored = [groups[s] for s in order if s in splits and groups[s]["n"]]
     if not (average and scored):
         return groups | {"all": whole}
     for side in ("model", "changed", "copy_x", "copy_x_changed"):
         rows = [r[side] for r in scored]
-        whole[side] = None if None in rows else {name: math.fsum(r[name] for r in rows) / len(rows) for name in columns}
+        whole[side] = (
+            None
+            if None in rows
+            else {name: math.fsum(r[name] for r in rows) / len(rows) for name in columns}
+        )
     return groups | {"average": whole}
 
 
-# ---- The command line --------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 
 def parser(doc):
     """The flags that every scorer has."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.error = fail
-    p.add_argument("--pairs", nargs="+", metavar="[SPLIT=]FILE", help="JSONL of {prediction, reference, x?, split?}, or LLaMA-"
-                   "Factory's generated_predictions.jsonl {prompt, predict, label}")
-    p.add_argument("--predictions", nargs="+", metavar="[SPLIT=]FILE", help="JSONL, a string a line, zipped with --references")
-    p.add_argument("--references", nargs="+", metavar="FILE", help="as many files, in the same order")
-    p.add_argument("--run", metavar="DIR", help="a run of train.py: predict its test transitions and score them")
-    p.add_argument("--stemmer", action="store_true", help="ROUGE-L on Porter stems (needs nltk); the paper does not say")
-    p.add_argument("--json", metavar="FILE", help="write the figures to this file (and replace only what a scorer wrote)")
+    p.add_argument(
+        "--pairs",
+        nargs="+",
+        metavar="[SPLIT=]FILE",
+        help="JSONL of {prediction, reference, x?, split?}, or LLaMA-"
+        "Factory's generated_predictions.jsonl {prompt, predict, label}",
+    )
+    p.add_argument(
+        "--predictions",
+        nargs="+",
+        metavar="[SPLIT=]FILE",
+        help="JSONL, a string a line, zipped with --references",
+    )
+    p.add_argument(
+        "--references", nargs="+", metavar="FILE", help="as many files, in the same order"
+    )
+    p.add_argument(
+        "--run",
+        metavar="DIR",
+        help="a run of train.py: predict its test transitions and score them",
+    )
+    p.add_argument(
+        "--stemmer",
+        action="store_true",
+        help="ROUGE-L on Porter stems (needs nltk); the paper does not say",
+    )
+    p.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the figures to this file (and replace only what a scorer wrote)",
+    )
     return p
 
 
 def add_encoder(p):
     """The flags of BERTScore, for `state_columns`."""
-    p.add_argument("--encoder", help="add BERTScore F by this encoder: a folder or a Hub id (the paper's: perhaps roberta-large)")
+    p.add_argument(
+        "--encoder",
+        help="add BERTScore F by this encoder: a folder or a Hub id (the paper's: perhaps "
+             "roberta-large)",
+    )
     p.add_argument("--layer", type=int, help="its layer; only roberta-large has a default, 17")
-    p.add_argument("--rescale", action="store_true", help="rescale BERTScore by roberta-large's constants; off: raw cosines")
+    p.add_argument(
+        "--rescale",
+        action="store_true",
+        help="rescale BERTScore by roberta-large's constants; off: raw cosines",
+    )
 
 
 def state_columns(args):
-    """(columns, about) of the two next-state benchmarks: ROUGE-L, BERTScore F if --encoder is given, exact match."""
+    """(columns, about) of the two next-state benchmarks: ROUGE-L, BERTScore F if --encoder is
+    given, exact match."""
     columns, about = {"rouge_l": Column(rouge_l(args.stemmer))}, {}
     if args.encoder is None and (args.layer is not None or args.rescale):
         fail("--layer and --rescale say how BERTScore is computed; give an --encoder with them")
@@ -232,13 +331,24 @@ def state_columns(args):
         logging.disable_progress_bar()
         try:
             layer = bertscore.layer_of(args.encoder, args.layer)
-            bertscore.bertscore(["a"], ["a"], args.encoder, layer, args.rescale)   # fails now, not after the predictions
+            # fails now, not after the predictions
+            bertscore.bertscore(["a"], ["a"], args.encoder, layer, args.rescale)
         except Exception as error:  # whatever a damaged folder makes the loaders raise
             fail(f"--encoder {args.encoder}: {str(error).partition(chr(10))[0]}")
-        columns["bertscore"] = Column(lambda predictions, references: [
-            100 * F for _, _, F in bertscore.bertscore(predictions, references, args.encoder, layer, args.rescale)])
+        columns["bertscore"] = Column(
+            lambda predictions, references: [
+                100 * F
+                for _, _, F in bertscore.bertscore(
+                    predictions, references, args.encoder, layer, args.rescale
+                )
+            ]
+        )
         about = {"encoder": args.encoder, "layer": layer, "rescaled": args.rescale}
-    return columns | {"exact": Column(exact)}, {"encoder": None, "layer": None, "rescaled": False} | about
+    return columns | {"exact": Column(exact)}, {
+        "encoder": None,
+        "layer": None,
+        "rescaled": False,
+    } | about
 
 
 def collect(args, splits):
@@ -249,15 +359,24 @@ def collect(args, splits):
     if args.run:
         return predict_run(args.run, splits), []
     if args.pairs:
-        parts = [read_pairs(path, split, splits) for split, path in (_split(name, splits) for name in args.pairs)]
+        parts = [
+            read_pairs(path, split, splits)
+            for split, path in (_split(name, splits) for name in args.pairs)
+        ]
     else:
         if len(args.predictions) != len(args.references):
-            fail(f"--predictions names {len(args.predictions)} files and --references {len(args.references)}; give as many")
+            fail(
+                f"--predictions names {len(args.predictions)} files and --references "
+                f"{len(args.references)}; give as many"
+            )
         parts = []
         for name, reference in zip(args.predictions, args.references):
             (split, path), (other, reference) = _split(name, splits), _split(reference, splits)
             if split and other and split != other:
-                fail(f"{path} is of split {split} and {reference} of {other}; give the files in the same order")
+                fail(
+                    f"{path} is of split {split} and {reference} of {other}; give the files in the "
+                    "same order"
+                )
             parts.append(read_zipped(path, reference, split or other))
     return [p for pairs, _ in parts for p in pairs], [m for _, missing in parts for m in missing]
 
@@ -274,29 +393,48 @@ def _split(name, splits):
 
 
 def report(benchmark, args, columns, about, splits=(), average=False):
-    """Read, score, print the table, write --json. Returns the exit code 0; anything wrong with the input exits with 2.
+    """Read, score, print the table, write --json. Returns the exit code 0; anything wrong with the
+    input exits with 2.
 
     columns: {name: Column}. about: {name: what the numbers depend on}, part of the JSON.
     """
     try:
         check_json(args.json)
         if args.stemmer:
-            metrics.rouge_l("a", "a", stemmer=True)                                # says now if nltk is not there
+            # says now if nltk is not there
+            metrics.rouge_l("a", "a", stemmer=True)
         pairs, missing = collect(args, splits)
         if not pairs:
             raise records.BadData(f"nothing can be scored: {missing[0].why}" if missing else
                                   "nothing can be scored: no row was found; give a file with pairs")
         if missing:
-            print(f"warning: {len(missing)} of {len(pairs) + len(missing)} rows are missing or broken and not scored; the "
-                  f"first: {missing[0].why}", file=sys.stderr)
+            print(
+                f"warning: {len(missing)} of {len(pairs) + len(missing)} rows are missing or "
+                "broken and not scored; the "
+                f"first: {missing[0].why}",
+                file=sys.stderr,
+            )
         groups = score(pairs, missing, columns, splits, average)
-        absent = [s for s in splits if not groups.get(s, {}).get("n")] if "average" in groups else []
+        absent = (
+            [s for s in splits if not groups.get(s, {}).get("n")] if "average" in groups else []
+        )
         if absent:
-            print(f"warning: the average is over {len(splits) - len(absent)} of {len(splits)} splits, without "
-                  f"{', '.join(absent)}", file=sys.stderr)
-        result = {"benchmark": benchmark, "n": len(pairs), "n_missing": len(missing),
-                  "first_missing": missing[0].why if missing else None, "stemmer": args.stemmer, **about,
-                  "splits_absent": absent, "scores": groups}
+            print(
+                f"warning: the average is over {len(splits) - len(absent)} of {len(splits)} "
+                "splits, without "
+                f"{', '.join(absent)}",
+                file=sys.stderr,
+            )
+        result = {
+            "benchmark": benchmark,
+            "n": len(pairs),
+            "n_missing": len(missing),
+            "first_missing": missing[0].why if missing else None,
+            "stemmer": args.stemmer,
+            **about,
+            "splits_absent": absent,
+            "scores": groups,
+        }
         if about.get("encoder"):
             from evals import bertscore
             texts = [t for p in pairs for t in (p.prediction, p.reference)]
@@ -316,16 +454,26 @@ TITLES = {"bleu": "BLEU", "rouge_l": "ROUGE-L", "bertscore": "BERTScore", "exact
 def print_table(result, columns):
     """A row a split, and beneath it the changed pairs alone and the model that copies x."""
     notes = [f"BLEU: {result['bleu']}"] if "bleu" in columns else []
-    notes += [f"ROUGE-L: rouge_score, {'Porter' if result['stemmer'] else 'no'} stemmer"] if "rouge_l" in columns else []
+    notes += (
+        [f"ROUGE-L: rouge_score, {'Porter' if result['stemmer'] else 'no'} stemmer"]
+        if "rouge_l" in columns
+        else []
+    )
     if "bertscore" in columns:
-        notes.append(f"BERTScore F: {result['encoder']}, layer {result['layer']}, "
-                     f"{'rescaled' if result['rescaled'] else 'not rescaled'}; {result['texts_cut']} of {result['texts']} texts "
-                     "are longer than it reads")
+        notes.append(
+            f"BERTScore F: {result['encoder']}, layer {result['layer']}, "
+            f"{'rescaled' if result['rescaled'] else 'not rescaled'}; {result['texts_cut']} of "
+            f"{result['texts']} texts "
+            "are longer than it reads"
+        )
     print(f"{result['benchmark']}: " + "\n  ".join(notes))
     print(f"{'':24}{'n':>7}{'missing':>9}" + "".join(f"{TITLES[name]:>11}" for name in columns))
 
     def line(title, n, n_missing, numbers):
-        cells = ["-" if numbers is None else f"{numbers[name] * (100 if name == 'exact' else 1):.2f}" for name in columns]
+        cells = [
+            "-" if numbers is None else f"{numbers[name] * (100 if name == 'exact' else 1):.2f}"
+            for name in columns
+        ]
         print(f"{title:24}{n:>7}{n_missing:>9}" + "".join(f"{cell:>11}" for cell in cells))
 
     for name, row in result["scores"].items():
@@ -339,7 +487,8 @@ def print_table(result, columns):
 
 
 def check_json(path):
-    """BadData if `path` may not be written: it holds what no scorer wrote, or its folder is not there. None is fine."""
+    """BadData if `path` may not be written: it holds what no scorer wrote, or its folder is not
+    there. None is fine."""
     if path is None:
         return
     if not Path(path).absolute().parent.is_dir():
@@ -351,7 +500,9 @@ def check_json(path):
         except (OSError, ValueError):
             ours = False
         if not ours:
-            raise records.BadData(f"--json {path}: holds something that no scorer wrote; give another name")
+            raise records.BadData(
+                f"--json {path}: holds something that no scorer wrote; give another name"
+            )
 
 
 def write_json(path, result):
@@ -360,4 +511,6 @@ def write_json(path, result):
         with records.whole(path) as file:
             file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     except OSError as error:
-        raise records.BadData(f"--json {path}: cannot write it ({error.strerror}); name a file that you may write") from None
+        raise records.BadData(
+            f"--json {path}: cannot write it ({error.strerror}); name a file that you may write"
+        ) from None

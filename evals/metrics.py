@@ -1,8 +1,10 @@
-"""The text scores that every table here shares: exact match, BLEU-4, ROUGE-L, and the copy-x baseline.
+"""The text scores that every table here shares: exact match, BLEU-4, ROUGE-L, and the copy-x
+baseline.
 
-Claim: these few pure functions on strings give the numbers of nltk (`sentence_bleu`, `corpus_bleu`) and of
-rouge-score 0.1.2 to 1e-9, in plain Python. The argument order is (prediction, reference)
-EVERYWHERE; nltk and rouge_score take the reference first. Nothing is stripped or normalised before comparing.
+Claim: these few pure functions on strings give the numbers of nltk (`sentence_bleu`, `corpus_bleu`)
+and of rouge-score 0.1.2 to 1e-9, in plain Python. The argument order is (prediction, reference)
+EVERYWHERE; nltk and rouge_score take the reference first. Nothing is stripped or normalised before
+comparing.
 
     BLEU    = BP * exp(mean over n = 1..4 of log p_n)
     p_n     = clipped n-gram matches / max(1, number of n-grams in the prediction)
@@ -11,19 +13,21 @@ EVERYWHERE; nltk and rouge_score take the reference first. Nothing is stripped o
     ROUGE-L = 2 P R / (P + R),  P = LCS / |prediction|,  R = LCS / |reference|,  lengths in tokens
 
 Notes:
-  1. Smoothing is nltk's method3: without one matching unigram BLEU is 0; otherwise each order n without a
-     match counts 1 / (2^k * its denominator), k = 1, 2, .. over such orders in turn. A text of fewer than 4
-     tokens therefore scores below 1 against itself ("ab": .59): read `exact` beside BLEU.
-  2. `bleu(level="char", agg="mean")` is the preset `mirrorapi` of StableToolBench: n-grams of characters, one
-     BLEU a pair, plain mean. `rounding=True` adds its rounding, 4 decimals a pair and 2 on the mean.
-     level="word" splits on white space. Presets differ hugely on the same texts: print which one it is, never
-     compare across them.
-  3. agg="corpus" sums matches, denominators and lengths over pairs first; each pair adds at least 1 to every
-     denominator, as in nltk.
-  4. ROUGE-L tokens are lower-cased runs of a-z and 0-9, so a text in another script has none and scores 0,
-     even against itself. The stemmer is a flag, off by default; the paper does not say which its tables use.
-  5. A model that copies x scores high wherever states change little. So `exact_changed` counts only pairs
-     whose reference differs from x, and `copy_x` is a row of every table.
+  1. Smoothing is nltk's method3: without one matching unigram BLEU is 0; otherwise each order n
+     without a match counts 1 / (2^k * its denominator), k = 1, 2, .. over such orders in turn. A
+     text of fewer than 4 tokens therefore scores below 1 against itself ("ab": .59): read `exact`
+     beside BLEU.
+  2. `bleu(level="char", agg="mean")` is the preset `mirrorapi` of StableToolBench: n-grams of
+     characters, one BLEU a pair, plain mean. `rounding=True` adds its rounding, 4 decimals a pair
+     and 2 on the mean. level="word" splits on white space. Presets differ hugely on the same texts:
+     print which one it is, never compare across them.
+  3. agg="corpus" sums matches, denominators and lengths over pairs first; each pair adds at least 1
+     to every denominator, as in nltk.
+  4. ROUGE-L tokens are lower-cased runs of a-z and 0-9, so a text in another script has none and
+     scores 0, even against itself. The stemmer is a flag, off by default; the paper does not say
+     which its tables use.
+  5. A model that copies x scores high wherever states change little. So `exact_changed` counts only
+     pairs whose reference differs from x, and `copy_x` is a row of every table.
 """
 
 import functools
@@ -33,14 +37,15 @@ from collections import Counter
 
 from envs import images
 
-# ---- BLEU --------------------------------------------------------------------------------------------------
+# ---- BLEU ----------------------------------------------------------------------------------------
 
 
 def bleu_sentence(prediction, reference, level="char"):
     """BLEU-4 with method3 smoothing of one (prediction, reference) pair, in [0, 1].
 
-    level: "char" = n-grams of characters (preset `mirrorapi`), "word" = of words between white space.
-    Source: nltk `sentence_bleu([reference], prediction, smoothing_function=SmoothingFunction().method3)`.
+    level: "char" = n-grams of characters (preset `mirrorapi`), "word" = of words between white
+    space. Source: nltk `sentence_bleu([reference], prediction,
+    smoothing_function=SmoothingFunction().method3)`.
     """
     return _bleu_from_counts(*_bleu_counts(prediction, reference, level))
 
@@ -70,7 +75,8 @@ def bleu(predictions, references, level="char", agg="mean", rounding=False):
 
 
 def _bleu_counts(prediction, reference, level):
-    """(clipped matches for n = 1..4, denominators for n = 1..4, prediction tokens, reference tokens)."""
+    """(clipped matches for n = 1..4, denominators for n = 1..4, prediction tokens, reference
+    tokens)."""
     if level == "word":
         prediction, reference = tuple(prediction.split()), tuple(reference.split())
     elif level != "char":
@@ -99,7 +105,7 @@ def _bleu_from_counts(matches, totals, prediction_length, reference_length):
     return math.exp(log_brevity + math.fsum(log_p) / 4)
 
 
-# ---- ROUGE-L -----------------------------------------------------------------------------------------------
+# ---- ROUGE-L -------------------------------------------------------------------------------------
 
 
 def rouge_l(prediction, reference, stemmer=False):
@@ -142,8 +148,9 @@ def _porter():
 def _lcs(a, b):
     """Length of the longest common subsequence of two token lists, exact.
 
-    Bit-parallel (Hyyro 2004): a row of the dynamic programme is one Python integer whose bit i is 0 where the
-    LCS with a[:i+1] exceeds that with a[:i]; an addition carries a whole row: |b| steps, not |a| * |b| cells.
+    Bit-parallel (Hyyro 2004): a row of the dynamic programme is one Python integer whose bit i is 0
+    where the LCS with a[:i+1] exceeds that with a[:i]; an addition carries a whole row: |b| steps,
+    not |a| * |b| cells.
     """
     where = {}  # token -> bits of its positions in a
     for i, token in enumerate(a):
@@ -156,7 +163,7 @@ def _lcs(a, b):
     return len(a) - bin(row).count("1")
 
 
-# ---- Exact match, and the rows of results.json -------------------------------------------------------------
+# ---- Exact match, and the rows of results.json ---------------------------------------------------
 
 
 def exact(predictions, references):
@@ -166,7 +173,8 @@ def exact(predictions, references):
 
 
 def exact_changed(xs, predictions, references):
-    """Share of exact matches among the pairs with reference != x, in [0, 1]; None if there are none."""
+    """Share of exact matches among the pairs with reference != x, in [0, 1]; None if there are
+    none."""
     _check_pairs(predictions, references)
     _check_length("xs", xs, references)
     hits = [p == r for x, p, r in zip(xs, predictions, references) if r != x]
@@ -174,45 +182,60 @@ def exact_changed(xs, predictions, references):
 
 
 def right_patches(predictions, references, xs=None):
-    """Share of patches of the reference images that are right, pooled, in [0, 1]; with xs, of those alone that differ from x (None if
-    there are none). A prediction that is no image of the same size has none right."""
+    """Share of patches of the reference images that are right, pooled, in [0, 1]; with xs, of those
+    alone that differ from x (None if there are none). A prediction that is no image of the same
+    size has none right."""
     right = []
     for x, p, r in zip(xs or predictions, predictions, references):
         theirs = images.patches(r)
         ours = images.patches(p) or []
         before = images.patches(x) if xs else [None] * len(theirs)
-        right += [len(ours) == len(theirs) and ours[i] == theirs[i] for i in range(len(theirs)) if before[i] != theirs[i]]
+        right += [
+            len(ours) == len(theirs) and ours[i] == theirs[i]
+            for i in range(len(theirs))
+            if before[i] != theirs[i]
+        ]
     return _mean(right) if right else None
 
 
 def fwm_scores(xs, predictions, references, logps=None):
     """The FWM row of results.json: n, exact, exact_changed, bleu, rouge_l, logp.
 
-    xs, predictions, references: lists of the states x, the predicted y and the true y.
-    logps: list of summed token log-probabilities log P(y | x, z) of the true y; logp is their mean, or None.
-    exact, exact_changed in [0, 1]; bleu (characters, mean) and rouge_l (no stemmer) in [0, 100]. Of images also `patches_changed`.
+    xs, predictions, references: lists of the states x, the predicted y and the true y. logps: list
+    of summed token log-probabilities log P(y | x, z) of the true y; logp is their mean, or None.
+    exact, exact_changed in [0, 1]; bleu (characters, mean) and rouge_l (no stemmer) in [0, 100]. Of
+    images also `patches_changed`.
     """
     row = idm_scores(predictions, references, logps)
     changed = exact_changed(xs, predictions, references)
     row = {"n": row["n"], "exact": row["exact"], "exact_changed": changed, "bleu": row["bleu"],
            "rouge_l": row["rouge_l"], "logp": row["logp"]}
-    return row | {"patches_changed": right_patches(predictions, references, xs)} if images.is_image(references[0]) else row
+    return (
+        row | {"patches_changed": right_patches(predictions, references, xs)}
+        if images.is_image(references[0])
+        else row
+    )
 
 
 def by_group(groups, xs, predictions, references):
-    """{group: {"n", "exact_changed", "patches_changed"}} of images, in [0, 1]; groups: a name for each of them."""
+    """{group: {"n", "exact_changed", "patches_changed"}} of images, in [0, 1]; groups: a name for
+    each of them."""
     out = {}
     for group in sorted(set(groups)):
         rows = [row for g, *row in zip(groups, xs, predictions, references) if g == group]
         x, p, r = zip(*rows)
-        out[group] = {"n": len(rows), "exact_changed": exact_changed(x, p, r), "patches_changed": right_patches(p, r, x)}
+        out[group] = {
+            "n": len(rows), "exact_changed": exact_changed(x, p, r),
+            "patches_changed": right_patches(p, r, x)}
     return out
 
 
 def idm_scores(predictions, references, logps=None):
-    """The IDM row of results.json: n, exact, bleu, rouge_l, logp, for lists of predicted z and true z.
+    """The IDM row of results.json: n, exact, bleu, rouge_l, logp, for lists of predicted z and true
+    z.
 
-    logps: list of summed token log-probabilities log Q(z | x, y) of the true z. Ranges as in `fwm_scores`.
+    logps: list of summed token log-probabilities log Q(z | x, y) of the true z. Ranges as in
+    `fwm_scores`.
     """
     _check_pairs(predictions, references)
     if logps is not None:
@@ -229,7 +252,7 @@ def copy_x(xs, references):
     return fwm_scores(xs, xs, references)
 
 
-# ---- Small change ------------------------------------------------------------------------------------------
+# ---- Small change --------------------------------------------------------------------------------
 
 
 def _mean(values):
@@ -246,4 +269,6 @@ def _check_pairs(predictions, references):
 
 def _check_length(name, values, references):
     if len(values) != len(references):
-        raise ValueError(f"{name} and references differ in length: {len(values)} and {len(references)}")
+        raise ValueError(
+            f"{name} and references differ in length: {len(values)} and {len(references)}"
+        )

@@ -1,19 +1,24 @@
-"""ScienceWorld: predict the next state of a text game. ROUGE-L, BERTScore and exact match, beside copying x.
+"""ScienceWorld: predict the next state of a text game. ROUGE-L, BERTScore and exact match, beside
+copying x.
 
     python -m evals.scienceworld --pairs predictions.jsonl --json scores.json
     python -m evals.scienceworld --pairs predictions.jsonl --encoder roberta-large
     python -m evals.scienceworld --run runs/scienceworld-tiny-0
 
-Claim: ROUGE-L is that of rouge_score 0.1.2, BERTScore that of bert-score 0.3.13 without idf or rescaling; plain means over pairs,
-in [0, 100]. Any "split" of the pairs gets a row of its own; "all" pools them.
+Claim: ROUGE-L is that of rouge_score 0.1.2, BERTScore that of bert-score 0.3.13 without idf or
+rescaling; plain means over pairs, in [0, 100]. Any "split" of the pairs gets a row of its own;
+"all" pools them.
 
 x = the room and the inventory as text, z = the action, y = both after it.
 
 Notes:
-  1. A state changes in few lines, so copying x is strong: with look and inventory as the state, ROUGE-L .93, and .86 on the
-     transitions that change. Whether a model is any good shows on "changed only", against its copy-x.
-  2. The paper's split, states and stemmer are not released; its ROUGE-L and BERTScore are probably of these packages.
-  3. BERTScore reads the first 510 tokens of a state with roberta-large; the line above the table says how many texts are longer.
+  1. A state changes in few lines, so copying x is strong: with look and inventory as the state,
+     ROUGE-L .93, and .86 on the transitions that change. Whether a model is any good shows on
+     "changed only", against its copy-x.
+  2. The paper's split, states and stemmer are not released; its ROUGE-L and BERTScore are probably
+     of these packages.
+  3. BERTScore reads the first 510 tokens of a state with roberta-large; the line above the table
+     says how many texts are longer.
 """
 import sys
 

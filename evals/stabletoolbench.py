@@ -1,19 +1,27 @@
-"""StableToolBench / MirrorAPI: a language model answers API requests as the server would. BLEU-4 on five splits.
+"""StableToolBench / MirrorAPI: a language model answers API requests as the server would. BLEU-4 on
+five splits.
 
-    python -m evals.stabletoolbench --pairs id_high=a/generated_predictions.jsonl ood=b/generated_predictions.jsonl
-    python -m evals.stabletoolbench --predictions predictions/*.jsonl --references reference/*.jsonl --json scores.json
+    python -m evals.stabletoolbench --pairs id_high=a/generated_predictions.jsonl \\
+        ood=b/generated_predictions.jsonl
+    python -m evals.stabletoolbench --predictions predictions/*.jsonl \\
+        --references reference/*.jsonl --json scores.json
     python -m evals.stabletoolbench --run runs/tools-tiny-0
 
-Claim: with --preset mirrorapi, the number that the benchmark's own script gives a split (nltk's sentence_bleu of characters,
-method3, x100, rounded to 4 decimals a pair and to 2 the mean), and the unweighted mean of the splits, as in the paper.
+Claim: with --preset mirrorapi, the number that the benchmark's own script gives a split (nltk's
+sentence_bleu of characters, method3, x100, rounded to 4 decimals a pair and to 2 the mean), and the
+unweighted mean of the splits, as in the paper.
 
-x = system prompt and API documentation, z = the request, y = the server's JSON reply, compared as text.
+x = system prompt and API documentation, z = the request, y = the server's JSON reply, compared as
+text.
 
 Notes:
-  1. --preset word is the same on words between white space. The two differ several times over on the same texts. The paper does
-     not say which its table shows: its figures are far below those of characters. Neither is claimed to be the paper's.
-  2. ROUGE-L is that of rouge_score, as in the other tables here; the benchmark's script prints rouge_chinese's, another number.
-  3. id_high, id_medium, id_low: APIs seen in training, by how many samples they had; ood, ood_failure: unseen ones.
+  1. --preset word is the same on words between white space. The two differ several times over on
+     the same texts. The paper does not say which its table shows: its figures are far below those
+     of characters. Neither is claimed to be the paper's.
+  2. ROUGE-L is that of rouge_score, as in the other tables here; the benchmark's script prints
+     rouge_chinese's, another number.
+  3. id_high, id_medium, id_low: APIs seen in training, by how many samples they had; ood,
+     ood_failure: unseen ones.
   4. The average is over the splits that were given, with a warning unless they are all five.
 """
 import sys
@@ -37,8 +45,10 @@ def main(argv=None):
     parser.add_argument("--preset", choices=sorted(PRESETS), default="mirrorapi",
                         help="BLEU of characters (mirrorapi) or of words [mirrorapi]")
     args = parser.parse_args(argv)
-    columns = {"bleu": common.Column(bleu(args.preset), 2), "rouge_l": common.Column(common.rouge_l(args.stemmer)),
-               "exact": common.Column(common.exact)}
+    columns = {
+        "bleu": common.Column(bleu(args.preset), 2),
+        "rouge_l": common.Column(common.rouge_l(args.stemmer)),
+        "exact": common.Column(common.exact)}
     about = {"preset": args.preset, "bleu": PRESETS[args.preset][1], "encoder": None, "layer": None}
     return common.report("stabletoolbench", args, columns, about, SPLITS, average=True)
 

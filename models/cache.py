@@ -25,7 +25,8 @@ class Room(DynamicLayer):
 
 
 def with_room(old, indices=None, T=0):
-    """old[indices] (default: all of it), in memory for a quarter more tokens than it has, or than T."""
+    """old[indices] (default: all of it), in memory for a quarter more tokens than it has, or than
+    T."""
     B, H, L, D = old.shape
     T = max(L, T)
     B = B if indices is None else len(indices)

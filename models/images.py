@@ -11,7 +11,6 @@ Departures from the paper, whose images come first in the prompt and from a larg
 4. In view "diff" Q reads the patches that change, and those beside them.
 5. The tiny model starts from random weights with heads that copy (`write_copy_heads`).
 """
-import dataclasses
 import re
 
 import torch
@@ -66,8 +65,8 @@ class ImageIDM(swirl_idm.IDM):
 
 
 def codes_only(tok, vocab_size, y):
-    """(T, V) bool for `lm.Options`: where the image y has a code, any code may stand; elsewhere only
-    what stands in y."""
+    """(T, V) bool for `lm.Options`: where the image y has a code, any code may stand; elsewhere
+    only what stands in y."""
     ids = [*encode(tok, frame(tok).line + y), tok.eos_token_id]
     codes = [i for token, i in tok.get_added_vocab().items() if re.fullmatch(r"<c\d+>", token)]
     any_code = torch.zeros(vocab_size, dtype=torch.bool)
@@ -99,7 +98,8 @@ def settle(net, prefixes, guess, n, longest, options, generator=None):
     T, N, device = longest, len(prefixes) * n, net.device
     with lm.autocast(net, options):
         cache, mask, last, position = lm.prefill(net, prefixes)
-        rows = torch.tensor([[*row, *[options.eos] * T][:T] for row in guess], device=device)  # (B, T)
+        # (B, T)
+        rows = torch.tensor([[*row, *[options.eos] * T][:T] for row in guess], device=device)
         # fed[:, t] stands before the t-th token
         fed = torch.cat([last, rows], 1).repeat_interleave(n, 0)                      # (N, 1 + T)
         u = lm.uniform((N, T), device, generator) if options.temperature else None
@@ -109,7 +109,8 @@ def settle(net, prefixes, guess, n, longest, options, generator=None):
         while len(live):
             # Rollouts with equal cache and equal guess are computed once
             both = torch.cat([node[:, None], fed[live, s:-1]], 1)
-            same, at = torch.unique(both, dim=0, return_inverse=True)                 # (U, 1 + T - s)
+            # (U, 1 + T - s)
+            same, at = torch.unique(both, dim=0, return_inverse=True)
             cache.batch_select_indices(same[:, 0])
             mask, position = mask[same[:, 0]], position[same[:, 0]]
             ids = same[:, 1:]                                                         # (U, T - s)
@@ -140,8 +141,8 @@ def settle(net, prefixes, guess, n, longest, options, generator=None):
 # --- the tiny model for images ---------------------------------------------------------------
 
 def start(tok, added, states, book, seed):
-    """(P's net, Q's net, tok): random weights, embeddings that say what a code looks like, copy heads
-    in P. An untrained P then copies, as a pretrained one does."""
+    """(P's net, Q's net, tok): random weights, embeddings that say what a code looks like, copy
+    heads in P. An untrained P then copies, as a pretrained one does."""
     tok.add_tokens(added)
     nets = [tiny.make_model(tok, seed=seed, bias=True) for _ in "PQ"]
     codes, places = (tok.convert_tokens_to_ids([token for token in added if mark in token])
@@ -173,8 +174,10 @@ def embed_images(net, codes, places, features=None, scale=0.1):
     angle = torch.linspace(0, torch.pi / 2, side)[:, None] * octave                   # (side, 4)
     wave = torch.cat([angle.cos(), angle.sin()], 1) / octave.repeat(2) ** 0.5
     wave = F.normalize(wave, dim=1)                                                   # (side, 8)
-    bases = torch.linalg.qr(torch.randn(W, 16))[0].T.view(2, 8, W)                    # at right angles
-    rows, columns = (wave @ bases).to(E)                                              # (side, W) each
+    # at right angles
+    bases = torch.linalg.qr(torch.randn(W, 16))[0].T.view(2, 8, W)
+    # (side, W) each
+    rows, columns = (wave @ bases).to(E)
     E[places] = scale * (W / 2) ** 0.5 * (rows[:, None] + columns).flatten(0, 1)
     return seen
 

@@ -1,22 +1,30 @@
-"""Several processes: `torchrun --nproc-per-node N train.py ...`, each with its own GPU (nccl) or share of the CPU (gloo).
+"""Several processes: `torchrun --nproc-per-node N train.py ...`, each with its own GPU (nccl) or
+share of the CPU (gloo).
 
-Claim: N processes take the step that one would take on the same rollouts. The rows of a step are cut among the ranks, every rank
-divides by the number that all of them have together, and gradients are SUMMED over the ranks before the norm is clipped.
+Claim: N processes take the step that one would take on the same rollouts. The rows of a step are
+cut among the ranks, every rank divides by the number that all of them have together, and gradients
+are SUMMED over the ranks before the norm is clipped.
 
-1. Data parallel (the default): each rank holds everything; the gradients are summed by one all-reduce after the last micro-batch.
-   That is the arithmetic of DistributedDataParallel without its hooks, which wait in every backward pass: ranks have unlike
-   numbers of micro-batches, and none where no group has an advantage.
-2. `--shard`, FSDP2 (`fully_shard`): the optimizer's weights (masters) and moments live in shards. Ranks draw rows of unlike
-   lengths, so none can wait for another's layers within a forward pass, and a prefix that is cached for its rows needs its layers
-   until the backward pass is over. So the weights are gathered once a step and every rank computes with all of them; gradients
-   are summed into shards, clipped and applied there. In float32 with AdamW a trained parameter costs 8 + 12/N bytes (weight and
-   gradient whole; master and moments in shards) in place of 16, a frozen one 4 + 4/N in place of 4: from N = 3 it is less.
-3. Every rank draws its own rollouts (generator: seed + rank) for its share of one batch. So N processes are another random run
-   than one, of the same law. Muon agrees with one process to rounding.
-4. What depends on a clock is decided by rank 0 (`agree`); validation and evaluation rows are cut among the ranks and gathered,
-   so that all see one score. Rank 0 alone writes and prints, and computes the bounds at the end. Metrics of a step are those of
-   all ranks, samples those of rank 0.
-5. Several machines must share the run's folder. A rank that fails ends all: torchrun sees to it, and adds a report of its own.
+1. Data parallel (the default): each rank holds everything; the gradients are summed by one
+   all-reduce after the last micro-batch. That is the arithmetic of DistributedDataParallel without
+   its hooks, which wait in every backward pass: ranks have unlike numbers of micro-batches, and
+   none where no group has an advantage.
+2. `--shard`, FSDP2 (`fully_shard`): the optimizer's weights (masters) and moments live in shards.
+   Ranks draw rows of unlike lengths, so none can wait for another's layers within a forward pass,
+   and a prefix that is cached for its rows needs its layers until the backward pass is over. So the
+   weights are gathered once a step and every rank computes with all of them; gradients are summed
+   into shards, clipped and applied there. In float32 with AdamW a trained parameter costs 8 + 12/N
+   bytes (weight and gradient whole; master and moments in shards) in place of 16, a frozen one 4 +
+   4/N in place of 4: from N = 3 it is less.
+3. Every rank draws its own rollouts (generator: seed + rank) for its share of one batch. So N
+   processes are another random run than one, of the same law. Muon agrees with one process to
+   rounding.
+4. What depends on a clock is decided by rank 0 (`agree`); validation and evaluation rows are cut
+   among the ranks and gathered, so that all see one score. Rank 0 alone writes and prints, and
+   computes the bounds at the end. Metrics of a step are those of all ranks, samples those of rank
+   0.
+5. Several machines must share the run's folder. A rank that fails ends all: torchrun sees to it,
+   and adds a report of its own.
 """
 import contextlib
 import copy
@@ -29,13 +37,16 @@ import torch.distributed as dist
 
 
 def start():
-    """Join the other processes if torchrun started this one. All but rank 0 fall silent, but for errors."""
+    """Join the other processes if torchrun started this one. All but rank 0 fall silent, but for
+    errors."""
     if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
         return
     cuda, local = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
     if cuda and local < torch.cuda.device_count():
-        torch.cuda.set_device(local)                       # from now on "cuda" is this rank's own
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
+        torch.cuda.set_device(local)  # from now on "cuda" is this rank's own
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1)
+    )
     if rank():
         sys.stdout = open(os.devnull, "w")
 
@@ -54,7 +65,7 @@ def world():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-# --- rows and numbers ---------------------------------------------------------------------------------------------------
+# --- rows and numbers -----------------------------------------------------------------------------
 
 def gather(value):
     """[value of rank 0, of rank 1, ..], on all ranks."""
@@ -80,7 +91,8 @@ def share(rows):
 
 
 def divide(f, *lists):
-    """f(*lists) -> a list as long as these, where each rank computes its share of the rows. f never sees an empty share."""
+    """f(*lists) -> a list as long as these, where each rank computes its share of the rows. f never
+    sees an empty share."""
     if world() == 1:
         return f(*lists)
     mine = [share(rows) for rows in lists]
@@ -89,27 +101,39 @@ def divide(f, *lists):
 
 
 def merge(log, B):
-    """The log of a GRPO step of all ranks from each rank's, of B prompts: sums, the largest gap, means over all prompts."""
+    """The log of a GRPO step of all ranks from each rank's, of B prompts: sums, the largest gap,
+    means over all prompts."""
     if world() == 1:
         return log
     logs = gather((log, B))
     out = dict(log, **{k: sum(l[k] for l, _ in logs) for k in ("tokens", "loss")})
     logs = [(l, b) for l, b in logs if b]
     for k in ("reward", "reward_std", "kl", "truncated", "floored", "zero_std_groups"):
-        out[k] = None if logs[0][0][k] is None else sum(l[k] * b for l, b in logs) / sum(b for _, b in logs)
+        out[k] = (
+            None
+            if logs[0][0][k] is None
+            else sum(l[k] * b for l, b in logs) / sum(b for _, b in logs)
+        )
     return out | {"gap": max(l["gap"] for l, _ in logs)}
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def reduced(model):
-    """Within, the gradients of `model` are the sum over all ranks, and its parameters those that the optimizers hold: shards, if
-    it is sharded. Every rank must enter, also one that has no gradient."""
+    """Within, the gradients of `model` are the sum over all ranks, and its parameters those that
+    the optimizers hold: shards, if it is sharded. Every rank must enter, also one that has no
+    gradient."""
     if is_sharded(model):
-        # A backward pass that adds nothing, in step on all ranks: FSDP2 sums what has been gathered into shards, layer by layer
+        # A backward pass that adds nothing, in step on all ranks: FSDP2 sums what has been gathered
+        # into shards, layer by layer
         model.set_requires_gradient_sync(True)
-        (model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False).logits.sum() * 0).backward()
+        (
+            model(
+                torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False
+            ).logits.sum()
+            * 0
+        ).backward()
         model.set_requires_gradient_sync(False)
         with masters(model):
             yield
@@ -126,14 +150,17 @@ def reduced(model):
 
 
 def shard(model):
-    """Shard `model` in place with FSDP2, by layer. Outside `reduced` and `masters` it holds whole weights, as any model."""
+    """Shard `model` in place with FSDP2, by layer. Outside `reduced` and `masters` it holds whole
+    weights, as any model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(model.device.type, (world(),))
     for module in [*next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), model]:
         fully_shard(module, mesh=mesh)
-        module.set_gradient_divide_factor(1.0)                                     # a sum, not a mean
-        module.set_force_sum_reduction_for_comms(True)                             # gloo knows no other way
+        # a sum, not a mean
+        module.set_gradient_divide_factor(1.0)
+        # gloo knows no other way
+        module.set_force_sum_reduction_for_comms(True)
     model.set_reshard_after_forward(False)
     model.set_reshard_after_backward(False)
     model.set_requires_gradient_sync(False)
@@ -143,7 +170,8 @@ def shard(model):
 
 
 def is_sharded(model):
-    return hasattr(model, "set_requires_gradient_sync")                            # what `fully_shard` adds
+    # what `fully_shard` adds
+    return hasattr(model, "set_requires_gradient_sync")
 
 
 def pieces(model):
@@ -152,7 +180,8 @@ def pieces(model):
 
 @contextlib.contextmanager
 def masters(model):
-    """Within, the parameters of a sharded model are its shards (DTensors); afterwards the whole weights, gathered anew."""
+    """Within, the parameters of a sharded model are its shards (DTensors); afterwards the whole
+    weights, gathered anew."""
     for module in pieces(model):
         module.reshard()
     yield
@@ -165,7 +194,8 @@ def plain(model):
     if not is_sharded(model):
         return copy.deepcopy(model)
     with model.device:
-        out = type(model).__bases__[1](model.config).eval()                        # FSDP2 derived its class from this one
+        # FSDP2 derived its class from this one
+        out = type(model).__bases__[1](model.config).eval()
     out.generation_config = copy.deepcopy(model.generation_config)
     for to, b in zip(out.buffers(), model.buffers()):
         to.data = b.clone()
@@ -176,13 +206,18 @@ def plain(model):
 
 @torch.no_grad()
 def load(model, weights):
-    """`model.load_state_dict(weights)`, also of a sharded model; all ranks hold the same weights."""
+    """`model.load_state_dict(weights)`, also of a sharded model; all ranks hold the same
+    weights."""
     if not is_sharded(model):
         return model.load_state_dict(weights)
     from torch.distributed.tensor import distribute_tensor
     with masters(model):
         for name, p in model.named_parameters():
-            p.copy_(distribute_tensor(weights[name].to(p.device), p.device_mesh, p.placements, src_data_rank=None))
+            p.copy_(
+                distribute_tensor(
+                    weights[name].to(p.device), p.device_mesh, p.placements, src_data_rank=None
+                )
+            )
 
 
 def norm(value):

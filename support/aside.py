@@ -1,7 +1,8 @@
 """Two things at once on a CPU: a function in a second process, beside this one.
 
-A tiny model is hardly faster on two threads than on one, so what is independent runs side by side instead: the two warm-ups,
-and the rivals beside Algorithm 1. No number depends on it: `--no-aside` runs the same calls one after the other.
+A tiny model is hardly faster on two threads than on one, so what is independent runs side by side
+instead: the two warm-ups, and the rivals beside Algorithm 1. No number depends on it: `--no-aside`
+runs the same calls one after the other.
 """
 import concurrent.futures
 import multiprocessing
@@ -47,7 +48,8 @@ def start(cfg, f, *args):
 
 
 def begin(threads, parent):
-    """In the second process: its threads; ^C ends it without a word, and so does the end of the first process."""
+    """In the second process: its threads; ^C ends it without a word, and so does the end of the
+    first process."""
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -66,8 +66,10 @@ def load_nets(cfg, states, book, half):
     tokenizer; the tiny model for images has a start of its own."""
     added = images.vocabulary(states, book.size if book else 0)
     if added and (cfg.lora or cfg.max_state):
-        rundir.fail("leave out --lora, which cannot learn the new tokens of images, and --max-state, "
-                    "which would cut images")
+        rundir.fail(
+            "leave out --lora, which cannot learn the new tokens of images, and --max-state, "
+            "which would cut images"
+        )
     name = tiny.FOLDER if cfg.model == "tiny" else cfg.model
     dtype = torch.bfloat16 if cfg.lora and half else torch.float32         # a base does not learn
     try:
@@ -80,11 +82,15 @@ def load_nets(cfg, states, book, half):
             nets = net, parallel.plain(net).eval()
         # Says now if its layers cannot do what `lm` does with them
         lm.score(nets[0], [[0, 0]], [[0]], lm.Options(eos=0))
-    except Exception as e:                     # whatever a damaged file makes the loaders raise
-        rundir.fail(f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, smollm2, a Hub id, "
-                    "a folder with safetensors or a .gguf file")
+    except Exception as e:  # whatever a damaged file makes the loaders raise
+        rundir.fail(
+            f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, smollm2, a Hub id, "
+            "a folder with safetensors or a .gguf file"
+        )
     if tok.eos_token_id is None:
-        rundir.fail(f"--model {cfg.model}: its tokenizer has no end token; give a causal language model")
+        rundir.fail(
+            f"--model {cfg.model}: its tokenizer has no end token; give a causal language model"
+        )
     if tok.add_tokens(added):
         for net in nets:
             net.resize_token_embeddings(max(len(tok), net.config.vocab_size))
@@ -92,8 +98,9 @@ def load_nets(cfg, states, book, half):
 
 
 def wrap(net_P, net_Q, tok, cfg, half, longest, state):
-    """(P, Q) as FWM and IDM. longest: tokens of the longest y and z. For images, P may emit only codes
-    and Q only words. Elsewhere neither may emit ids beyond the tokenizer, which decode to nothing."""
+    """(P, Q) as FWM and IDM. longest: tokens of the longest y and z. For images, P may emit only
+    codes and Q only words. Elsewhere neither may emit ids beyond the tokenizer, which decode to
+    nothing."""
     longest_y, longest_z = longest
     size = net_P.config.vocab_size
     for_P = for_Q = None
@@ -106,9 +113,16 @@ def wrap(net_P, net_Q, tok, cfg, half, longest, state):
         for_P = for_Q = (torch.arange(size) < len(tok))[None]              # (1, V)
     eos, device = tok.eos_token_id, net_P.device
     for_P, for_Q = (None if allowed is None else allowed.to(device) for allowed in (for_P, for_Q))
-    P = kinds[0](net_P, tok, lm.Options(eos, allowed=for_P, half=half, tokens=cfg.tokens), longest_y)
-    Q = kinds[1](net_Q, tok, lm.Options(eos, allowed=for_Q, half=half, tokens=cfg.tokens), longest_z,
-                 cfg.view)
+    P = kinds[0](
+        net_P, tok, lm.Options(eos, allowed=for_P, half=half, tokens=cfg.tokens), longest_y
+    )
+    Q = kinds[1](
+        net_Q,
+        tok,
+        lm.Options(eos, allowed=for_Q, half=half, tokens=cfg.tokens),
+        longest_z,
+        cfg.view,
+    )
     return P, Q
 
 
@@ -143,9 +157,11 @@ def shorten_all(tok, splits, longest):
     if cut:
         lost = sum(row[0] != row[-1] and short[row[0]] == short[row[-1]]
                    for rows in splits for row in rows)
-        print(f"{cut} of {len(states)} states have more than {longest} tokens: the middle of each is "
-              f"left out (--max-state), and with it all that changes in {lost} of "
-              f"{sum(map(len, splits))} transitions")
+        print(
+            f"{cut} of {len(states)} states have more than {longest} tokens: the middle of each is "
+            f"left out (--max-state), and with it all that changes in {lost} of "
+            f"{sum(map(len, splits))} transitions"
+        )
     return tuple([(short[row[0]], *row[1:-1], short[row[-1]]) for row in rows] for rows in splits)
 
 
@@ -156,7 +172,9 @@ def check_processes(cfg, device):
         rundir.fail(f"more processes than GPUs ({torch.cuda.device_count()}) on a machine; give "
                     "torchrun fewer, or --device cpu")
     if cfg.shard and cfg.lora:
-        rundir.fail("--shard and --lora exclude each other: an adapter is small; give one of the two")
+        rundir.fail(
+            "--shard and --lora exclude each other: an adapter is small; give one of the two"
+        )
     if cfg.shard and world == 1:
         rundir.fail("--shard needs several processes: "
                     "torchrun --nproc-per-node N train.py --shard ...")
@@ -187,8 +205,10 @@ def check_data(net, tok, splits, cfg):
     lost = sum(tok.decode(encode(tok, frame(tok).line + s)).removeprefix(frame(tok).line) != s
                for s in states)
     if lost:
-        print(f"warning: {name}: the tokenizer does not give {lost} of {len(states)} states back as "
-              "they are; P cannot predict these exactly")
+        print(
+            f"warning: {name}: the tokenizer does not give {lost} of {len(states)} states back as "
+            "they are; P cannot predict these exactly"
+        )
     return longest_y, longest_z
 
 
@@ -204,8 +224,10 @@ def check_images(tok, states, name):
     one_size = all(shown) and len(shown) == len(states) and len(set(map(len, shown))) == 1
     if not one_size or not set().union(*shown) <= set(tok.get_added_vocab()):
         example = images.spell([["0", "1"], ["2", "3"]])
-        rundir.fail(f"{name}: where a state is an image, all are: {example}, rows as long as columns, all "
-                    "of one size, every code seen in training")
+        rundir.fail(
+            f"{name}: where a state is an image, all are: {example}, rows as long as columns, all "
+            "of one size, every code seen in training"
+        )
     return True
 
 
@@ -219,6 +241,8 @@ def check_context(net, tok, splits, sizes, longest_y, cfg):
     z = longest_action(tok, labelled + validation + test)
     needed = sizes[longest] + max(longest_y, sizes[longest]) + marks + 2 * z + around
     if needed > pretrained.context(net):
-        rundir.fail(f"{cfg.data or cfg.env}: a state of {sizes[longest]} tokens ({longest[:40]!r}...) is "
-                    f"longer than the model takes ({pretrained.context(net)} tokens for x, z and y "
-                    "together); give --max-state, shorten the states or choose another --model")
+        rundir.fail(
+            f"{cfg.data or cfg.env}: a state of {sizes[longest]} tokens ({longest[:40]!r}...) is "
+            f"longer than the model takes ({pretrained.context(net)} tokens for x, z and y "
+            "together); give --max-state, shorten the states or choose another --model"
+        )

@@ -50,8 +50,10 @@ def open_run(folder):
     longest = loading.check_data(net_P, tok, splits, cfg)
     test = affordable(tok, splits[3])
     if len(test) != n:
-        raise records.BadData(f"{folder}: it was trained with {n} test transitions, and now there are "
-                              f"{len(test)}; give it back its data, or train it again")
+        raise records.BadData(
+            f"{folder}: it was trained with {n} test transitions, and now there are "
+            f"{len(test)}; give it back its data, or train it again"
+        )
     half = loading.in_half(cfg, device)
     P, Q = loading.wrap(net_P.to(device), net_Q.to(device), tok, cfg, half, longest, test[0][0])
     episodes = loading.shorten_all(tok, test_episodes(cfg), cfg.max_state)
@@ -70,8 +72,9 @@ def read_config(folder):
         raise records.BadData(f"{folder}: no run's config.json is there, or it is damaged; give a "
                               "folder that train.py wrote") from None
     if not finished:
-        raise records.BadData(f"{folder}: this run is not finished; the same train.py command again "
-                              "finishes it")
+        raise records.BadData(
+            f"{folder}: this run is not finished; the same train.py command again finishes it"
+        )
     return config, n
 
 

@@ -1,6 +1,8 @@
-"""What a world of frames looks like, and what P makes of it: grids as PNG, a simulated episode as GIF. Needs Pillow (optional).
+"""What a world of frames looks like, and what P makes of it: grids as PNG, a simulated episode as
+GIF. Needs Pillow (optional).
 
-Claim: a picture shows what a score cannot. Arrays (H, W, 3) of uint8 in, one file out, written whole or not at all.
+Claim: a picture shows what a score cannot. Arrays (H, W, 3) of uint8 in, one file out, written
+whole or not at all.
 """
 import textwrap
 
@@ -8,7 +10,8 @@ import numpy as np
 
 from envs import records
 
-GAP, LINE = 6, 12                                                                  # pixels between cells, of a line of text
+# pixels between cells, of a line of text
+GAP, LINE = 6, 12
 
 
 def sheet(rows, path, heads=()):
@@ -25,7 +28,12 @@ def sheet(rows, path, heads=()):
         for c, cell in enumerate(row):
             at = GAP + c * (W + GAP), top + r * (H + GAP)
             if isinstance(cell, str):
-                draw.multiline_text((at[0], at[1] + H // 3), "\n".join(textwrap.wrap(cell, W // 7)), "black", spacing=2)
+                draw.multiline_text(
+                    (at[0], at[1] + H // 3),
+                    "\n".join(textwrap.wrap(cell, W // 7)),
+                    "black",
+                    spacing=2,
+                )
             else:
                 picture.paste(Image.fromarray(cell), at)
     save(path, picture, "PNG")
@@ -41,21 +49,32 @@ def difference(y, y_hat):
 
 def predictions(rows, path):
     """The grid of a stage; rows: [(x, z, y, y_hat)] with frames."""
-    sheet([[x, z, y, y_hat, difference(y, y_hat)] for x, z, y, y_hat in rows], path, ("x", "z", "y, true", "y_hat, of P", "difference"))
+    sheet(
+        [[x, z, y, y_hat, difference(y, y_hat)] for x, z, y, y_hat in rows],
+        path,
+        ("x", "z", "y, true", "y_hat, of P", "difference"),
+    )
 
 
 def rollouts(rows, path):
-    """Several steps ahead; rows: [([z], [first frame, true y, ..], [y_hat])], each a line of actions and two of pictures."""
+    """Several steps ahead; rows: [([z], [first frame, true y, ..], [y_hat])], each a line of
+    actions and two of pictures."""
     cells = []
     for zs, truth, y_hats in rows:
         cells += [["", *zs], list(truth), [truth[0], *y_hats]]
-    sheet(cells, path, ["above true, below P", *(f"T = {t}" for t in range(1, len(rows[0][0]) + 1))])
+    sheet(
+        cells, path, ["above true, below P", *(f"T = {t}" for t in range(1, len(rows[0][0]) + 1))]
+    )
 
 
 def animation(frames, path):
     """A GIF of what P simulates: a frame every .7 seconds."""
     from PIL import Image
-    first, *rest = [Image.fromarray(frame).resize((2 * frame.shape[1], 2 * frame.shape[0]), Image.NEAREST) for frame in frames]
+
+    first, *rest = [
+        Image.fromarray(frame).resize((2 * frame.shape[1], 2 * frame.shape[0]), Image.NEAREST)
+        for frame in frames
+    ]
     save(path, first, "GIF", save_all=True, append_images=rest, duration=700, loop=0)
 
 

@@ -1,4 +1,5 @@
-"""--minutes: measure a few steps, then fix the number of steps of every stage, before the run begins.
+"""--minutes: measure a few steps, then fix the number of steps of every stage, before the run
+begins.
 
 The steps go into config.json, and from there into a resumed run. So no result depends on the clock
 afterwards.
@@ -35,13 +36,17 @@ def scaled(cfg, seconds):
     wanted = {name: seconds[name] * getattr(cfg, name) for name in STEPS}
     steps, scores = path(cfg, wanted, evaluation)
     factor = parallel.agree(max(0.0, cfg.minutes * 60 - scores) / steps)
-    print(f"--minutes {cfg.minutes:g}: about {scores / 60:.1f} go to scores, {steps / 60:.1f} would go "
-          f"to the steps as set; now {factor:.2f} times as many")
+    print(
+        f"--minutes {cfg.minutes:g}: about {scores / 60:.1f} go to scores, {steps / 60:.1f} would "
+        "go "
+        f"to the steps as set; now {factor:.2f} times as many"
+    )
     return {name: max(1, round(getattr(cfg, name) * factor)) for name in STEPS}
 
 
 def path(cfg, seconds, evaluation):
-    """(seconds of all steps, seconds of all scores) on the longest way from the start to the end."""
+    """(seconds of all steps, seconds of all scores) on the longest way from the start to the
+    end."""
     once = seconds["phase1_steps"] + seconds["phase2_steps"]
     warmups = seconds["warmup_steps"], seconds["warmup_steps_idm"]
     swirl, rivals = cfg.iterations * once, seconds["bootstrap_steps"] + once

@@ -9,14 +9,16 @@ EVERY = 30.0        # seconds between two lines
 
 
 class Bar:
-    """show(step, reward=.., ..) after each step; close() at the end. Numbers that are None keep their last value."""
+    """show(step, reward=.., ..) after each step; close() at the end. Numbers that are None keep
+    their last value."""
 
     def __init__(self, name, steps, silent=False):
         self.name, self.steps = name, steps
         self.begin = self.last = time.monotonic()
         self.numbers = {}
         terminal = sys.stdout.isatty() and not silent
-        self.silent = silent or (terminal and multiprocessing.parent_process() is not None)    # one bar at a time
+        # one bar at a time
+        self.silent = silent or (terminal and multiprocessing.parent_process() is not None)
         terminal = terminal and not self.silent
         self.tqdm = tqdm(total=steps, desc=name, leave=False) if terminal else None
 
@@ -24,13 +26,19 @@ class Bar:
         self.numbers |= {key: value for key, value in numbers.items() if value is not None}
         now = time.monotonic()
         if self.tqdm is not None:
-            self.tqdm.set_postfix({key: f"{value:.3f}" for key, value in self.numbers.items()}, refresh=False)
+            self.tqdm.set_postfix(
+                {key: f"{value:.3f}" for key, value in self.numbers.items()}, refresh=False
+            )
             self.tqdm.update(step - self.tqdm.n)
         elif now - self.last >= EVERY and not self.silent:
             self.last = now
             left = (now - self.begin) / step * (self.steps - step)
             said = ", ".join(f"{key} {value:.3f}" for key, value in self.numbers.items())
-            print(f"  {self.name}: step {step} of {self.steps}, {said}, {left:.0f} s left in this stage", flush=True)
+            print(
+                f"  {self.name}: step {step} of {self.steps}, {said}, {left:.0f} s left in this "
+                "stage",
+                flush=True,
+            )
 
     def close(self):
         if self.tqdm is not None:

@@ -57,8 +57,8 @@ def finish(P, Q, lab, beside):
 
 
 def bounds(P, Q, lab):
-    """E log Q(z | x, y_hat) (Eq. 3) and E log P(y | x, z) (the reward of Eq. 5) on state-only pairs,
-    in nats, and whether the latent actions collapse."""
+    """E log Q(z | x, y_hat) (Eq. 3) and E log P(y | x, z) (the reward of Eq. 5) on state-only
+    pairs, in nats, and whether the latent actions collapse."""
     rng = random.Random(lab.cfg.seed)
     generator = torch.Generator(Q.net.device).manual_seed(lab.cfg.seed)
     n = min(256, len(lab.state_only), len(lab.labelled))

@@ -1,8 +1,9 @@
-"""A run's folder, its clock and its tables: what `train.py` writes and prints, so that it holds the algorithm alone.
+"""A run's folder, its clock and its tables: what `train.py` writes and prints, so that it holds the
+algorithm alone.
 
-DIR/config.json, metrics.jsonl, samples.jsonl, results.json, fwm/, idm/. A stage that ends is saved whole (both models,
-then progress.json, which names them), so that a cut loses one stage at most and nothing half-written is ever read.
-Of several processes rank 0 alone writes.
+DIR/config.json, metrics.jsonl, samples.jsonl, results.json, fwm/, idm/. A stage that ends is saved
+whole (both models, then progress.json, which names them), so that a cut loses one stage at most and
+nothing half-written is ever read. Of several processes rank 0 alone writes.
 """
 import dataclasses
 import json
@@ -18,18 +19,21 @@ from pathlib import Path
 import torch
 import transformers
 
-from models import parallel
-from models import pretrained
-from support import aside, progress
 from envs import records
+from models import parallel, pretrained
+from support import aside, progress
 
-OURS = {"config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm", "sft", "rivals",
-        "checkpoint-a", "checkpoint-b", "rollout.png", "rollout.gif", "codebook.npz"}
+OURS = {
+    "config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm",
+    "sft", "rivals", "checkpoint-a", "checkpoint-b", "rollout.png", "rollout.gif", "codebook.npz"}
 OURS |= {name + ".new" for name in OURS}
 FOLDERS = {"fwm", "idm", "adapter", "sft", "rivals", "checkpoint-a", "checkpoint-b"}
 PICTURE = re.compile(r"picture-(sft|bootstrap|iteration\d+-phase[12])\.png")
-MODEL_FILE = re.compile(r"(adapter_)?(config|model|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|"
-                        r"vocab|chat_template)[\w.-]*\.(json|safetensors|jinja|model)|merges\.txt|README\.md")
+MODEL_FILE = re.compile(
+    r"(adapter_)?(config|model|generation_config|tokenizer|tokenizer_config|special_tokens_map|"
+    r"added_tokens|vocab|chat_template)[\w.-]*\.(json|safetensors|jinja|model)|merges\.txt|"
+    r"README\.md"
+)
 
 
 def fail(message):
@@ -38,21 +42,32 @@ def fail(message):
 
 
 class Run:
-    """The files of a run (contract: config.json, metrics.jsonl, samples.jsonl, results.json, fwm/, idm/) and its clock."""
+    """The files of a run (contract: config.json, metrics.jsonl, samples.jsonl, results.json, fwm/,
+    idm/) and its clock."""
 
     def __init__(self, cfg, started, label=""):
-        self.dir, self.label = Path(cfg.out), label            # label: before the names of stages in what is printed
+        # label: before the names of stages in what is printed
+        self.dir, self.label = Path(cfg.out), label
         config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "fresh")}
         try:
             if parallel.rank() == 0:
                 self.prepare(cfg, config)
         except OSError as e:
             fail(f"--out {cfg.out}: {e.strerror or e}; give a folder that can be written")
-        parallel.agree(None)                                   # the others read when the folder is ready
-        self.progress = self.load("progress.json") or {"stages": [], "seconds": {}, "baselines": {}, "folder": None,
-                                                       "elapsed": 0.0, "eval_seconds": 0.0, "bytes": {}}
+        # the others read when the folder is ready
+        parallel.agree(None)
+        self.progress = self.load("progress.json") or {
+            "stages": [],
+            "seconds": {},
+            "baselines": {},
+            "folder": None,
+            "elapsed": 0.0,
+            "eval_seconds": 0.0,
+            "bytes": {},
+        }
         self.begin = started - self.progress["elapsed"]
-        for name in ("metrics.jsonl", "samples.jsonl"):        # forget the lines of a stage that was cut
+        # forget the lines of a stage that was cut
+        for name in ("metrics.jsonl", "samples.jsonl"):
             path, size = self.dir / name, self.progress["bytes"].get(name, 0)
             if parallel.rank() == 0 and path.exists() and path.stat().st_size > size:
                 os.truncate(path, size)
@@ -68,24 +83,53 @@ class Run:
         if found - {"config.json.new"} and not old:
             fail(f"--out {cfg.out} holds files that no run wrote; give another folder")
         if cfg.fresh and found:
-            self.load("progress.json")                         # one that is damaged is no run's, perhaps
+            # one that is damaged is no run's, perhaps
+            self.load("progress.json")
             foreign = self.foreign(self.dir)
             if foreign:
-                fail(f"--fresh: {cfg.out} holds {foreign[0].relative_to(self.dir)}, which no run wrote; move it away first")
+                fail(
+                    f"--fresh: {cfg.out} holds {foreign[0].relative_to(self.dir)}, which no run "
+                    "wrote; move it away first"
+                )
             shutil.rmtree(self.dir)
             old = {}
         for k in config:
             if k != "tokens" and old and old.get(k) != config[k]:
-                fail(f"--out {cfg.out} holds a run with {k}={old.get(k)}, this one has {k}={config[k]}; "
-                     "give another --out, or --fresh to start over")
+                fail(
+                    f"--out {cfg.out} holds a run with {k}={old.get(k)}, this one has "
+                    f"{k}={config[k]}; "
+                    "give another --out, or --fresh to start over"
+                )
         if old and before.get("data_sha256") != data:
-            fail(f"{cfg.data} has changed since the run in {cfg.out} began; give back the old file, or --fresh to start over")
+            fail(
+                f"{cfg.data} has changed since the run in {cfg.out} began; give back the old file, "
+                "or --fresh to start over"
+            )
         self.dir.mkdir(parents=True, exist_ok=True)
         if not old:
-            git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-                                 ).stdout.strip() if shutil.which("git") else None
-            self.write("config.json", {"settings": config, "data_sha256": data, "git": git or None, "versions": {
-                "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}})
+            git = (
+                subprocess.run(
+                    ["git", "rev-parse", "HEAD"],
+                    capture_output=True,
+                    text=True,
+                    cwd=Path(__file__).parent,
+                ).stdout.strip()
+                if shutil.which("git")
+                else None
+            )
+            self.write(
+                "config.json",
+                {
+                    "settings": config,
+                    "data_sha256": data,
+                    "git": git or None,
+                    "versions": {
+                        "python": platform.python_version(),
+                        "torch": torch.__version__,
+                        "transformers": transformers.__version__,
+                    },
+                },
+            )
 
     def foreign(self, folder):
         """Files in a run's folder that no run wrote."""
@@ -135,7 +179,9 @@ class Run:
         return time.monotonic() - self.begin
 
     def spend(self, what, since):
-        self.progress["seconds"][what] = self.progress["seconds"].get(what, 0.0) + time.monotonic() - since
+        self.progress["seconds"][what] = (
+            self.progress["seconds"].get(what, 0.0) + time.monotonic() - since
+        )
 
     def done(self, stage):
         return any(s["name"] == stage for s in self.progress["stages"])
@@ -164,7 +210,8 @@ class Run:
         self.write("progress.json", self.progress)
 
     def finish(self, results):
-        """Move the last models to fwm/ and idm/, then write results.json: the run is complete when that is there."""
+        """Move the last models to fwm/ and idm/, then write results.json: the run is complete when
+        that is there."""
         for side in ("fwm", "idm"):
             source = self.dir / self.progress["folder"] / side
             if source.exists():
@@ -184,8 +231,10 @@ def introduce(P, lab):
     print(f"  {P.net.num_parameters() / 1e6:.2f}M parameters a model; {cfg.threads} thread(s) a "
           f"process{two}; {lab.run.dir}")
     rivals = f"; Bootstrap {cfg.bootstrap_steps}" if cfg.rivals else ""
-    print(f"  steps: warm-up {cfg.warmup_steps} (FWM) and {cfg.warmup_steps_idm} (IDM), then "
-          f"{cfg.iterations} times Phase I {cfg.phase1_steps} and Phase II {cfg.phase2_steps}{rivals}")
+    print(
+        f"  steps: warm-up {cfg.warmup_steps} (FWM) and {cfg.warmup_steps_idm} (IDM), then "
+        f"{cfg.iterations} times Phase I {cfg.phase1_steps} and Phase II {cfg.phase2_steps}{rivals}"
+    )
     if lab.book and parallel.rank() == 0:
         with records.whole(lab.run.dir / "codebook.npz") as file:
             lab.book.save(file)
@@ -195,11 +244,17 @@ def warn(name, logs):
     """Print one line if a phase could learn nothing, or lost most of its rewards to the floor."""
     floored = sum(log["floored"] for log in logs) / max(1, len(logs))
     if all(log["zero_std_groups"] == 1 for log in logs):
-        print(f"warning: {name} could learn nothing: in no step did the rollouts of a group differ in "
-              "reward")
+        print(
+            f"warning: {name} could learn nothing: in no step did the rollouts of a group differ "
+            "in "
+            "reward"
+        )
     elif floored > 0.5:
-        print(f"warning: {name}: {floored:.0%} of the rewards lie on the floor; give --reward-form mean "
-              "or --floor 0")
+        print(
+            f"warning: {name}: {floored:.0%} of the rewards lie on the floor; give --reward-form "
+            "mean "
+            "or --floor 0"
+        )
 
 
 def peak_rss_mb():
@@ -208,13 +263,19 @@ def peak_rss_mb():
         import resource
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 
 def show(scores):
     fwm, idm = scores["fwm"], scores["idm"]
-    return (f"FWM exact {fwm['exact']:.3f}, of changed {fwm['exact_changed'] or 0:.3f}, sampled {fwm['sampled'] or 0:.3f}, "
-            f"logp {fwm['logp']:.2f} | IDM exact {idm['exact']:.3f}, logp {idm['logp']:.3f}, refused {idm['refused']:.3f}")
+    return (
+        f"FWM exact {fwm['exact']:.3f}, of changed {fwm['exact_changed'] or 0:.3f}, sampled "
+        f"{fwm['sampled'] or 0:.3f}, "
+        f"logp {fwm['logp']:.2f} | IDM exact {idm['exact']:.3f}, logp {idm['logp']:.3f}, refused "
+        f"{idm['refused']:.3f}"
+    )
 
 
 def rivals_of(beside):
@@ -228,45 +289,75 @@ def rivals_of(beside):
 
 
 def show_sample(s, changes):
-    """One transition as a person reads it: what changed, what P predicts, what Q reads. changes(x, y)
-    -> lines: `IDM.changes`."""
+    """One transition as a person reads it: what changed, what P predicts, what Q reads. changes(x,
+    y) -> lines: `IDM.changes`."""
     def lines(y):
         text = " / ".join(changes(s["x"], y)) or "(nothing changes)"
         return text if len(text) <= 400 else text[:400] + " ..."
-    return (f"    z     {s['z']}\n    y     {lines(s['y'])}\n    y_hat {'= y' if s['y_hat'] == s['y'] else lines(s['y_hat'])}"
-            f"\n    z_hat {'= z' if s['z_hat'] == s['z'] else s['z_hat']}")
+
+    return (
+        f"    z     {s['z']}\n    y     {lines(s['y'])}\n    y_hat "
+        f"{'= y' if s['y_hat'] == s['y'] else lines(s['y_hat'])}"
+        f"\n    z_hat {'= z' if s['z_hat'] == s['z'] else s['z_hat']}"
+    )
 
 
 def report(results):
     """The final table: a row a stage, FWM and IDM side by side."""
     base = results["baselines"]
-    rows = [(s["name"], s["fwm"], s["idm"], s["steps"], s["seconds"]) for s in results["stages"][:-1]]
+    rows = [
+        (s["name"], s["fwm"], s["idm"], s["steps"], s["seconds"]) for s in results["stages"][:-1]
+    ]
     if "bootstrap" in base:
         boot, then = base["bootstrap"], base["bootstrap_swirl"]
         rows.append(("bootstrap", boot["fwm"], None, boot["steps"], boot["seconds"]))
-        rows += [("  + " + s["name"], s["fwm"], s["idm"], s["steps"], s["seconds"]) for s in then["stages"]]
+        rows += [
+            ("  + " + s["name"], s["fwm"], s["idm"], s["steps"], s["seconds"])
+            for s in then["stages"]
+        ]
         best, same = base["best_of_8"], base["best_of_8"]["sft"]
         rows.append((f"sft, the first {best['fwm']['n']}", same["fwm"], same["idm"], None, None))
-        rows.append((f"  best of 8 of these", best["fwm"], best["idm"], None, None))
+        rows.append(("  best of 8 of these", best["fwm"], best["idm"], None, None))
     rows.append(("copy x", base["copy_x"], None, None, None))
     middle = [("BLEU", lambda fwm: fwm["bleu"], 1), ("ROUGE-L", lambda fwm: fwm["rouge_l"], 1)]
-    if "patches_changed" in rows[0][1]:                        # images: right patches of those that change, also of motion kinds and at T = 6
-        middle = [("patches %", lambda fwm: fwm["patches_changed"], 100),
-                  ("motion %", lambda fwm: fwm.get("kinds", {}).get("motion", {}).get("exact_changed"), 100),
-                  ("T = 6 %", lambda fwm: fwm.get("rollout_exact", [None])[-1], 100)]
-    columns = [(0, lambda fwm: fwm["exact"], 100), (0, lambda fwm: fwm["exact_changed"], 100),
-               (0, lambda fwm: fwm.get("sampled"), 100), *((0, *column[1:]) for column in middle),
-               (0, lambda fwm: fwm["logp"], 1), (1, lambda idm: idm["exact"], 100), (1, lambda idm: idm["logp"], 1),
-               (1, lambda idm: idm.get("refused"), 100)]
-    heads = ["FWM: exact", "changed", "sampled", *(head for head, _, _ in middle), "logp", "IDM: exact", "logp", "refused",
-             "steps", "seconds"]
-    cell = lambda value, scale=1, digits=2: f"{value * scale:11.{digits}f}" if value is not None else "          -"
-    print(f"\n{results['env']}, seed {results['seed']}: {results['splits']['test']} held-out transitions, "
-          f"{results['seconds']['total'] / 60:.1f} minutes on {results['hardware']}")
-    print("exact: y_hat = y, greedily; changed: the same where y != x; sampled: the chance, where y != x, that a future drawn is y; in %")
+    # images: right patches of those that change, also of motion kinds and at T = 6
+    if "patches_changed" in rows[0][1]:
+        middle = [
+            ("patches %", lambda fwm: fwm["patches_changed"], 100),
+            (
+                "motion %",
+                lambda fwm: fwm.get("kinds", {}).get("motion", {}).get("exact_changed"),
+                100,
+            ),
+            ("T = 6 %", lambda fwm: fwm.get("rollout_exact", [None])[-1], 100),
+        ]
+    columns = [
+        (0, lambda fwm: fwm["exact"], 100), (0, lambda fwm: fwm["exact_changed"], 100),
+        (0, lambda fwm: fwm.get("sampled"), 100), *((0, *column[1:]) for column in middle),
+        (0, lambda fwm: fwm["logp"], 1), (1, lambda idm: idm["exact"], 100),
+        (1, lambda idm: idm["logp"], 1), (1, lambda idm: idm.get("refused"), 100)]
+    heads = [
+        "FWM: exact", "changed", "sampled", *(head for head, _, _ in middle), "logp", "IDM: exact",
+        "logp", "refused", "steps", "seconds"]
+    cell = lambda value, scale=1, digits=2: (
+        f"{value * scale:11.{digits}f}" if value is not None else "          -"
+    )
+    print(
+        f"\n{results['env']}, seed {results['seed']}: {results['splits']['test']} held-out "
+        "transitions, "
+        f"{results['seconds']['total'] / 60:.1f} minutes on {results['hardware']}"
+    )
+    print(
+        "exact: y_hat = y, greedily; changed: the same where y != x; sampled: the chance, where y "
+        "!= x, that a future drawn is y; in %"
+    )
     print(f"{'':22}" + "".join(f"{head:>11}" for head in heads))
     for name, fwm, idm, steps, seconds in rows:
         sides = fwm, idm
-        print(f"{name:22}" + "".join(cell(sides[i] and get(sides[i]), scale) for i, get, scale in columns)
-              + cell(steps, digits=0) + cell(seconds, digits=0))
+        print(
+            f"{name:22}"
+            + "".join(cell(sides[i] and get(sides[i]), scale) for i, get, scale in columns)
+            + cell(steps, digits=0)
+            + cell(seconds, digits=0)
+        )
     return 0

@@ -1,4 +1,5 @@
-"""Tiny random models, and the two oracles that everything is held against: one row, no cache, no padding."""
+"""Tiny random models, and the two oracles that everything is held against: one row, no cache, no
+padding."""
 
 import random
 
@@ -8,8 +9,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import lm
 import sft
-import swirl_fwm
-import swirl_idm
 from envs import records, tools
 from models import images, optim, pretrained, tiny
 from swirl_fwm import FWM
@@ -34,17 +33,35 @@ def sharpen(model, factor):
 def tiny_llama(V=9, seed=0, factor=12.0):
     """Rotary positions, grouped heads, tied embeddings."""
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=V, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-                         tie_word_embeddings=True, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
     return sharpen(LlamaForCausalLM(config).eval(), factor)
 
 
 def tiny_gpt2(V=9, seed=0, factor=12.0):
     """Learned absolute positions: a padded prompt with wrong positions gives wrong numbers."""
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=V, n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=EOS,
-                        eos_token_id=EOS, pad_token_id=EOS)
+    config = GPT2Config(
+        vocab_size=V,
+        n_positions=256,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
     return sharpen(GPT2LMHeadModel(config).eval(), factor)
 
 
@@ -63,7 +80,8 @@ def tok():
 
 
 def random_tiny(tok, seed):
-    """`tiny.make_model` as Llama's own random weights leave it, sharpened: rows of a group then differ."""
+    """`tiny.make_model` as Llama's own random weights leave it, sharpened: rows of a group then
+    differ."""
     return sharpen(tiny.make_model(tok, width=32, layers=2, context=512, seed=seed), 8.0)
 
 
@@ -93,7 +111,9 @@ def greedy(net, prefixes, longest, eos=EOS, **options):
 
 
 def logprobs(net, prefixes, rows, owner, n_scored=None, temperature=1.0, **options):
-    return lm.logprobs(net, prefixes, rows, owner, lm.Options(EOS, temperature, **options), n_scored)
+    return lm.logprobs(
+        net, prefixes, rows, owner, lm.Options(EOS, temperature, **options), n_scored
+    )
 
 
 def frozen(net):
@@ -109,7 +129,8 @@ def score(net, prefixes, rows, owner=None, n_scored=None, temperature=1.0, **opt
 
 
 def ending(model, eos, bias):
-    """Add `bias` to the logit of eos: a random model then ends its rows early, late or (-1e4) never."""
+    """Add `bias` to the logit of eos: a random model then ends its rows early, late or (-1e4)
+    never."""
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
     model.lm_head.bias.data[eos] = bias
     return model
@@ -118,10 +139,15 @@ def ending(model, eos, bias):
 def naive(model, prefix, row, temperature=1.0, min_p=0.0):
     """(T,) log p(row_t | prefix, row_<t) from one full forward pass; differentiable."""
     ids = torch.tensor([[*prefix, *row]])
-    logp = (model(ids, use_cache=False).logits[0].float() / temperature).log_softmax(-1)[len(prefix) - 1:-1]       # (T, V)
+    # (T, V)
+    logp = (model(ids, use_cache=False).logits[0].float() / temperature).log_softmax(-1)[
+        len(prefix) - 1 : -1
+    ]
     row, p = torch.tensor(row)[:, None], logp.exp()
     out = (p < min_p * p.amax(1, keepdim=True)).scatter(1, row, False)
-    return logp.gather(1, row)[:, 0] - (logp.masked_fill(out, -torch.inf).logsumexp(1) if min_p else 0)
+    return logp.gather(1, row)[:, 0] - (
+        logp.masked_fill(out, -torch.inf).logsumexp(1) if min_p else 0
+    )
 
 
 @torch.no_grad()
@@ -136,7 +162,9 @@ def naive_greedy(model, prefix, max_new, eos):
 
 def grads(model):
     """One long vector; a parameter without gradient counts as 0."""
-    flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]
+    flat = [
+        (torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()
+    ]
     return torch.cat(flat)
 
 

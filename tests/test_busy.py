@@ -5,11 +5,11 @@ import random
 from collections import Counter
 
 import pytest
+from test_physics import read
 
 import envs
 from envs import physics, tools, web
 from settings import parse
-from test_physics import read
 
 WORLDS = {"tools": tools, "physics": physics, "web": web}
 OURS = {"tools": ("user", "results", "reply"),

@@ -44,7 +44,9 @@ def test_sampled_is_the_mean_chance_of_y_where_something_changes():
 def test_the_chance_of_y_is_that_of_its_tokens_where_p_draws_as_the_paper_does(P):
     xs, zs, ys = zip(*DATA)
     options = lm.Options(P.tok.eos_token_id, temperature=0.75, top_p=0.99)
-    logp = lm.score(P.net, [P.prompt(x, z) for x, z in zip(xs, zs)], [P.target(y) for y in ys], options)
+    logp = lm.score(
+        P.net, [P.prompt(x, z) for x, z in zip(xs, zs)], [P.target(y) for y in ys], options
+    )
     assert P.logp(xs, zs, ys, options).tolist() == pytest.approx(logp.tolist(), abs=1e-3)
     assert logp.tolist() != pytest.approx(P.logp(xs, zs, ys).tolist(), abs=0.1)
 

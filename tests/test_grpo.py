@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from conftest import EOS, MAKERS, Net, Recorder, grads, naive, relative, tiny_llama, weights
 
 import grpo
 import lm
 import mi_bounds
-from conftest import EOS, MAKERS, Net, Recorder, grads, naive, relative, tiny_llama, weights
 from models import optim
 
 REWARDS = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
@@ -27,9 +27,21 @@ class Settings(grpo.Phase):
 
 
 def settings(**kw):
-    """Every setting that a test relies on is said here or in the test: defaults are free to change."""
-    plain = dict(group_size=4, temperature=1.0, min_p=0.0, form="sum", floor=0.0, scale="mean", beta=0.0,
-                 kl="reward", updates=1, clip=0.2, max_norm=1e9)
+    """Every setting that a test relies on is said here or in the test: defaults are free to
+    change."""
+    plain = dict(
+        group_size=4,
+        temperature=1.0,
+        min_p=0.0,
+        form="sum",
+        floor=0.0,
+        scale="mean",
+        beta=0.0,
+        kl="reward",
+        updates=1,
+        clip=0.2,
+        max_norm=1e9,
+    )
     return Settings(**plain | kw)
 
 
@@ -39,13 +51,21 @@ def rollouts_of(prompts, rows, logps, cfg):
 
 
 def take_step(policy, ref, optimizers, prompts, reward, cfg, seed=0, **sampler):
-    """Draw, reward(owner, rows) -> (N,), one step: (log, rows, R). sampler: other options to draw with."""
+    """Draw, reward(owner, rows) -> (N,), one step: (log, rows, R). sampler: other options to draw
+    with."""
     gen = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     options = lm.Options(EOS, **dict(temperature=cfg.temperature, min_p=cfg.min_p) | sampler)
     rows, logps = lm.sample(policy, prompts, cfg.group_size, cfg.longest, options, gen)
     R = reward([n // cfg.group_size for n in range(len(rows))], rows)
-    log = grpo.step(Net(policy), ref and Net(ref), optimizers, rollouts_of(prompts, rows, logps, cfg),
-                    R.view(-1, cfg.group_size), cfg, cfg.lr)
+    log = grpo.step(
+        Net(policy),
+        ref and Net(ref),
+        optimizers,
+        rollouts_of(prompts, rows, logps, cfg),
+        R.view(-1, cfg.group_size),
+        cfg,
+        cfg.lr,
+    )
     return log, rows, R
 
 
@@ -57,11 +77,14 @@ def cosine(a, b):
     return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0).item()
 
 
-# --- the estimator, on policies small enough to enumerate ---------------------------------------------------
+# --- the estimator, on policies small enough to enumerate -----------------------------------------
 
-def expected_update(theta, G, R, cfg, table=lambda theta: theta.log_softmax(-1)[:, None], live=None):
-    """Mean over all groups of the ascent direction. table(theta) -> (K, T) token log-probs of all K outcomes;
-    R(logp) -> (K,) rewards, maybe with the KL. The loss is linear in A: the group's probability scales it."""
+def expected_update(
+    theta, G, R, cfg, table=lambda theta: theta.log_softmax(-1)[:, None], live=None
+):
+    """Mean over all groups of the ascent direction. table(theta) -> (K, T) token log-probs of all K
+    outcomes; R(logp) -> (K,) rewards, maybe with the KL. The loss is linear in A: the group's
+    probability scales it."""
     theta = theta.clone().requires_grad_()
     logp = table(theta)                                                            # (K, T)
     live = torch.ones_like(logp, dtype=torch.bool) if live is None else live
@@ -69,7 +92,9 @@ def expected_update(theta, G, R, cfg, table=lambda theta: theta.log_softmax(-1)[
     groups = torch.tensor(list(itertools.product(range(len(p)), repeat=G)))        # (K^G, G)
     A = grpo.advantages(reward[groups], cfg.scale) * p[groups].prod(1, keepdim=True)
     n = groups.flatten()
-    grpo.loss_sum(logp[n], logp[n].detach(), None, A.flatten(), live[n], cfg).div(G).neg().backward()
+    grpo.loss_sum(logp[n], logp[n].detach(), None, A.flatten(), live[n], cfg).div(
+        G
+    ).neg().backward()
     return theta.grad
 
 
@@ -89,14 +114,17 @@ def test_expected_update_is_the_gradient_of_the_expected_reward(G, scale):
 
 
 def test_dividing_by_the_deviation_is_another_direction():
-    """scale="std" climbs, but not along the gradient, and without unit: ten times the rewards, same step."""
+    """scale="std" climbs, but not along the gradient, and without unit: ten times the rewards, same
+    step."""
     update = expected_update(THETA, 3, lambda logp: REWARDS, settings(scale="std"))
     truth = exact_gradient(THETA, lambda theta: (theta.softmax(-1) * REWARDS).sum())
     assert 0.8 < cosine(update, truth) < 0.9999
     tenfold = expected_update(THETA, 3, lambda logp: 10 * REWARDS, settings(scale="std"))
     assert relative(tenfold, update) < 1e-3
     R = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 3.0]])
-    by_hand = [[(r - sum(g) / 3) / (torch.tensor(g).std().item() + 1e-4) for r in g] for g in R.tolist()]
+    by_hand = [
+        [(r - sum(g) / 3) / (torch.tensor(g).std().item() + 1e-4) for r in g] for g in R.tolist()
+    ]
     assert torch.allclose(grpo.advantages(R, "std"), torch.tensor(by_hand))
 
 
@@ -110,7 +138,9 @@ def world():
 
 def elbo_of(theta, P, prior, beta):
     Q = torch.full((1, 3, 4), .25, dtype=torch.float64)
-    return mi_bounds.elbo(P, torch.stack([Q[0, 0], theta.softmax(-1), Q[0, 2]])[None], prior, beta)[0, 1]
+    return mi_bounds.elbo(P, torch.stack([Q[0, 0], theta.softmax(-1), Q[0, 2]])[None], prior, beta)[
+        0, 1
+    ]
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])
@@ -143,7 +173,8 @@ LIVE = torch.tensor([[t < len(r) for t in range(3)] for r in SEQUENCES])
 
 
 def sequence_table(theta):
-    """(K, 3) token log-probs of all rows, 0 after the end. theta: (histories, V), one softmax each."""
+    """(K, 3) token log-probs of all rows, 0 after the end. theta: (histories, V), one softmax
+    each."""
     logp = theta.log_softmax(-1)
     zero = logp.new_zeros(())
     at = lambda r, t: logp[HISTORIES.index(r[:t]), r[t]] if t < len(r) else zero
@@ -153,10 +184,14 @@ def sequence_table(theta):
 def test_sequence_update_is_the_gradient_of_the_sequence_elbo():
     """V = 3, up to 3 tokens, early ends. The SUM over tokens is exact; a KL per token is not."""
     gen = torch.Generator().manual_seed(1)
-    theta, other = (torch.randn(len(HISTORIES), 3, generator=gen, dtype=torch.float64) for _ in range(2))
+    theta, other = (
+        torch.randn(len(HISTORIES), 3, generator=gen, dtype=torch.float64) for _ in range(2)
+    )
     logP = 2 * torch.randn(len(SEQUENCES), generator=gen, dtype=torch.float64)
     ref, lengths = sequence_table(other).sum(1), LIVE.sum(1)
-    assert len(SEQUENCES) == 15 and sequence_table(theta).sum(1).exp().sum().item() == pytest.approx(1)
+    assert len(SEQUENCES) == 15 and sequence_table(theta).sum(
+        1
+    ).exp().sum().item() == pytest.approx(1)
 
     def J(theta):
         logq = sequence_table(theta).sum(1)
@@ -171,20 +206,25 @@ def test_sequence_update_is_the_gradient_of_the_sequence_elbo():
 @pytest.mark.parametrize("scale", ["mean", "loo"])
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_whole_step_on_a_model_averages_to_the_exact_gradient(scale, beta):
-    """`step` itself, fed with all groups of two of the 7 rows of V = 3, T <= 2, weighed by probability."""
+    """`step` itself, fed with all groups of two of the 7 rows of V = 3, T <= 2, weighed by
+    probability."""
     policy, ref, rows = tiny_llama(3, 1), tiny_llama(3, 2), sequences(3, 2)
     values = {r: math.sin(3 * n) * 2 for n, r in enumerate(rows)}
     logq = torch.stack([naive(policy, [1, 2], r, 0.7).sum() for r in rows])
     logref = torch.stack([naive(ref, [1, 2], r, 0.7).sum() for r in rows]).detach()
     assert logq.exp().sum().item() == pytest.approx(1, abs=1e-5)
-    (logq.exp() * (torch.tensor([values[r] for r in rows]) - beta * (logq - logref))).sum().backward()
+    (
+        logq.exp() * (torch.tensor([values[r] for r in rows]) - beta * (logq - logref))
+    ).sum().backward()
     truth = grads(policy)
     policy.zero_grad()
     cfg = settings(group_size=2, longest=2, scale=scale, beta=beta, temperature=0.7)
     mean = torch.zeros_like(truth)
     for a, b in itertools.product(range(len(rows)), repeat=2):
         pair = [list(rows[a]), list(rows[b])]
-        drawn = rollouts_of([[1, 2]], pair, [naive(policy, [1, 2], row, 0.7).tolist() for row in pair], cfg)
+        drawn = rollouts_of(
+            [[1, 2]], pair, [naive(policy, [1, 2], row, 0.7).tolist() for row in pair], cfg
+        )
         recorder, R = Recorder(policy), torch.tensor([[values[tuple(row)] for row in pair]])
         grpo.step(Net(policy), Net(ref), [recorder], drawn, R, cfg, 0.1)
         if recorder.seen:
@@ -192,7 +232,7 @@ def test_whole_step_on_a_model_averages_to_the_exact_gradient(scale, beta):
     assert relative(mean, truth * (1 if scale == "loo" else 1 / 2)) < 1e-4
 
 
-# --- advantages ---------------------------------------------------------------------------------------------
+# --- advantages -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("scale", ["mean", "std", "loo"])
 @pytest.mark.parametrize("value", [0.1, -7.3, 1e8, 1 / 3])
@@ -204,7 +244,8 @@ def test_equal_rewards_give_exactly_nothing(scale, value):
 
 @pytest.mark.parametrize("scale", ["mean", "std", "loo"])
 def test_rounding_noise_is_not_blown_up(scale):
-    """Rounding is no signal (Adam would make a full step of it); a spread of a ten-thousandth of a nat is."""
+    """Rounding is no signal (Adam would make a full step of it); a spread of a ten-thousandth of a
+    nat is."""
     R = torch.rand(8, 6, generator=torch.Generator().manual_seed(0))
     assert (grpo.advantages(1e-6 * R, scale) == 0).all()
     assert (grpo.advantages(1e-4 * R, scale) != 0).all()
@@ -229,7 +270,7 @@ def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others():
         assert A[b, k].item() == pytest.approx((R[b, k] - sum(others) / 3).item(), abs=1e-6)
 
 
-# --- KL -----------------------------------------------------------------------------------------------------
+# --- KL -------------------------------------------------------------------------------------------
 
 REF = torch.tensor([0.1, 0.9, -0.6, 0.2], dtype=torch.float64).log_softmax(-1)
 
@@ -244,16 +285,24 @@ def test_k1_and_k3_are_unbiased_values_of_the_kl_to_the_reference():
         assert (pi.exp() * k(pi, REF)).sum().item() == pytest.approx(kl(pi, REF).item(), rel=1e-12)
         swapped = (pi.exp() * k(REF, pi)).sum().item()
         assert swapped != pytest.approx(kl(pi, REF).item(), rel=1e-2)
-    assert (grpo.k3(pi, REF) > 0).all() and (grpo.k3(pi, pi) == 0).all() and (grpo.k1(pi, pi) == 0).all()
+    assert (
+        (grpo.k3(pi, REF) > 0).all()
+        and (grpo.k3(pi, pi) == 0).all()
+        and (grpo.k1(pi, pi) == 0).all()
+    )
 
 
 def test_k1_as_a_loss_has_no_expected_gradient():
-    g = exact_gradient(THETA, lambda theta: (THETA.softmax(-1) * grpo.k1(theta.log_softmax(-1), REF)).sum())
+    g = exact_gradient(
+        THETA, lambda theta: (THETA.softmax(-1) * grpo.k1(theta.log_softmax(-1), REF)).sum()
+    )
     assert g.abs().max() < 1e-15
 
 
 def test_k3_as_a_loss_descends_the_forward_kl_for_one_token():
-    g = exact_gradient(THETA, lambda theta: (THETA.softmax(-1) * grpo.k3(theta.log_softmax(-1), REF)).sum())
+    g = exact_gradient(
+        THETA, lambda theta: (THETA.softmax(-1) * grpo.k3(theta.log_softmax(-1), REF)).sum()
+    )
     forward = exact_gradient(THETA, lambda theta: kl(REF, theta.log_softmax(-1)))
     reverse = exact_gradient(THETA, lambda theta: kl(theta.log_softmax(-1), REF))
     assert torch.allclose(g, forward, rtol=1e-10) and relative(g, reverse) > 1e-2
@@ -263,7 +312,7 @@ def test_k3_does_not_overflow():
     assert grpo.k3(torch.tensor(-1000.0), torch.tensor(0.0)).isfinite()
 
 
-# --- surrogate, loss ----------------------------------------------------------------------------------------
+# --- surrogate, loss ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("A", [2.0, -3.0])
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0])
@@ -274,7 +323,9 @@ def test_clip_acts_only_where_the_ratio_left_the_range_on_the_advantage_s_side(A
     value.backward()
     off = (A > 0 and ratio > 1.2) or (A < 0 and ratio < 0.8)
     assert logp.grad.item() == pytest.approx(0 if off else A * ratio, rel=1e-5, abs=1e-12)
-    assert value.item() == pytest.approx(A * min(max(ratio, 0.8), 1.2) if off else A * ratio, rel=1e-5)
+    assert value.item() == pytest.approx(
+        A * min(max(ratio, 0.8), 1.2) if off else A * ratio, rel=1e-5
+    )
 
 
 def test_gradient_at_the_first_step_is_a_grad_logp():
@@ -294,7 +345,7 @@ def test_loss_counts_live_tokens_only():
         assert (logp.grad[~live] == 0).all() and (logp.grad[live] != 0).all()
 
 
-# --- one step against a naive loop --------------------------------------------------------------------------
+# --- one step against a naive loop ----------------------------------------------------------------
 
 def value(owner, row):
     """Any reward will do: it depends on the prompt, the tokens and their order."""
@@ -306,7 +357,8 @@ def reward(owner, rows):
 
 
 def naive_loss(policy, ref, prompts, rows, cfg, old=None):
-    """The objective as `grpo` states it, over all B*G rollouts: no batch, no cache, no row left out."""
+    """The objective as `grpo` states it, over all B*G rollouts: no batch, no cache, no row left
+    out."""
     B, G = len(prompts), cfg.group_size
     prompt = lambda n: prompts[n // G]
     logp = [naive(policy, prompt(n), r, cfg.temperature, cfg.min_p) for n, r in enumerate(rows)]
@@ -339,25 +391,42 @@ def test_gradient_equals_a_naive_loop_for_every_micro_batch(kind, scale, kl, min
     policy, ref = MAKERS[kind](4, 1, 14.0), MAKERS[kind](4, 2, 14.0)
     prompts = [[t % 4 for t in p] for p in PROMPTS]
     for tokens in (1, 20, 40, 10**6):
-        cfg = settings(group_size=6, longest=4, temperature=0.7, min_p=min_p, kl=kl, beta=0.4, scale=scale, tokens=tokens)
+        cfg = settings(
+            group_size=6,
+            longest=4,
+            temperature=0.7,
+            min_p=min_p,
+            kl=kl,
+            beta=0.4,
+            scale=scale,
+            tokens=tokens,
+        )
         recorder = Recorder(policy)
         log, rows, R = take_step(policy, ref, [recorder], prompts, reward, cfg, seed=1)
         if tokens == 1:
             lengths = set(map(len, rows))
-            assert len(lengths) > 1 and len({(n // 6, *r) for n, r in enumerate(rows)}) < 18 == len(rows)
+            assert len(lengths) > 1 and len({(n // 6, *r) for n, r in enumerate(rows)}) < 18 == len(
+                rows
+            )
             naive_loss(policy, ref, prompts, rows, cfg)[0].backward()
             truth = grads(policy)
             policy.zero_grad()
             first = rows
-        assert rows == first and R.tolist() == pytest.approx([value(n // 6, r) for n, r in enumerate(rows)])
+        assert rows == first and R.tolist() == pytest.approx(
+            [value(n // 6, r) for n, r in enumerate(rows)]
+        )
         assert relative(recorder.seen[0], truth) < 1e-4 and len(recorder.seen) == 1
-        assert log["grad_norm"] == pytest.approx(truth.norm().item(), rel=1e-4) and log["gap"] < 1e-4
+        assert (
+            log["grad_norm"] == pytest.approx(truth.norm().item(), rel=1e-4) and log["gap"] < 1e-4
+        )
 
 
 @pytest.mark.parametrize("kl, min_p", [("reward", 0.0), ("loss", 0.0), ("reward", 0.02)])
 def test_several_updates_keep_the_first_log_probs_and_clip(kl, min_p):
     """Three SGD steps, far enough for the clip to act, end where the naive loop ends."""
-    cfg = settings(group_size=5, kl=kl, min_p=min_p, beta=0.2, updates=3, lr=0.1, clip=0.1, tokens=25)
+    cfg = settings(
+        group_size=5, kl=kl, min_p=min_p, beta=0.2, updates=3, lr=0.1, clip=0.1, tokens=25
+    )
     ours, plain, ref = tiny_llama(9, 1), tiny_llama(9, 1), tiny_llama(9, 2)
     sgd = lambda model: [torch.optim.SGD(model.parameters(), lr=cfg.lr)]
     _, rows, _ = take_step(ours, ref, sgd(ours), PROMPTS, reward, cfg, seed=3)
@@ -368,7 +437,9 @@ def test_several_updates_keep_the_first_log_probs_and_clip(kl, min_p):
         optimizer.step()
         optimizer.zero_grad()
     assert relative(weights(ours) - start, weights(plain) - start) < 1e-3
-    ratios = torch.cat([(naive(plain, PROMPTS[n // 5], r, min_p=min_p) - old[n]).exp() for n, r in enumerate(rows)])
+    ratios = torch.cat(
+        [(naive(plain, PROMPTS[n // 5], r, min_p=min_p) - old[n]).exp() for n, r in enumerate(rows)]
+    )
     assert ratios.max() > 1.1 and ratios.min() < 0.9
 
 
@@ -377,11 +448,17 @@ def test_log_tells_the_truth():
     truth = tiny_llama(9, 1)
     log, rows, R = take_step(policy, ref, optim.make_optimizers(policy, 1e-3), PROMPTS, reward, cfg)
     owner = [n // 4 for n in range(12)]
-    total = lambda model: sum(naive(model, PROMPTS[o], r, 0.7).sum().item() for o, r in zip(owner, rows))
+    total = lambda model: sum(
+        naive(model, PROMPTS[o], r, 0.7).sum().item() for o, r in zip(owner, rows)
+    )
     assert log["kl"] == pytest.approx((total(truth) - total(ref)) / 12, abs=1e-4)
-    assert log["reward"] == pytest.approx(sum(value(o, r) for o, r in zip(owner, rows)) / 12, abs=1e-6)
+    assert log["reward"] == pytest.approx(
+        sum(value(o, r) for o, r in zip(owner, rows)) / 12, abs=1e-6
+    )
     assert log["reward_std"] == pytest.approx(R.view(3, 4).std(1).mean().item())
-    assert log["truncated"] == sum(EOS not in r for r in rows) / 12 and log["tokens"] == sum(map(len, rows))
+    assert log["truncated"] == sum(EOS not in r for r in rows) / 12 and log["tokens"] == sum(
+        map(len, rows)
+    )
     assert log["gap"] < 1e-4 and log["zero_std_groups"] == 0
 
 
@@ -395,12 +472,24 @@ def test_kl_is_zero_when_the_phase_begins():
 
 
 def test_the_kl_with_min_p_is_what_it_leaves_out():
-    """Of the policy that draws to the reference, which draws from all: at a phase's start -log of the mass that stayed."""
+    """Of the policy that draws to the reference, which draws from all: at a phase's start -log of
+    the mass that stayed."""
     policy = tiny_llama()
-    ref, cfg, opt = frozen(policy), settings(beta=0.1, lr=1e-2, min_p=0.3), optim.make_optimizers(policy, 1e-2)
+    ref, cfg, opt = (
+        frozen(policy), settings(beta=0.1, lr=1e-2, min_p=0.3),
+        optim.make_optimizers(policy, 1e-2))
     log, rows, _ = take_step(policy, ref, opt, PROMPTS, reward, cfg)
-    lost = [(naive(ref, PROMPTS[n // 4], row, min_p=0.3) - naive(ref, PROMPTS[n // 4], row)).sum().item() for n, row in enumerate(rows)]
-    assert log["kl"] == pytest.approx(sum(lost) / len(lost), abs=1e-4) and log["kl"] > 0.01 and 0 < log["gap"] < 1e-4
+    lost = [
+        (naive(ref, PROMPTS[n // 4], row, min_p=0.3) - naive(ref, PROMPTS[n // 4], row))
+        .sum()
+        .item()
+        for n, row in enumerate(rows)
+    ]
+    assert (
+        log["kl"] == pytest.approx(sum(lost) / len(lost), abs=1e-4)
+        and log["kl"] > 0.01
+        and 0 < log["gap"] < 1e-4
+    )
 
 
 def test_a_sampler_that_is_not_the_trainer_stops_the_step():
@@ -411,7 +500,10 @@ def test_a_sampler_that_is_not_the_trainer_stops_the_step():
     with pytest.raises(RuntimeError, match="sampler and trainer disagree"):
         take_step(policy, None, [Recorder(policy)], PROMPTS, reward, settings(), temperature=0.7)
     loose = settings(min_p=1e-6)
-    grpo.check_gap(0.01, lm.Options(EOS, min_p=0.05)), grpo.check_gap(1.9, lm.Options(EOS, half=True))
+    (
+        grpo.check_gap(0.01, lm.Options(EOS, min_p=0.05)),
+        grpo.check_gap(1.9, lm.Options(EOS, half=True)),
+    )
     with pytest.raises(RuntimeError):
         grpo.check_gap(float("nan"), rollouts_of([], [], [], loose).options)
 
@@ -432,7 +524,11 @@ def test_constant_reward_changes_no_parameter():
         constant = lambda owner, rows: torch.full((len(rows),), -7.3)
         log, *_ = take_step(policy, None, opt, PROMPTS, constant, settings(updates=2, scale=scale))
         assert torch.equal(weights(policy), before)
-        assert log["zero_std_groups"] == 1 and log["reward"] == pytest.approx(-7.3) and log["grad_norm"] == 0
+        assert (
+            log["zero_std_groups"] == 1
+            and log["reward"] == pytest.approx(-7.3)
+            and log["grad_norm"] == 0
+        )
 
 
 def some_flat(which):
@@ -462,7 +558,9 @@ def test_divided_by_std_a_kl_alone_teaches_nothing(monkeypatch, which):
     seen, update = {}, grpo.update
     for scale in ("std", "mean"):
         policy, ref = tiny_llama(9, 1), tiny_llama(9, 2)
-        monkeypatch.setattr(grpo, "update", lambda *args: seen.update({scale: args[3]}) or update(*args))
+        monkeypatch.setattr(
+            grpo, "update", lambda *args: seen.update({scale: args[3]}) or update(*args)
+        )
         cfg = settings(beta=0.5, scale=scale)
         take_step(policy, ref, [Recorder(policy)], PROMPTS, some_flat(which), cfg)
     A = seen["std"]
@@ -494,12 +592,18 @@ def test_rewards_stay_with_their_group():
     policy = tiny_llama()
     before = weights(policy)
     number = lambda owner, rows: torch.tensor(owner, dtype=torch.float)
-    log, _, R = take_step(policy, None, optim.make_optimizers(policy, 1e-2), PROMPTS, number, settings())
+    log, _, R = take_step(
+        policy, None, optim.make_optimizers(policy, 1e-2), PROMPTS, number, settings()
+    )
     assert R.tolist() == [0.] * 4 + [1.] * 4 + [2.] * 4
-    assert log["zero_std_groups"] == 1 and log["reward_std"] == 0 and torch.equal(weights(policy), before)
+    assert (
+        log["zero_std_groups"] == 1
+        and log["reward_std"] == 0
+        and torch.equal(weights(policy), before)
+    )
 
 
-# --- reward shape, duplicates -------------------------------------------------------------------------------
+# --- reward shape, duplicates ---------------------------------------------------------------------
 
 def test_mean_times_length_is_the_sum_and_the_floor_comes_last():
     logp, lengths = torch.tensor([-3.0, -30.0, -0.5, -44.0]), [2, 5, 1, 4]
@@ -513,7 +617,7 @@ def test_mean_times_length_is_the_sum_and_the_floor_comes_last():
     assert shaped("mean", 10).tolist() == [-1.5, -6.0, -0.5, -10.0]
 
 
-# --- learning -----------------------------------------------------------------------------------------------
+# --- learning -------------------------------------------------------------------------------------
 
 def first_token(model, prefix=(5,)):
     return model(torch.tensor([prefix])).logits[0, -1].detach().log_softmax(-1)

@@ -1,60 +1,90 @@
-"""Claims of `models/images.py`: rows drawn all at once are those drawn one token after the other."""
+"""Claims of `models/images.py`: rows drawn all at once are those drawn one token after the
+other."""
 import random
 
 import pytest
 import torch
-
 from conftest import EOS, ending, greedy, sample
 from test_lm import RAGGED
 
-GUESSES = {"none right": lambda rng, truth: [rng.randrange(9) for _ in range(7)], "empty": lambda rng, truth: [], "too long": lambda rng, truth: [*truth, 3] * 9,
-           "one wrong": lambda rng, truth: [*truth[:2], 8 - truth[2], *truth[3:]] if len(truth) > 2 else truth}
+GUESSES = {
+    "none right": lambda rng, truth: [rng.randrange(9) for _ in range(7)],
+    "empty": lambda rng, truth: [],
+    "too long": lambda rng, truth: [*truth, 3] * 9,
+    "one wrong": lambda rng, truth: (
+        [*truth[:2], 8 - truth[2], *truth[3:]] if len(truth) > 2 else truth
+    ),
+}
 
 
-@pytest.mark.parametrize("bias", [-1e4, 0.0, 2.0])                                 # rows never end, end here and there, end early
+# rows never end, end here and there, end early
+@pytest.mark.parametrize("bias", [-1e4, 0.0, 2.0])
 @pytest.mark.parametrize("guessed", GUESSES)
 def test_from_whatever_guess_rows_are_those_of_one_token_after_the_other(model, guessed, bias):
-    """The sequential sampler of the same random numbers, by full passes: equal rows, equal log-probs. And the greedy ones."""
+    """The sequential sampler of the same random numbers, by full passes: equal rows, equal
+    log-probs. And the greedy ones."""
     model, rng, min_p, G, T = ending(model, EOS, bias), random.Random(0), 0.02, 4, 8
     draws = lambda seed: torch.Generator().manual_seed(seed)
-    u, truth, logps = torch.rand(len(RAGGED) * G, T, dtype=torch.float64, generator=draws(5)), [], []
-    allowed = torch.rand(5, 9, generator=draws(2)) < 0.8                           # another set at each of the first tokens
+    u, truth, logps = (
+        torch.rand(len(RAGGED) * G, T, dtype=torch.float64, generator=draws(5)), [], [])
+    # another set at each of the first tokens
+    allowed = torch.rand(5, 9, generator=draws(2)) < 0.8
     allowed[:, EOS] = True
     for n in range(len(RAGGED) * G):
         row, logp = [], []
         while len(row) < T and EOS not in row:
-            p = (model(torch.tensor([[*RAGGED[n // G], *row]])).logits[0, -1] / 0.8).softmax(-1).double() * allowed[min(len(row), 4)]
+            p = (model(torch.tensor([[*RAGGED[n // G], *row]])).logits[0, -1] / 0.8).softmax(
+                -1
+            ).double() * allowed[min(len(row), 4)]
             p = torch.where(p < min_p * p.max(), 0, p)
             row.append(int((p.cumsum(0) / p.sum() > u[n, len(row)]).nonzero()[0]))
             logp.append((p[row[-1]] / p.sum()).log().item())
         truth.append(row)
         logps.append(logp)
     guess = [GUESSES[guessed](rng, row) for row in truth[::G]]
-    rows, sampled = sample(model, RAGGED, G, T, EOS, 0.8, draws(5), min_p=min_p, allowed=allowed, guess=guess)
+    rows, sampled = sample(
+        model, RAGGED, G, T, EOS, 0.8, draws(5), min_p=min_p, allowed=allowed, guess=guess
+    )
     assert rows == truth and len(set(map(tuple, rows))) > 6
     assert all(got == pytest.approx(want, abs=1e-4) for got, want in zip(sampled, logps))
     want = greedy(model, RAGGED, T, allowed=allowed)
     assert greedy(model, RAGGED, T, allowed=allowed, guess=guess) == want
-    assert sample(model, RAGGED, 2, T, EOS, 0, allowed=allowed, guess=guess)[0] == [row for row in want for _ in range(2)]
+    assert sample(model, RAGGED, 2, T, EOS, 0, allowed=allowed, guess=guess)[0] == [
+        row for row in want for _ in range(2)
+    ]
 
 
 @pytest.mark.parametrize("G", [1, 3])
-def test_a_right_guess_takes_one_pass_and_what_is_right_is_not_computed_again(model, monkeypatch, G):
+def test_a_right_guess_takes_one_pass_and_what_is_right_is_not_computed_again(
+    model, monkeypatch, G
+):
     model, passes, forward = ending(model, EOS, -1e4), [], model.forward
-    monkeypatch.setattr(model, "forward", lambda ids, **kwargs: passes.append(ids.shape) or forward(ids, **kwargs))
+    monkeypatch.setattr(
+        model, "forward", lambda ids, **kwargs: passes.append(ids.shape) or forward(ids, **kwargs)
+    )
     truth = greedy(model, RAGGED, 20, EOS)
-    for wrong in (20, 19, 7, 0):                                                   # the first wrong token
+    # the first wrong token
+    for wrong in (20, 19, 7, 0):
         guess = [[(t + 1) % 9 if i == wrong else t for i, t in enumerate(row)] for row in truth]
         passes.clear()
-        assert sample(model, RAGGED, G, 20, EOS, 0, guess=guess)[0] == [row for row in truth for _ in range(G)]
+        assert sample(model, RAGGED, G, 20, EOS, 0, guess=guess)[0] == [
+            row for row in truth for _ in range(G)
+        ]
         prefill, first, *more = passes
-        assert prefill == (5, 10) and first == (5, 20) and len(more) <= max(0, 19 - wrong)    # equal rows are computed once
-        assert all(T <= 19 - wrong - i for i, (_, T) in enumerate(more)), passes   # at least one more token is right each time
+        # equal rows are computed once
+        assert prefill == (5, 10) and first == (5, 20) and len(more) <= max(0, 19 - wrong)
+        # at least one more token is right each time
+        assert all(T <= 19 - wrong - i for i, (_, T) in enumerate(more)), passes
     passes.clear()
-    model.lm_head.bias.data[EOS] = 1e4                                             # all rows end at once, whatever was guessed behind
-    assert sample(model, RAGGED, G, 20, EOS, 0, guess=truth)[0] == [[EOS]] * (5 * G) and len(passes) == 2
+    # all rows end at once, whatever was guessed behind
+    model.lm_head.bias.data[EOS] = 1e4
+    assert (
+        sample(model, RAGGED, G, 20, EOS, 0, guess=truth)[0] == [[EOS]] * (5 * G)
+        and len(passes) == 2
+    )
     model.lm_head.bias.data[EOS] = -1e4
-    one = [truth[0], *([(t + 1) % 9 for t in row] for row in truth[1:])]           # a row that is done leaves
+    # a row that is done leaves
+    one = [truth[0], *([(t + 1) % 9 for t in row] for row in truth[1:])]
     passes.clear()
     sample(model, RAGGED, G, 20, EOS, 0, guess=one)
     assert passes[2][0] == 4

@@ -1,17 +1,30 @@
-"""Claims of `lm.py`: cache, batch and padding change no number, and what is sampled is what is scored."""
+"""Claims of `lm.py`: cache, batch and padding change no number, and what is sampled is what is
+scored."""
 
-import types
 import itertools
 import random
+import types
 
 import pytest
 import torch
+from conftest import (
+    EOS,
+    MAKERS,
+    grads,
+    greedy,
+    logprobs,
+    naive,
+    naive_greedy,
+    relative,
+    sample,
+    score,
+    sharpen,
+    weights,
+)
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 import lm
-from conftest import (EOS, MAKERS, ending, grads, greedy, logprobs, naive, naive_greedy, relative, sample, score,
-                      sharpen, weights)
 from models import batches, optim, pretrained
 from models.cache import Room
 from models.text import decode, encode
@@ -20,15 +33,17 @@ RAGGED = [[5], [3, 1, 4, 1, 5, 2, 6], [2, 7], [1, 8, 2, 8], [8, 8, 8, 8, 8, 8, 8
 
 
 def draw(seed, n=14, V=9):
-    """Rows of every length, with eos in odd places, in no order, some prompts asked twice and one never."""
+    """Rows of every length, with eos in odd places, in no order, some prompts asked twice and one
+    never."""
     rng = random.Random(seed)
     rows = [[rng.randrange(V) for _ in range(rng.randint(1, 7))] for _ in range(n)]
     return rows, [rng.choice([0, 1, 2, 4]) for _ in rows]
 
 
-# --- score --------------------------------------------------------------------------------------------------
+# --- score ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])                            # eager adds a mask, sdpa applies it
+# eager adds a mask, sdpa applies it
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_sampler_and_trainer_agree_on_every_token(model, temperature, attention):
     model.set_attn_implementation(attention)
@@ -43,7 +58,9 @@ def test_sampler_and_trainer_agree_on_every_token(model, temperature, attention)
         assert torch.allclose(torch.tensor(sampled[n]), truth, atol=1e-4)
         assert torch.allclose(scored[n, :len(row)], truth, atol=1e-4)
         assert (scored[n, len(row):] == 0).all()
-    assert (naive(model, RAGGED[1], rows[6], 0.7) - naive(model, RAGGED[1], rows[6])).abs().max() > 1e-2
+    assert (
+        naive(model, RAGGED[1], rows[6], 0.7) - naive(model, RAGGED[1], rows[6])
+    ).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("partial", [False, True])
@@ -66,7 +83,8 @@ def test_shared_prefix_equals_each_row_alone_in_values_and_gradients(model, part
 
 
 def one_by_one(model, prefix, row, temperature, min_p, allowed):
-    """(T,) log p(row_t | prefix, row_<t) by full passes, among what `allowed` leaves of each token."""
+    """(T,) log p(row_t | prefix, row_<t) by full passes, among what `allowed` leaves of each
+    token."""
     out = []
     for t, token in enumerate(row):
         ids = torch.tensor([[*prefix, *row[:t]]])
@@ -106,7 +124,9 @@ def test_a_prefix_a_row_is_one_pass_equal_to_each_row_alone(model, monkeypatch, 
     model.zero_grad()
     for n, row in enumerate(rows):
         first = len(row) - k[n] if partial else 0
-        truth = one_by_one(model, RAGGED[owner[n]] + row[:first], row[first:], temperature, min_p, allowed)
+        truth = one_by_one(
+            model, RAGGED[owner[n]] + row[:first], row[first:], temperature, min_p, allowed
+        )
         assert torch.allclose(logp[n, first:len(row)], truth, rtol=1e-4, atol=1e-4)
         assert not logp[n, :first].any() and not logp[n, len(row):].any()
         (truth * weight[n, first:len(row)]).sum().backward()
@@ -155,8 +175,10 @@ def test_chunks_hold_every_row_once_and_keep_to_the_budget(budget):
         for part in parts:
             used = {owner[n] for n in part}
             prompts, ours = [len(RAGGED[o]) for o in used], [len(rows[n]) for n in part]
-            many = len(used) if len(used) > 1 else 0                                # one prefix is free
-            kinds = len({(owner[n], tuple(rows[n])) for n in part})                 # equal rows cost nothing
+            # one prefix is free
+            many = len(used) if len(used) > 1 else 0
+            # equal rows cost nothing
+            kinds = len({(owner[n], tuple(rows[n])) for n in part})
             assert many * max(prompts) + kinds * max(ours) <= budget or kinds == 1
         assert len(parts) == 1 or budget < 10**6
 
@@ -184,11 +206,14 @@ def test_rows_of_one_long_prompt_stay_together():
 
 
 def test_equal_rows_of_a_prompt_are_computed_once(model, monkeypatch):
-    """They stay in one chunk, count once, and each gets its values and its share of the gradient."""
+    """They stay in one chunk, count once, and each gets its values and its share of the
+    gradient."""
     rows, owner = [[1, 2], [3], [1, 2], [1, 2]], [0, 1, 0, 1]
     assert batches.chunks(RAGGED, rows, [0] * 4, 4) == [[1, 0, 2, 3]]
     passes, forward = [], model.forward
-    monkeypatch.setattr(model, "forward", lambda ids, **kw: passes.append(len(ids)) or forward(ids, **kw))
+    monkeypatch.setattr(
+        model, "forward", lambda ids, **kw: passes.append(len(ids)) or forward(ids, **kw)
+    )
     logp = logprobs(model, RAGGED, rows, owner)
     assert max(passes[1:]) == 3
     logp.sum().backward()
@@ -206,7 +231,9 @@ def test_take_keeps_each_row_with_its_own_prompt():
         rows, owner = draw(seed)
         chosen = rng.sample(range(len(rows)), rng.randint(1, len(rows)))
         few, some, where = batches.take(RAGGED, rows, owner, chosen)
-        assert [(few[o], r) for o, r in zip(where, some)] == [(RAGGED[owner[n]], rows[n]) for n in chosen]
+        assert [(few[o], r) for o, r in zip(where, some)] == [
+            (RAGGED[owner[n]], rows[n]) for n in chosen
+        ]
         assert len(few) == len({owner[n] for n in chosen})  # no prompt runs for nothing
 
 
@@ -235,7 +262,7 @@ def test_modes_that_would_change_the_numbers_are_refused(model, how):
         sample(model, RAGGED, 1, 2, EOS)
 
 
-# --- sample -------------------------------------------------------------------------------------------------
+# --- sample ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("eos", [0, 3])
 def test_rows_end_at_the_first_eos_or_at_max_new(model, eos):
@@ -248,7 +275,8 @@ def test_rows_end_at_the_first_eos_or_at_max_new(model, eos):
 
 @pytest.mark.parametrize("eos", range(9))
 def test_greedy_is_a_loop_without_cache_token_by_token(model, eos):
-    """For every choice of the end token: rows leave the batch at different times, and it changes nothing."""
+    """For every choice of the end token: rows leave the batch at different times, and it changes
+    nothing."""
     truth = [naive_greedy(model, p, 8, eos) for p in RAGGED]
     assert greedy(model, RAGGED, 8, eos) == truth
     assert greedy(model, RAGGED, 8, eos, tokens=2) == truth
@@ -261,18 +289,26 @@ def test_greedy_is_a_loop_without_cache_token_by_token(model, eos):
 def test_greedy_equals_transformers_generate(model):
     for prefix, row in zip(RAGGED, greedy(model, RAGGED, 8, EOS)):
         ids = torch.tensor([prefix])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8,
-                             eos_token_id=EOS, pad_token_id=EOS)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=8,
+            eos_token_id=EOS,
+            pad_token_id=EOS,
+        )
         assert out[0, len(prefix):].tolist() == row
 
 
 def test_rows_are_prompt_major(model):
-    """Each row is likely under its own prompt: prompts of one repeated token, a model that copies."""
+    """Each row is likely under its own prompt: prompts of one repeated token, a model that
+    copies."""
     with torch.no_grad():
         for n, p in model.named_parameters():
             if p.ndim > 1 and ("layers." in n or ".h." in n or "wpe" in n):
                 p.zero_()  # only the embedding is left
-        model.get_input_embeddings().weight.copy_(12 * torch.eye(9, 32))           # gpt2, llama: head is tied
+        # gpt2, llama: head is tied
+        model.get_input_embeddings().weight.copy_(12 * torch.eye(9, 32))
     gen = torch.Generator().manual_seed(0)
     rows, _ = sample(model, [[3], [5, 5], [7, 7, 7]], 4, 3, EOS, generator=gen)
     assert rows == [[t] * 3 for t in (3, 5, 7) for _ in range(4)]
@@ -289,7 +325,8 @@ def chi_square(tokens, p):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_first_token_follows_softmax_of_logits_over_temperature(model, temperature):
-    """Chi-square of at most 8 degrees of freedom: 40 has p = 3e-6. The other temperature is told apart."""
+    """Chi-square of at most 8 degrees of freedom: 40 has p = 3e-6. The other temperature is told
+    apart."""
     gen = torch.Generator().manual_seed(0)
     rows, _ = sample(model, RAGGED, 3000, 1, EOS, temperature, generator=gen)
     for b, prefix in enumerate(RAGGED):
@@ -300,18 +337,27 @@ def test_first_token_follows_softmax_of_logits_over_temperature(model, temperatu
 
 
 def test_a_draw_is_the_inverse_of_the_distribution_function():
-    """Each token as often as its probability says, one of probability 0 never, the rare ones not lost to rounding."""
-    p = torch.tensor([[0.125, 0.0, 0.375, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0], [1 - 1e-9, 0.0, 0.0, 0.0, 1e-9]])
+    """Each token as often as its probability says, one of probability 0 never, the rare ones not
+    lost to rounding."""
+    p = torch.tensor(
+        [[0.125, 0.0, 0.375, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0], [1 - 1e-9, 0.0, 0.0, 0.0, 1e-9]]
+    )
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     for row, count in ((0, [125, 0, 375, 500, 0]), (1, [0, 1000, 0, 0, 0])):
         drawn = lm.draw(p.log(), torch.full((1000,), row), grid)
         assert torch.bincount(drawn, minlength=5).tolist() == count
     grid = torch.tensor([0.0, 1 - 2e-9, 1 - 5e-10], dtype=torch.float64)
     assert lm.draw(p.log(), torch.tensor([2, 2, 2]), grid).tolist() == [0, 0, 4]
-    grid = torch.tensor([0.125, 0.0], dtype=torch.float64)                         # on the edge of a token of probability 0
+    # on the edge of a token of probability 0
+    grid = torch.tensor([0.125, 0.0], dtype=torch.float64)
     assert lm.draw(p.log(), torch.tensor([0, 1]), grid).tolist() == [2, 1]
-    assert lm.draw(torch.tensor([[0.25, 0.25, 0.0]] * 3).log(), torch.tensor([0, 1, 1]), torch.tensor([0.4, 0.6, 0.999])).tolist() == [0, 1, 1]
-    most = torch.full((10**5,), 1 - 2**-53, dtype=torch.float64)                   # the largest random number stays in its row
+    assert lm.draw(
+        torch.tensor([[0.25, 0.25, 0.0]] * 3).log(),
+        torch.tensor([0, 1, 1]),
+        torch.tensor([0.4, 0.6, 0.999]),
+    ).tolist() == [0, 1, 1]
+    # the largest random number stays in its row
+    most = torch.full((10**5,), 1 - 2**-53, dtype=torch.float64)
     assert (lm.draw(p.log()[[1]].repeat(10**5, 1), torch.arange(10**5), most) == 1).all()
 
 
@@ -320,7 +366,8 @@ def test_a_cache_with_room_holds_what_one_that_copies_holds():
     for _ in range(20):
         ours, plain, U = Room(), DynamicLayer(), 3
         for step in range(60):
-            new = torch.randn(2, U, 2, rng.choice([1, 1, 1, 5]), 4)                 # keys and values, 2 heads of 4
+            # keys and values, 2 heads of 4
+            new = torch.randn(2, U, 2, rng.choice([1, 1, 1, 5]), 4)
             with torch.no_grad():
                 got, want = ours.update(*new), plain.update(*new)
             assert all(torch.equal(a, b) for a, b in zip(got, want)), step
@@ -342,24 +389,49 @@ def test_a_cache_with_room_seldom_copies(width):
 def test_a_sliding_window_that_holds_the_text_is_no_window():
     """The tree of a group is longer than the window; each of its branches is not."""
     torch.manual_seed(0)
-    model = sharpen(MistralForCausalLM(MistralConfig(vocab_size=9, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, sliding_window=16, eos_token_id=EOS)).eval(), 12.0)
+    model = sharpen(
+        MistralForCausalLM(
+            MistralConfig(
+                vocab_size=9,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                sliding_window=16,
+                eos_token_id=EOS,
+            )
+        ).eval(),
+        12.0,
+    )
     assert pretrained.context(model) == 16
-    rows, logps = sample(model, [RAGGED[1][:6], RAGGED[2]], 8, 8, EOS, generator=torch.Generator().manual_seed(0))
+    rows, logps = sample(
+        model, [RAGGED[1][:6], RAGGED[2]], 8, 8, EOS, generator=torch.Generator().manual_seed(0)
+    )
     for n, (row, logp) in enumerate(zip(rows, logps)):
-        assert torch.allclose(torch.tensor(logp), naive(model, (RAGGED[1][:6], RAGGED[2])[n // 8], row), atol=1e-4)
+        assert torch.allclose(
+            torch.tensor(logp), naive(model, (RAGGED[1][:6], RAGGED[2])[n // 8], row), atol=1e-4
+        )
 
 
 def test_rollouts_of_a_group_are_independent(model):
-    """They share the prefix and, while equal, the work; never the dice. Pairs of rollouts against products
-    of exact probabilities: of both first tokens, and of both second ones after equal first ones."""
-    rows, _ = sample(model, [[2, 7]] * 2000, 2, 2, EOS, 1.5, generator=torch.Generator().manual_seed(0))
+    """They share the prefix and, while equal, the work; never the dice. Pairs of rollouts against
+    products of exact probabilities: of both first tokens, and of both second ones after equal first
+    ones."""
+    rows, _ = sample(
+        model, [[2, 7]] * 2000, 2, 2, EOS, 1.5, generator=torch.Generator().manual_seed(0)
+    )
     pairs, tested = list(zip(rows[::2], rows[1::2])), 0
 
     def check(pairs, before):
-        p = (model(torch.tensor([[2, 7, *before]])).logits[0, -1].double() / 1.5).softmax(-1).detach()
+        p = (
+            (model(torch.tensor([[2, 7, *before]])).logits[0, -1].double() / 1.5)
+            .softmax(-1)
+            .detach()
+        )
         tokens = torch.tensor([a[len(before)] * 9 + b[len(before)] for a, b in pairs])
-        assert chi_square(tokens, torch.outer(p, p).flatten()) < 160            # at most 80 degrees: 80 +- 13
+        # at most 80 degrees: 80 +- 13
+        assert chi_square(tokens, torch.outer(p, p).flatten()) < 160
         assert chi_square(torch.cat([tokens // 9, tokens % 9]), p) < 40
 
     check(pairs, [])
@@ -406,13 +478,21 @@ def test_min_p_leaves_the_likely_tokens_to_sampler_and_trainer_alike(model, temp
     rows, sampled = sample(model, RAGGED, 40, 6, EOS, temperature, generator=gen, min_p=min_p)
     owner = [b for b in range(len(RAGGED)) for _ in range(40)]
     scored = logprobs(model, RAGGED, rows, owner, temperature=temperature, min_p=min_p)
-    assert torch.equal(scored, logprobs(model, RAGGED, rows, owner, temperature=temperature, tokens=10**6, min_p=min_p))
+    assert torch.equal(
+        scored,
+        logprobs(model, RAGGED, rows, owner, temperature=temperature, tokens=10**6, min_p=min_p),
+    )
     for n in range(0, len(rows), 7):
-        for t, token in enumerate(rows[n]):                                        # by hand, one token at a time
-            p = (model(torch.tensor([[*RAGGED[owner[n]], *rows[n][:t]]])).logits[0, -1] / temperature).softmax(-1)
+        # by hand, one token at a time
+        for t, token in enumerate(rows[n]):
+            p = (
+                model(torch.tensor([[*RAGGED[owner[n]], *rows[n][:t]]])).logits[0, -1] / temperature
+            ).softmax(-1)
             stay = p >= min_p * p.max()
             left.add(int(stay.sum()))
-            assert stay[token] and sampled[n][t] == pytest.approx((p[token] / p[stay].sum()).log().item(), abs=1e-4)
+            assert stay[token] and sampled[n][t] == pytest.approx(
+                (p[token] / p[stay].sum()).log().item(), abs=1e-4
+            )
             assert scored[n, t].item() == pytest.approx(sampled[n][t], abs=1e-4)
     assert len(left) > 2 and min(left) < 9
 
@@ -423,8 +503,11 @@ def test_rows_are_scored_under_the_temperature_and_top_p_that_drew_them(model):
     owner = [b for b in range(len(RAGGED)) for _ in range(20)]
     scored = score(model, RAGGED, rows, owner, temperature=0.75, top_p=0.8)
     assert scored.tolist() == pytest.approx([sum(logps) for logps in sampled], abs=1e-3)
-    for b, prefix in enumerate(RAGGED):                                            # and what it never draws has no chance
-        alone = score(model, [prefix] * 9, [[token] for token in range(9)], temperature=0.75, top_p=0.8)
+    # and what it never draws has no chance
+    for b, prefix in enumerate(RAGGED):
+        alone = score(
+            model, [prefix] * 9, [[token] for token in range(9)], temperature=0.75, top_p=0.8
+        )
         left.append(int(torch.isfinite(alone).sum()))
         assert alone.exp().sum().item() == pytest.approx(1, abs=1e-5)
     assert min(left) < 9
@@ -433,12 +516,17 @@ def test_rows_are_scored_under_the_temperature_and_top_p_that_drew_them(model):
 def test_a_token_that_was_drawn_keeps_a_finite_log_prob_when_the_policy_has_moved():
     logits = torch.tensor([[0.0, -9.0, -1.0]], requires_grad=True)
     out = lm.drop_unlikely(logits, 0.1, torch.tensor([1]))
-    assert out[0].tolist() == [0, -9, -1] and lm.drop_unlikely(logits, 0.1)[0].tolist() == [0, -float("inf"), -1]
+    assert out[0].tolist() == [0, -9, -1] and lm.drop_unlikely(logits, 0.1)[0].tolist() == [
+        0,
+        -float("inf"),
+        -1,
+    ]
     out.log_softmax(-1)[0, 1].backward()
     assert logits.grad.isfinite().all()
 
 
-FEW = torch.zeros(3, 9, dtype=torch.bool)                # of the first token, of the second, of all that follow
+# of the first token, of the second, of all that follow
+FEW = torch.zeros(3, 9, dtype=torch.bool)
 FEW[0, [3, 5]] = FEW[1, 7] = FEW[2, [EOS, 4, 6]] = True
 
 
@@ -458,13 +546,16 @@ def test_only_allowed_tokens_are_emitted_and_their_mass_is_one(model, temperatur
 
 def test_min_p_is_of_the_likeliest_token_that_may_stand_there(model):
     logits = model(torch.tensor([[5]])).logits[0, -1]
-    a, b = logits.argsort()[:2].tolist()                                           # the two least likely ones
+    # the two least likely ones
+    a, b = logits.argsort()[:2].tolist()
     allowed = torch.zeros(1, 9, dtype=torch.bool).index_fill(1, torch.tensor([a, b]), True)
     how = dict(min_p=0.9 * (logits[a] - logits[b]).exp().item(), allowed=allowed)
     rows, logps = sample(model, [[5]], 8, 1, generator=torch.Generator().manual_seed(0), **how)
     assert {row[0] for row in rows} <= {a, b}
     for row, (lp,) in zip(rows, logps):
-        assert lp == pytest.approx(logits[[a, b]].log_softmax(0)[[a, b].index(row[0])].item(), abs=1e-4)
+        assert lp == pytest.approx(
+            logits[[a, b]].log_softmax(0)[[a, b].index(row[0])].item(), abs=1e-4
+        )
         assert logprobs(model, [[5]], [row], [0], **how).item() == pytest.approx(lp, abs=1e-4)
 
 
@@ -477,15 +568,20 @@ def test_the_trainer_scores_what_the_sampler_may_emit(model):
         assert got[:len(row)].tolist() == pytest.approx(lp, abs=1e-4)
     behind = logprobs(model, RAGGED, [[1, 2, *row] for row in rows], owner,
                       n_scored=[len(row) for row in rows], allowed=FEW)
-    longer = logprobs(model, [[*RAGGED[o], 1, 2] for o in owner], rows, range(len(rows)), allowed=FEW)
+    longer = logprobs(
+        model, [[*RAGGED[o], 1, 2] for o in owner], rows, range(len(rows)), allowed=FEW
+    )
     assert torch.allclose(behind[:, 2:], longer, atol=1e-4) and not behind[:, :2].any()
-    logp.sum().backward()                                                          # -inf logits leave no nan in the gradient
+    # -inf logits leave no nan in the gradient
+    logp.sum().backward()
     assert torch.isfinite(grads(model)).all()
-    assert score(model, [RAGGED[0]], [[1]], allowed=FEW).item() == -torch.inf      # not to be emitted
+    # not to be emitted
+    assert score(model, [RAGGED[0]], [[1]], allowed=FEW).item() == -torch.inf
 
 
 def test_in_several_batches_rows_are_those_of_their_prompts(model):
-    """Greedily, so that no draw depends on the batch; and with the draws of shorter prompts first."""
+    """Greedily, so that no draw depends on the batch; and with the draws of shorter prompts
+    first."""
     assert greedy(model, RAGGED, 6, tokens=2) == greedy(model, RAGGED, 6)
     gen, order = torch.Generator().manual_seed(0), sorted(range(5), key=lambda b: len(RAGGED[b]))
     parts = {b: sample(model, [RAGGED[b]], 3, 6, generator=gen)[0] for b in order}
@@ -493,14 +589,16 @@ def test_in_several_batches_rows_are_those_of_their_prompts(model):
     assert rows == sum((parts[b] for b in range(5)), [])
 
 
-# --- tokenizer ----------------------------------------------------------------------------------------------
+# --- tokenizer ------------------------------------------------------------------------------------
 
 def odd_text(rng):
     """Any characters at all, surrogates aside, with much white space."""
     pools = ["abc lamp is", " \n\t\r ", "\u00e9\u00df\u0416\u4e2d", "\U0001f916\u200d\u0301\ufeff",
              "\x00\x1b\u2028"]
     chars = [rng.choice(rng.choice(pools)) for _ in range(rng.randrange(25))]
-    chars += [chr(rng.choice([rng.randrange(0xd800), rng.randrange(0xe000, 0x110000)])) for _ in range(3)]
+    chars += [
+        chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(3)
+    ]
     rng.shuffle(chars)
     return "".join(chars)
 
@@ -525,10 +623,11 @@ def test_segments_that_start_with_white_space_join_by_ids_as_by_text(tok):
     for _ in range(100):
         a, b = odd_text(rng), rng.choice(" \n") + odd_text(rng)
         assert encode(tok, a) + encode(tok, b) == encode(tok, a + b)
-    assert encode(tok, " la") + encode(tok, "mp") != encode(tok, " lamp")   # others do not: join ids
+    # others do not: join ids
+    assert encode(tok, " la") + encode(tok, "mp") != encode(tok, " lamp")
 
 
-# --- optimizers, copies, files ------------------------------------------------------------------------------
+# --- optimizers, copies, files --------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", list(MAKERS))
 @pytest.mark.parametrize("muon", [True, False])
@@ -551,7 +650,11 @@ def test_newton_schulz_moves_each_singular_value_by_its_polynomial(shape):
     s = s / s.norm(dim=1, keepdim=True)
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
-    assert torch.allclose(optim.orthogonal(M).double(), U @ torch.diag_embed(s) @ V, atol=1e-4) and s.min() > 0.3 and s.max() < 1.3
+    assert (
+        torch.allclose(optim.orthogonal(M).double(), U @ torch.diag_embed(s) @ V, atol=1e-4)
+        and s.min() > 0.3
+        and s.max() < 1.3
+    )
     assert not optim.orthogonal(torch.zeros(1, *shape)).any()
 
 
@@ -563,11 +666,13 @@ def test_muon_steps_as_torch_s_does():
     b = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
     for k in range(4):
         for p, q in zip(ours, theirs):
-            p.grad = torch.randn(p.shape, generator=gen) if k else None           # without a gradient nothing moves
+            # without a gradient nothing moves
+            p.grad = torch.randn(p.shape, generator=gen) if k else None
             q.grad = p.grad.clone() if k else None
         a.step(), b.step()
     for p, q, w in zip(ours, theirs, start):
-        assert (p - q).norm() < 0.02 * (q - w).norm()                              # torch's works in bfloat16
+        # torch's works in bfloat16
+        assert (p - q).norm() < 0.02 * (q - w).norm()
 
 
 def test_optimizer_step_clips_the_whole_norm_steps_and_clears(model):
@@ -618,6 +723,8 @@ def test_tokens_at_a_time_are_the_user_s_or_the_device_s():
 def test_rows_sampled_together_keep_to_the_tokens_and_change_nothing(model, monkeypatch):
     prompts, sizes, batch = RAGGED * 5, [], lm.sample_batch
     truth = greedy(model, prompts, 8)
-    monkeypatch.setattr(lm, "sample_batch", lambda net, part, *a: sizes.append(len(part)) or batch(net, part, *a))
+    monkeypatch.setattr(
+        lm, "sample_batch", lambda net, part, *a: sizes.append(len(part)) or batch(net, part, *a)
+    )
     assert greedy(model, prompts, 8, tokens=4) == truth
     assert max(sizes) == 16 * 4 // (max(map(len, prompts)) + 8) < len(prompts)

@@ -1,4 +1,5 @@
-"""Claims of `models/adapters.py`: an adapter is the full model W + 2 B A in values and gradients; two of them share W, nothing else."""
+"""Claims of `models/adapters.py`: an adapter is the full model W + 2 B A in values and gradients;
+two of them share W, nothing else."""
 import json
 import os
 import shutil
@@ -8,12 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import (
+    EOS,
+    MAKERS,
+    frozen,
+    logprobs,
+    naive,
+    relative,
+    sample,
+    score,
+    tiny_llama,
+    without_times,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
-from conftest import (EOS, MAKERS, frozen, logprobs, naive, relative, sample, score, tiny_llama,
-                      without_times)
 from envs import records
 from models import optim
 from support import rundir
@@ -45,7 +56,8 @@ def shaken(base, r=3):
 
 
 def by_hand(make, adapter):
-    """(a plain model's call with W + 2 B A in place of W, the leaves A and B by name): autograd does the rest."""
+    """(a plain model's call with W + 2 B A in place of W, the leaves A and B by name): autograd
+    does the rest."""
     plain = make()
     leaves = {n: p.detach().clone().requires_grad_() for n, p in adapter.named_parameters()}
     W = dict(plain.named_parameters())
@@ -53,7 +65,9 @@ def by_hand(make, adapter):
         if ".lora_A." in n:
             layer = n.partition(".lora_A.")[0]
             BA = leaves[n.replace("lora_A", "lora_B")] @ leaves[n]
-            W[layer + ".weight"] = W[layer + ".weight"] + 2 * (BA.T if "GPT2" in type(plain).__name__ else BA)
+            W[layer + ".weight"] = W[layer + ".weight"] + 2 * (
+                BA.T if "GPT2" in type(plain).__name__ else BA
+            )
     return lambda *args, **kwargs: torch.func.functional_call(plain, W, args, kwargs), leaves
 
 
@@ -69,17 +83,20 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-# --- values and gradients -----------------------------------------------------------------------------------------------
+# --- values and gradients -------------------------------------------------------------------------
 
 def test_values_and_gradients_are_those_of_the_merged_model(make):
     P, Q = shaken(make())
-    for model in (Q, P):                                                           # P's last, with Q's in between
+    # P's last, with Q's in between
+    for model in (Q, P):
         call, leaves = by_hand(make, model)
         logp = logprobs(model, RAGGED, ROWS, OWNER)
         logp.sum().backward()
         truth = [naive(call, RAGGED[o], row) for o, row in zip(OWNER, ROWS)]
         sum(t.sum() for t in truth).backward()
-        assert all(torch.allclose(logp[n, :len(t)], t, atol=1e-5, rtol=1e-5) for n, t in enumerate(truth))
+        assert all(
+            torch.allclose(logp[n, : len(t)], t, atol=1e-5, rtol=1e-5) for n, t in enumerate(truth)
+        )
         assert relative(grads(model), torch.cat([p.grad.flatten() for p in leaves.values()])) < 1e-5
 
 
@@ -87,8 +104,14 @@ def test_at_the_start_both_are_the_base_and_every_matrix_of_the_layers_is_adapte
     plain = make()
     P, Q = adapters.pair(make(), 3)
     assert torch.equal(logprobs(P, RAGGED, ROWS, OWNER), logprobs(plain, RAGGED, ROWS, OWNER))
-    assert same(bits(P), bits(Q)) and all(p.requires_grad for p in (*P.parameters(), *Q.parameters()))
-    matrices = {n.removesuffix(".weight") for n, p in plain.named_parameters() if p.ndim == 2 and ("layers." in n or ".h." in n)}
+    assert same(bits(P), bits(Q)) and all(
+        p.requires_grad for p in (*P.parameters(), *Q.parameters())
+    )
+    matrices = {
+        n.removesuffix(".weight")
+        for n, p in plain.named_parameters()
+        if p.ndim == 2 and ("layers." in n or ".h." in n)
+    }
     assert {n.partition(".lora_")[0] for n, _ in P.named_parameters()} == matrices
 
 
@@ -114,18 +137,28 @@ def test_sampler_and_trainer_agree_with_two_adapters_in_turn(make):
     for model in (P, Q, P):
         rows, sampled = sample(model, RAGGED, 4, 6, EOS, generator=torch.Generator().manual_seed(0))
         scored = logprobs(model, RAGGED, rows, [b for b in range(len(RAGGED)) for _ in range(4)])
-        assert all(torch.allclose(torch.tensor(s), scored[n, :len(s)], atol=1e-4) for n, s in enumerate(sampled))
+        assert all(
+            torch.allclose(torch.tensor(s), scored[n, : len(s)], atol=1e-4)
+            for n, s in enumerate(sampled)
+        )
 
 
-# --- copies, optimizers, a phase ----------------------------------------------------------------------------------------
+# --- copies, optimizers, a phase ------------------------------------------------------------------
 
 def test_a_reference_is_an_exact_copy_that_does_not_move():
     P, Q = shaken(tiny_llama())
     ref, before = frozen(P), bits(P)
-    assert ref.base is P.base and same(bits(ref), before) and not any(p.requires_grad for p in ref.parameters())
-    assert not {p.data_ptr() for p in ref.parameters()} & {p.data_ptr() for m in (P, Q, P.base) for p in m.parameters()}
+    assert (
+        ref.base is P.base
+        and same(bits(ref), before)
+        and not any(p.requires_grad for p in ref.parameters())
+    )
+    assert not {p.data_ptr() for p in ref.parameters()} & {
+        p.data_ptr() for m in (P, Q, P.base) for p in m.parameters()
+    }
     base, opposite, optimizers = bits(P.base), bits(Q), optim.make_optimizers(P, .1)
-    assert len(optimizers) == 1                                                    # Muon is for whole matrices
+    # Muon is for whole matrices
+    assert len(optimizers) == 1
     logprobs(P, RAGGED, ROWS, OWNER).sum().backward()
     optim.step(P, optimizers, .1)
     assert same(bits(ref), before) and same(bits(P.base), base) and same(bits(Q), opposite)
@@ -146,19 +179,27 @@ def test_what_would_change_the_numbers_is_refused():
         P.train()
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 def test_a_saved_folder_is_a_plain_model_and_holds_the_adapter_for_peft(make, tmp_path):
     P, Q = shaken(make())
     base, truth = bits(P.base), logprobs(P, RAGGED, ROWS, OWNER)
     P.save_pretrained(tmp_path / "fwm")
     make().save_pretrained(tmp_path / "plain")
-    assert same(bits(P.base), base)                                                # the merge leaves no trace
-    sizes = [{n: w.shape for n, w in load_file(tmp_path / name / "model.safetensors").items()} for name in ("fwm", "plain")]
+    # the merge leaves no trace
+    assert same(bits(P.base), base)
+    sizes = [
+        {n: w.shape for n, w in load_file(tmp_path / name / "model.safetensors").items()}
+        for name in ("fwm", "plain")
+    ]
     assert sizes[0] == sizes[1] and sorted(p.name for p in (tmp_path / "fwm").iterdir()) == [
         "adapter", "config.json", "generation_config.json", "model.safetensors"]
-    for model in (AutoModelForCausalLM.from_pretrained(tmp_path / "fwm", dtype=torch.float32),
-                  peft.PeftModel.from_pretrained(make(), tmp_path / "fwm" / "adapter").eval().base_model.model):
+    for model in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "fwm", dtype=torch.float32),
+        peft.PeftModel.from_pretrained(make(), tmp_path / "fwm" / "adapter")
+        .eval()
+        .base_model.model,
+    ):
         assert torch.allclose(logprobs(model, RAGGED, ROWS, OWNER), truth, atol=1e-5, rtol=1e-5)
     Q.load(tmp_path / "fwm")
     assert same(bits(Q), bits(P))
@@ -182,8 +223,17 @@ SHORT = ["--lora", "2", "--warmup-steps", "4", "--warmup-steps-idm", "4", "--boo
 
 @pytest.fixture
 def short(tmp_path):
-    rows = [records.Transition(f"e{i}", t, f"lamp {'on' if t else 'off'}\ndoor {i % 3}", "press " + "ab"[i % 2],
-                               f"lamp {'off' if t else 'on'}\ndoor {i % 3}") for i in range(16) for t in range(2)]
+    rows = [
+        records.Transition(
+            f"e{i}",
+            t,
+            f"lamp {'on' if t else 'off'}\ndoor {i % 3}",
+            "press " + "ab"[i % 2],
+            f"lamp {'off' if t else 'on'}\ndoor {i % 3}",
+        )
+        for i in range(16)
+        for t in range(2)
+    ]
     records.write(tmp_path / "t.jsonl", rows)
     return [*SHORT, "--data", str(tmp_path / "t.jsonl")]
 
@@ -203,13 +253,19 @@ def test_a_cut_run_goes_on_with_its_adapters(short, tmp_path, monkeypatch, capsy
     a, b = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
     assert without_times(a["stages"]) == without_times(b["stages"])
     assert without_times(a["baselines"]) == without_times(b["baselines"])
-    for file in ("fwm/model.safetensors", "fwm/adapter/adapter_model.safetensors", "idm/adapter/adapter_model.safetensors"):
+    for file in (
+        "fwm/model.safetensors",
+        "fwm/adapter/adapter_model.safetensors",
+        "idm/adapter/adapter_model.safetensors",
+    ):
         one, two = (load_file(tmp_path / name / file) for name in ("whole", "cut"))
         assert same(one, two)
     assert any(w.abs().max() > 0 for n, w in two.items() if "lora_B" in n)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "fwm")
     assert base.num_parameters() < a["sizes"]["parameters"]                        # W, and A and B
-    fresh, note = train.parse([*short, "--out", str(tmp_path / "cut"), "--fresh"]), tmp_path / "cut" / "fwm" / "adapter" / "note"
+    fresh, note = (
+        train.parse([*short, "--out", str(tmp_path / "cut"), "--fresh"]),
+        tmp_path / "cut" / "fwm" / "adapter" / "note")
     note.write_text("mine")
     with pytest.raises(SystemExit):
         rundir.Run(fresh, 0.0)
@@ -219,12 +275,19 @@ def test_a_cut_run_goes_on_with_its_adapters(short, tmp_path, monkeypatch, capsy
     assert [p.name for p in (tmp_path / "cut").iterdir()] == ["config.json"]
 
 
-def test_bad_ranks_and_a_missing_package_are_refused_in_one_line(short, tmp_path, monkeypatch, capsys):
+def test_bad_ranks_and_a_missing_package_are_refused_in_one_line(
+    short, tmp_path, monkeypatch, capsys
+):
     def refused(argv):
         with pytest.raises(SystemExit) as e:
             train.main([*argv, "--out", str(tmp_path / "out")])
         err = capsys.readouterr().err
-        assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and not (tmp_path / "out").exists()
+        assert (
+            e.value.code == 2
+            and err.startswith("error: ")
+            and err.count("\n") == 1
+            and not (tmp_path / "out").exists()
+        )
         return err
     assert "--lora" in refused([*short, "--lora", "-1"])
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -232,31 +295,53 @@ def test_bad_ranks_and_a_missing_package_are_refused_in_one_line(short, tmp_path
 
 
 def test_a_pretrained_model_learns_faster_with_adapters():
-    full, lora = train.parse(["--model", "some/model"]), train.parse(["--model", "some/model", "--lora", "8"])
-    assert (lora.warmup_lr, lora.lr_fwm, lora.lr_idm) == pytest.approx((10 * full.warmup_lr, 10 * full.lr_fwm, 10 * full.lr_idm))
+    full, lora = (
+        train.parse(["--model", "some/model"]),
+        train.parse(["--model", "some/model", "--lora", "8"]))
+    assert (lora.warmup_lr, lora.lr_fwm, lora.lr_idm) == pytest.approx(
+        (10 * full.warmup_lr, 10 * full.lr_fwm, 10 * full.lr_idm)
+    )
     assert train.parse(["--lora", "8"]).lr_fwm == train.parse([]).lr_fwm and not lora.muon
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 def config(V=400, h=128, L=3, i=512, tied=True):
-    return Qwen2Config(vocab_size=V, hidden_size=h, num_hidden_layers=L, num_attention_heads=max(2, h // 64),
-                       num_key_value_heads=2, intermediate_size=i, tie_word_embeddings=tied)
+    return Qwen2Config(
+        vocab_size=V,
+        hidden_size=h,
+        num_hidden_layers=L,
+        num_attention_heads=max(2, h // 64),
+        num_key_value_heads=2,
+        intermediate_size=i,
+        tie_word_embeddings=tied,
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_arithmetic_counts_the_parameters_that_there_are(tied):
     hidden, layers, heads, kv, intermediate = adapters.QWEN["0.5B"]
-    real = Qwen2Config(vocab_size=151936, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                       num_key_value_heads=kv, intermediate_size=intermediate, tie_word_embeddings=True)
+    real = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        intermediate_size=intermediate,
+        tie_word_embeddings=True,
+    )
     assert adapters.memory(real)[0]["gradients"] == 4 * 494_032_768                # as published
     model = AutoModelForCausalLM.from_config(config(tied=tied))
     n = sum(p.numel() for p in model.parameters())
     P, _ = adapters.pair(model, 5)
     k = sum(p.numel() for p in P.parameters())
     full, lora = (adapters.memory(config(tied=tied), r, True)[0] for r in (0, 5))
-    assert full == dict(weights=6 * n, gradients=4 * n, optimizer=8 * n, opposite=4 * n, reference=4 * n)
-    assert lora == dict(weights=2 * n + 4 * k, gradients=4 * k, optimizer=8 * k, opposite=4 * k, reference=4 * k)
+    assert full == dict(
+        weights=6 * n, gradients=4 * n, optimizer=8 * n, opposite=4 * n, reference=4 * n
+    )
+    assert lora == dict(
+        weights=2 * n + 4 * k, gradients=4 * k, optimizer=8 * k, opposite=4 * k, reference=4 * k
+    )
 
 
 @pytest.mark.parametrize("r", [0, 4])
@@ -264,21 +349,39 @@ def test_the_arithmetic_counts_the_parameters_that_there_are(tied):
 def test_the_allowance_for_activations_is_what_autograd_keeps(r, half, monkeypatch):
 
     def kept(T, **shape):
-        model = AutoModelForCausalLM.from_config(config(**shape), dtype=torch.bfloat16 if half and r else torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(
+            config(**shape), dtype=torch.bfloat16 if half and r else torch.float32
+        ).eval()
         model = adapters.pair(model, r)[0] if r else model
-        weights = {p.untyped_storage().data_ptr() for m in (model, getattr(model, "base", model)) for p in m.parameters()}
+        weights = {
+            p.untyped_storage().data_ptr()
+            for m in (model, getattr(model, "base", model))
+            for p in m.parameters()
+        }
         seen = {}
-        keep = lambda t: seen.update({t.untyped_storage().data_ptr(): t}) or t     # alive, so that no address comes twice
+        # alive, so that no address comes twice
+        keep = lambda t: seen.update({t.untyped_storage().data_ptr(): t}) or t
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             # As in a phase: rows share a prefix
-            logprobs(model, [[1, 2]] * 2, [[n, *[2] * (T - 1)] for n in (1, 2, 3, 4)], [0, 0, 1, 1], half=half)
-        return sum(t.untyped_storage().nbytes() for place, t in seen.items() if place not in weights)
+            logprobs(
+                model,
+                [[1, 2]] * 2,
+                [[n, *[2] * (T - 1)] for n in (1, 2, 3, 4)],
+                [0, 0, 1, 1],
+                half=half,
+            )
+        return sum(
+            t.untyped_storage().nbytes() for place, t in seen.items() if place not in weights
+        )
 
-    a_token = lambda **shape: (kept(128, **shape) - kept(64, **shape)) / 256       # without the weights' casts
+    # without the weights' casts
+    a_token = lambda **shape: (kept(128, **shape) - kept(64, **shape)) / 256
     says = lambda **shape: adapters.memory(config(**shape), r, half)[1]
     start = dict(h=256)
     for more in (dict(L=6), dict(i=1024), dict(h=512)):
-        assert a_token(**start | more) - a_token(**start) == pytest.approx(says(**start | more) - says(**start), rel=.1), more
+        assert a_token(**start | more) - a_token(**start) == pytest.approx(
+            says(**start | more) - says(**start), rel=0.1
+        ), more
 
 
 PEAK = """
@@ -288,22 +391,25 @@ from test_lora import config
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 def rss(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 def phase(shape, r, half, T):
     options = lm.Options(0, half=bool(half))
-    make = lambda: AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16 if half and r else torch.float32).eval()
+    dtype = torch.bfloat16 if half and r else torch.float32
+    make = lambda: AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
     P, Q = adapters.pair(make(), r) if r else (make(), make())
     ref = lm.freeze(P, options)
     optimizers = optim.make_optimizers(P, 1e-4, muon=False)
     for _ in range(2):
         for _ in range(2):
-            (-lm.logprobs(P, [[1, 2]] * 2, [[n, *[3] * (T // 4 - 1)] for n in (1, 2, 3, 4)], [0, 0, 1, 1], options).sum()).backward()
+            rows = [[n, *[3] * (T // 4 - 1)] for n in (1, 2, 3, 4)]
+            (-lm.logprobs(P, [[1, 2]] * 2, rows, [0, 0, 1, 1], options).sum()).backward()
         optim.step(P, optimizers, 1e-4)
 
 phase(config(), 4, False, 16)
 shape = config(*map(int, sys.argv[1].split(",")))
-for way in sys.argv[2:]:                                                           # the larger peak last
+for way in sys.argv[2:]:    # the larger peak last
     r, half, T = map(int, way.split(","))
     gc.collect()
     before = rss("VmRSS")
@@ -314,15 +420,34 @@ for way in sys.argv[2:]:                                                        
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of the memory that a process held")
-@pytest.mark.parametrize("shape, ways", [
-    ("8000,512,3,2048", ["16,0,128", "0,0,64"]),                       # 16M parameters
-    ("32000,768,12,3072", ["16,1,64", "16,0,256", "0,1,64", "0,0,64"])],  # 126M
-    ids=["16M", "126M"])
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="reads Linux's count of the memory that a process held",
+)
+@pytest.mark.parametrize(
+    "shape, ways",
+    [
+        ("8000,512,3,2048", ["16,0,128", "0,0,64"]),  # 16M parameters
+        ("32000,768,12,3072", ["16,1,64", "16,0,256", "0,1,64", "0,0,64"]),
+    ],  # 126M
+    ids=["16M", "126M"],
+)
 def test_the_arithmetic_is_the_peak_of_a_process(shape, ways):
     """A fresh one, whose allocator gives back what is freed."""
     here = Path(__file__).parent
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1",
-                        "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
-    done = subprocess.run([sys.executable, "-c", PEAK, shape, *ways], env=env, capture_output=True, text=True, check=True)
-    assert [float(ratio) for ratio in done.stdout.split()] == pytest.approx([1] * len(ways), abs=.15)
+    env = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{here.parent}{os.pathsep}{here}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, shape, *ways],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [float(ratio) for ratio in done.stdout.split()] == pytest.approx(
+        [1] * len(ways), abs=0.15
+    )

@@ -9,7 +9,8 @@ import mi_bounds as mb
 
 
 def rows(gen, *shape, zeros):
-    """Random distributions over the last axis, with exact zeros if asked (at least one entry a row stays)."""
+    """Random distributions over the last axis, with exact zeros if asked (at least one entry a row
+    stays)."""
     w = torch.rand(*shape, generator=gen, dtype=torch.float64) + 0.02
     if zeros:
         w = w * (torch.rand(*shape, generator=gen) > 0.35)
@@ -18,12 +19,18 @@ def rows(gen, *shape, zeros):
 
 
 def world(seed, zeros=False):
-    """P, Q, prior, D_x and the data joint D_xy; the three sizes differ, so no swapped axis can hide."""
+    """P, Q, prior, D_x and the data joint D_xy; the three sizes differ, so no swapped axis can
+    hide."""
     gen = torch.Generator().manual_seed(seed)
     X, Z, Y = list(itertools.permutations((3, 4, 5)))[seed % 6]
     D_xy = rows(gen, X * Y, zeros=zeros).reshape(X, Y)
-    return (rows(gen, X, Z, Y, zeros=zeros), rows(gen, X, Y, Z, zeros=zeros), rows(gen, X, Z, zeros=zeros),
-            D_xy.sum(1), D_xy)
+    return (
+        rows(gen, X, Z, Y, zeros=zeros),
+        rows(gen, X, Y, Z, zeros=zeros),
+        rows(gen, X, Z, zeros=zeros),
+        D_xy.sum(1),
+        D_xy,
+    )
 
 
 WORLDS = [(seed, zeros) for seed in range(12) for zeros in (False, True)]
@@ -31,7 +38,8 @@ worlds = pytest.mark.parametrize("seed,zeros", WORLDS)
 
 
 def brute_mi(P, prior, D_x):
-    """sum p(x,y,z) log [ p(x,y,z) p(x) / (p(x,y) p(x,z)) ]: the definition, not the two entropies."""
+    """sum p(x,y,z) log [ p(x,y,z) p(x) / (p(x,y) p(x,z)) ]: the definition, not the two
+    entropies."""
     p, r, d = P.tolist(), prior.tolist(), D_x.tolist()
     joint = {(x, y, z): d[x] * r[x][z] * p[x][z][y]
              for x in range(len(d)) for z in range(len(r[0])) for y in range(len(p[0][0]))}
@@ -40,7 +48,9 @@ def brute_mi(P, prior, D_x):
         xy[x, y] = xy.get((x, y), 0) + w
         xz[x, z] = xz.get((x, z), 0) + w
         xx[x] = xx.get(x, 0) + w
-    return sum(w * math.log(w * xx[x] / (xy[x, y] * xz[x, z])) for (x, y, z), w in joint.items() if w > 0)
+    return sum(
+        w * math.log(w * xx[x] / (xy[x, y] * xz[x, z])) for (x, y, z), w in joint.items() if w > 0
+    )
 
 
 def brute_eq3(P, Q, D_xy):
@@ -60,7 +70,11 @@ def brute_elbo(P, Q, prior, x, y, beta=1.0):
     for z, q in enumerate(Q[x, y].tolist()):
         p, r = P[x, z, y].item(), prior[x, z].item()
         if q > 0:
-            total += -math.inf if p == 0 or r == 0 else q * (math.log(p) - beta * (math.log(q) - math.log(r)))
+            total += (
+                -math.inf
+                if p == 0 or r == 0
+                else q * (math.log(p) - beta * (math.log(q) - math.log(r)))
+            )
     return total
 
 
@@ -82,7 +96,9 @@ def test_belief_is_the_average_of_Q_over_the_data(seed, zeros):
     got = mb.belief(D_xy, Q)
     for x, z in itertools.product(range(len(D_x)), range(Q.shape[2])):
         if D_x[x] > 0:
-            want = sum(D_xy[x, y].item() / D_x[x].item() * Q[x, y, z].item() for y in range(Q.shape[1]))
+            want = sum(
+                D_xy[x, y].item() / D_x[x].item() * Q[x, y, z].item() for y in range(Q.shape[1])
+            )
             assert same(got[x, z].item(), want)
     if (D_x > 0).all():
         assert torch.allclose(got, mb.belief(D_xy / D_xy.sum(1, keepdim=True), Q), atol=1e-14)
@@ -98,7 +114,8 @@ def test_phase1_objective_under_the_belief_is_eq_3(seed, zeros):
 def test_bound_is_below_mi_and_the_slack_closes_it(seed, zeros):
     P, Q, prior, D_x, _ = world(seed, zeros)
     truth = brute_mi(P, prior, D_x)
-    bound, slack = mb.barber_agakov(P, Q, prior, D_x).item(), mb.barber_agakov_slack(P, Q, prior, D_x).item()
+    bound, slack = (
+        mb.barber_agakov(P, Q, prior, D_x).item(), mb.barber_agakov_slack(P, Q, prior, D_x).item())
     assert bound <= truth + 1e-12 and slack >= 0
     assert same(bound + slack, truth) if bound > -math.inf else slack == math.inf
     if not zeros:
@@ -130,8 +147,10 @@ def test_gradients_of_eq_1_and_eq_3_against_finite_differences():
     logits, eps = P.log().requires_grad_(), 1e-5
     step = torch.randn(P.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     P_tilde = mb.belief(D_xy, Q)
-    for f, brute in ((lambda P: mb.exact_mi(P, prior, D_x), lambda P: brute_mi(P, prior, D_x)),
-                     (lambda P: mb.phase1_objective(P, Q, P_tilde, D_x), lambda P: brute_eq3(P, Q, D_xy))):
+    for f, brute in (
+        (lambda P: mb.exact_mi(P, prior, D_x), lambda P: brute_mi(P, prior, D_x)),
+        (lambda P: mb.phase1_objective(P, Q, P_tilde, D_x), lambda P: brute_eq3(P, Q, D_xy)),
+    ):
         slope = (torch.autograd.grad(f(logits.softmax(-1)), logits)[0] * step).sum().item()
         up, down = (brute((logits.detach() + s * eps * step).softmax(-1)) for s in (1, -1))
         assert abs(slope - (up - down) / (2 * eps)) < 1e-7 < abs(slope)
@@ -143,7 +162,11 @@ def test_zeros_shared_by_P_and_Q_leave_finite_gradients():
     prior, D_x = torch.full((1, 3), 1 / 3, dtype=torch.float64), torch.ones(1)
     assert same(mb.exact_mi(P, prior, D_x).item(), math.log(3))
     assert same(mb.barber_agakov(P, Q, prior, D_x).item(), math.log(3))
-    for f in (mb.exact_mi(P, prior, D_x), mb.phase1_objective(P, Q, prior, D_x), mb.elbo(P, Q, prior).sum()):
+    for f in (
+        mb.exact_mi(P, prior, D_x),
+        mb.phase1_objective(P, Q, prior, D_x),
+        mb.elbo(P, Q, prior).sum(),
+    ):
         grads = torch.autograd.grad(f, (P, Q), allow_unused=True)
         assert all(g.isfinite().all() for g in grads if g is not None)
     blur = 0.7 * Q.detach() + 0.1                                            # zeros in P alone
@@ -183,7 +206,8 @@ def test_a_small_beta_is_no_bound_and_its_best_Q_is_sharper():
     beta = 0.1
     best = (prior[:, None, :] * P.transpose(1, 2) ** (1 / beta))
     J = mb.elbo(P, best / best.sum(-1, keepdim=True), prior, beta)
-    assert torch.allclose(J, beta * best.sum(-1).log(), atol=1e-12)          # the optimum in closed form
+    # the optimum in closed form
+    assert torch.allclose(J, beta * best.sum(-1).log(), atol=1e-12)
     assert (J > mb.log_evidence(P, prior)).any()
     assert (J >= mb.elbo(P, mb.true_posterior(P, prior), prior, beta)).all()
 
@@ -211,17 +235,24 @@ def test_monte_carlo_barber_agakov_within_four_standard_errors():
     prior = mb.belief(D_xy, Q)
     H = -sum(d * p * math.log(p) for d, row in zip(D_x.tolist(), prior.tolist()) for p in row)
     for samples in (logq, logq[:, 0]):
-        objective, bound = mb.barber_agakov_from_samples(samples), mb.barber_agakov_from_samples(samples, H)
+        objective, bound = (
+            mb.barber_agakov_from_samples(samples), mb.barber_agakov_from_samples(samples, H))
         assert abs(objective.mean - brute_eq3(P, Q, D_xy)) < 4 * objective.standard_error < 0.05
-        assert same(bound.mean, objective.mean + H) and same(bound.standard_error, objective.standard_error)
+        assert same(bound.mean, objective.mean + H) and same(
+            bound.standard_error, objective.standard_error
+        )
         assert bound.mean - 4 * bound.standard_error < brute_mi(P, prior, D_x)
 
 
 def test_standard_error_counts_groups_not_rollouts():
-    logq = torch.tensor([[-1.0] * 50, [-3.0] * 50])                          # two groups, each of one mind
+    # two groups, each of one mind
+    logq = torch.tensor([[-1.0] * 50, [-3.0] * 50])
     est = mb.barber_agakov_from_samples(logq)
-    assert est.mean == -2 and same(est.standard_error, 1.0)                  # std 2^.5 over 2 groups
-    assert est.per_pair.tolist() == [-1, -3] and math.isnan(mb.barber_agakov_from_samples(logq[:1])[1])
+    # std 2^.5 over 2 groups
+    assert est.mean == -2 and same(est.standard_error, 1.0)
+    assert est.per_pair.tolist() == [-1, -3] and math.isnan(
+        mb.barber_agakov_from_samples(logq[:1])[1]
+    )
 
 
 def test_monte_carlo_elbo_within_four_standard_errors():
@@ -251,7 +282,12 @@ def test_impossible_samples_give_minus_infinity_not_nan():
 
 def test_collapse_by_hand():
     got = mb.collapse(["open door", "open  door ", "take the red key", "wait"], ["open door", "go"])
-    assert got == {"unique": 3 / 4, "mean_length": 9 / 4, "true_unique": 1.0, "true_mean_length": 1.5}
+    assert got == {
+        "unique": 3 / 4,
+        "mean_length": 9 / 4,
+        "true_unique": 1.0,
+        "true_mean_length": 1.5,
+    }
     assert mb.collapse(["a"] * 10) == {"unique": 0.1, "mean_length": 1.0, "true_unique": None,
                                        "true_mean_length": None}
     assert mb.collapse(["", "go on"])["mean_length"] == 1.0
@@ -259,8 +295,12 @@ def test_collapse_by_hand():
 
 # ---- Errors: one line that names the argument
 
-ok = dict(P=torch.full((2, 3, 4), 1 / 4), Q=torch.full((2, 4, 3), 1 / 3), prior=torch.full((2, 3), 1 / 3),
-          D_x=torch.full((2,), 1 / 2))
+ok = dict(
+    P=torch.full((2, 3, 4), 1 / 4),
+    Q=torch.full((2, 4, 3), 1 / 3),
+    prior=torch.full((2, 3), 1 / 3),
+    D_x=torch.full((2,), 1 / 2),
+)
 bad = [(dict(P=ok["P"] * 0.9), "P: must sum to 1 over y"), (dict(Q=ok["P"]), "Q: shape"),
        (dict(prior=torch.ones(3)), "prior: shape"),
        (dict(prior=torch.tensor([[2., -1, 0]] * 2)), "prior: entries"),

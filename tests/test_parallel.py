@@ -1,4 +1,5 @@
-"""Two processes (gloo, CPU) take the step of one: held against one process and against the naive losses, with copies and with shards."""
+"""Two processes (gloo, CPU) take the step of one: held against one process and against the naive
+losses, with copies and with shards."""
 import dataclasses
 import json
 import os
@@ -10,21 +11,37 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import (
+    EOS,
+    TEXTS,
+    Net,
+    frozen,
+    grads,
+    naive,
+    relative,
+    tiny_gpt2,
+    tiny_llama,
+    weights,
+    without_times,
+)
+from test_grpo import PROMPTS, naive_loss, reward, settings, take_step
+from test_train import SMALL
 
 import lm
 import sft
 import swirl_fwm
 import swirl_idm
 import train
-from conftest import (EOS, Net, TEXTS, frozen, grads, naive, relative, tiny_gpt2, tiny_llama,
-                      weights, without_times)
 from grpo import Phase
 from models import optim, parallel, pretrained, tiny
-from test_grpo import PROMPTS, naive_loss, reward, settings, take_step
-from test_train import SMALL
 
-ROWS = [([1, 2], [3, 4, 0]), ([2], [5, 6, 7, 8, 0]), ([3, 1, 4], [1, 0]), ([5], [0]), ([2, 7, 1, 8], [2, 8, 0])]   # 14 tokens
-PAIRS = [("lamp is on\ndoor is shut", "lamp is off\ndoor is shut"), ("lamp is on\ndoor is shut", "lamp is on\ndoor is open")]
+# 14 tokens
+ROWS = [
+    ([1, 2], [3, 4, 0]), ([2], [5, 6, 7, 8, 0]), ([3, 1, 4], [1, 0]), ([5], [0]),
+    ([2, 7, 1, 8], [2, 8, 0])]
+PAIRS = [
+    ("lamp is on\ndoor is shut", "lamp is off\ndoor is shut"),
+    ("lamp is on\ndoor is shut", "lamp is on\ndoor is open")]
 CASES = ["grpo", "k3", "no rows", "no advantage", "nothing", "warm-up", "phase 1"]
 sample = lm.sample
 
@@ -49,7 +66,8 @@ class Recorder:
 
 
 def drawn_by_prompt(net, prefixes, n, longest, options, generator=None):
-    """`lm.sample` with a generator for each prompt: which process draws for it then makes no difference."""
+    """`lm.sample` with a generator for each prompt: which process draws for it then makes no
+    difference."""
     out = [sample(net, [prefix], n, longest, options, torch.Generator().manual_seed(sum(prefix)))
            for prefix in prefixes]
     return [row for rows, _ in out for row in rows], [lp for _, logps in out for lp in logps]
@@ -64,22 +82,40 @@ def lab_of(logged, *argv):
 
 
 def cases(prepare):
-    """{case: (log, [gradients that the optimizer sees])}, of this process's share. prepare(model) -> the model to train."""
-    out, cfg = {}, settings(beta=0.3, max_norm=0.5, tokens=20)                     # unlike numbers of micro-batches; clipped
+    """{case: (log, [gradients that the optimizer sees])}, of this process's share. prepare(model)
+    -> the model to train."""
+    # unlike numbers of micro-batches; clipped
+    out, cfg = {}, settings(beta=0.3, max_norm=0.5, tokens=20)
     flat = lambda owner, rows: torch.full((len(rows),), -2.0)
-    first = lambda owner, rows: torch.where(torch.tensor(owner) == 0, reward(owner, rows), -2.0)   # of the others no group has spread
+    # of the others no group has spread
+    first = lambda owner, rows: torch.where(torch.tensor(owner) == 0, reward(owner, rows), -2.0)
 
     for name, make, prompts, R, change in (
-            ("grpo", tiny_llama, PROMPTS, reward, {}), ("k3", tiny_gpt2, PROMPTS, reward, {"kl": "loss"}),
-            ("no rows", tiny_llama, PROMPTS[:1], reward, {}), ("nothing", tiny_llama, PROMPTS, flat, {"beta": 0.0}),
-            ("no advantage", tiny_llama, PROMPTS, first, {"beta": 0.0})):
+        ("grpo", tiny_llama, PROMPTS, reward, {}),
+        ("k3", tiny_gpt2, PROMPTS, reward, {"kl": "loss"}),
+        ("no rows", tiny_llama, PROMPTS[:1], reward, {}),
+        ("nothing", tiny_llama, PROMPTS, flat, {"beta": 0.0}),
+        ("no advantage", tiny_llama, PROMPTS, first, {"beta": 0.0}),
+    ):
         policy, ref = prepare(make(9, 1)), make(9, 2)
         recorder = Recorder(policy)
-        numbered = lambda owner, rows: R([parallel.share(range(len(prompts)))[o] for o in owner], rows) if rows else torch.zeros(0)
-        log, _, _ = take_step(policy, ref, [recorder], parallel.share(prompts), numbered, dataclasses.replace(cfg, **change))
+        numbered = lambda owner, rows: (
+            R([parallel.share(range(len(prompts)))[o] for o in owner], rows)
+            if rows
+            else torch.zeros(0)
+        )
+        log, _, _ = take_step(
+            policy,
+            ref,
+            [recorder],
+            parallel.share(prompts),
+            numbered,
+            dataclasses.replace(cfg, **change),
+        )
         out[name] = log, recorder.seen
 
-    net = prepare(tiny_llama(9, 1))                                                # one step of the warm-up, on all five rows
+    # one step of the warm-up, on all five rows
+    net = prepare(tiny_llama(9, 1))
     recorder, logged = Recorder(net), []
     with pytest.MonkeyPatch.context() as m:
         m.setattr(optim, "make_optimizers", lambda *_: [recorder])
@@ -89,13 +125,23 @@ def cases(prepare):
     tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
     P = swirl_fwm.FWM(prepare(tiny.make_model(tok, 32, 2, seed=1)), tok, longest=6)
     Q = swirl_idm.IDM(tiny.make_model(tok, 32, 2, seed=2), tok)
-    read = {tuple(Q.prompt(x, y)): Q.target(z)                                     # the second pair's action cannot be read
+    # the second pair's action cannot be read
+    read = {tuple(Q.prompt(x, y)): Q.target(z)
             for (x, y), z in zip(PAIRS, ("turn off", swirl_idm.REFUSAL))}
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(lm, "sample", lambda net, prefixes, n, *rest: ([read[tuple(p)] for p in prefixes], None)
-                  if n == 1 else drawn_by_prompt(net, prefixes, n, *rest))
+        m.setattr(
+            lm,
+            "sample",
+            lambda net, prefixes, n, *rest: (
+                ([read[tuple(p)] for p in prefixes], None)
+                if n == 1
+                else drawn_by_prompt(net, prefixes, n, *rest)
+            ),
+        )
         recorder = Recorder(P.net)
-        step = lambda pairs: swirl_fwm.phase1_step(P, Q, None, [recorder], parallel.share(pairs), settings(), 0.1, None)
+        step = lambda pairs: swirl_fwm.phase1_step(
+            P, Q, None, [recorder], parallel.share(pairs), settings(), 0.1, None
+        )
         out["phase 1"] = step(PAIRS)[0], recorder.seen
         out["unread"] = step([PAIRS[1]] * 2)[0]
     return out
@@ -107,24 +153,37 @@ def a_phase(prepare):
 
     def step(policy, frozen, ref, optimizers, pairs, phase, lr, generator):
         seen.append((pairs, torch.rand(1, generator=generator).item()))
-        (lm.logprobs(policy.net, [[1]], [[2]], [0], policy.options).sum() / parallel.world()).backward()
+        (
+            lm.logprobs(policy.net, [[1]], [[2]], [0], policy.options).sum() / parallel.world()
+        ).backward()
         optim.step(policy.net, optimizers, lr)
         return {"reward": 0.0, "kl": None, "tokens": 1, "zero_std_groups": 0.0, "floored": 0.0}, []
 
     phase = Phase(steps=2, peak=0.1, batch=5)
-    train.run_phase(step, policy, other, [(n, n) for n in range(20)], phase, train.Stage("phase1", 1), lab_of([]))
+    train.run_phase(
+        step,
+        policy,
+        other,
+        [(n, n) for n in range(20)],
+        phase,
+        train.Stage("phase1", 1),
+        lab_of([]),
+    )
     return seen, weights(policy.net)
 
 
 def thrice(model, optimizers):
     for _ in range(3):
         prompts, targets = zip(*parallel.share(ROWS))
-        (-lm.logprobs(model, prompts, targets, range(len(targets)), lm.Options(EOS)).sum() / 14).backward()
+        (
+            -lm.logprobs(model, prompts, targets, range(len(targets)), lm.Options(EOS)).sum() / 14
+        ).backward()
         optim.step(model, optimizers, 1e-3, clip=0.5)
 
 
 def with_muon(prepare):
-    """The weights after three steps of Muon and AdamW, and the most matrices of a shape that it took at once."""
+    """The weights after three steps of Muon and AdamW, and the most matrices of a shape that it
+    took at once."""
     model, orthogonal, most = prepare(tiny_llama(9, 1)), optim.orthogonal, []
     with pytest.MonkeyPatch.context() as m:
         m.setattr(optim, "orthogonal", lambda M: most.append(len(M)) or orthogonal(M))
@@ -136,7 +195,10 @@ def three_steps(prepare, folder):
     """The weights after three steps of AdamW on ROWS, and what is saved and copied of them."""
     model = prepare(tiny_llama(9, 1))
     optimizers = optim.make_optimizers(model, 1e-3, muon=False, decay=0.1)
-    held = sum(v.to_local().numel() if hasattr(v, "to_local") else v.numel() for v in optimizers[0].param_groups[0]["params"])
+    held = sum(
+        v.to_local().numel() if hasattr(v, "to_local") else v.numel()
+        for v in optimizers[0].param_groups[0]["params"]
+    )
     thrice(model, optimizers)
     tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
     if parallel.rank() == 0:
@@ -153,11 +215,20 @@ def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     lm.sample = drawn_by_prompt
-    out = {how: (cases(prepare), three_steps(prepare, f"{folder}/{how}"), a_phase(prepare), with_muon(prepare)) for how, prepare in
-           (("copies", lambda model: model), ("shards", parallel.shard))}
+    out = {
+        how: (
+            cases(prepare),
+            three_steps(prepare, f"{folder}/{how}"),
+            a_phase(prepare),
+            with_muon(prepare),
+        )
+        for how, prepare in (("copies", lambda model: model), ("shards", parallel.shard))
+    }
     rows = list(range(7))
-    out["numbers"] = [parallel.divide(lambda a, b: [x * y for x, y in zip(a, b)], rows, rows), parallel.agree(rank),
-                      parallel.total(rank + 1), parallel.divide(lambda a: [x for x in a if a], [5])]
+    out["numbers"] = [
+        parallel.divide(lambda a, b: [x * y for x, y in zip(a, b)], rows, rows),
+        parallel.agree(rank), parallel.total(rank + 1),
+        parallel.divide(lambda a: [x for x in a if a], [5])]
     torch.save(out, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -176,7 +247,13 @@ def alone(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(lm, "sample", drawn_by_prompt)
         same = lambda model: model
-        return cases(same), three_steps(same, folder / "alone"), a_phase(same), folder, with_muon(same)
+        return (
+            cases(same),
+            three_steps(same, folder / "alone"),
+            a_phase(same),
+            folder,
+            with_muon(same),
+        )
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
@@ -190,11 +267,13 @@ def test_two_processes_see_the_gradient_and_the_log_of_one(ranks, alone, case, h
             assert b.norm() > 1e-3 and relative(a, b) < 1e-5
         for k in log:
             assert theirs[k] == log[k] or theirs[k] == pytest.approx(log[k], rel=1e-5, abs=1e-5), k
-        assert rank[how][0]["unread"] is None                  # no rank reads an action: no step, no hanging
+        # no rank reads an action: no step, no hanging
+        assert rank[how][0]["unread"] is None
 
 
 def test_one_process_sees_the_gradient_of_the_naive_losses(alone):
-    """So that the test above is held against something that `grpo`, `sft` and `lm` did not compute."""
+    """So that the test above is held against something that `grpo`, `sft` and `lm` did not
+    compute."""
     policy, ref, cfg = tiny_llama(9, 1), tiny_llama(9, 2), settings(beta=0.3)
     rows, _ = drawn_by_prompt(policy, PROMPTS, 4, cfg.longest, lm.Options(EOS))
     naive_loss(policy, ref, PROMPTS, rows, cfg)[0].backward()
@@ -211,24 +290,31 @@ def test_muon_of_two_processes_is_that_of_one_and_shards_go_one_at_a_time(ranks,
     for rank in ranks[0]:
         ours, n = rank[how][3]
         assert relative(ours - weights(tiny_llama(9, 1)), truth - weights(tiny_llama(9, 1))) < 1e-3
-        assert n == (most if how == "copies" else 1) and most > 1                  # a stack of shards might be cut between matrices
+        # a stack of shards might be cut between matrices
+        assert n == (most if how == "copies" else 1) and most > 1
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
 def test_weights_after_three_steps_are_those_of_one_process_and_are_saved_alike(ranks, alone, how):
     found, folder = ranks
-    start, other, saved = weights(tiny_llama(9, 1)), weights(tiny_llama(9, 3)), pretrained.load(folder / how)[0]
+    start, other, saved = (
+        weights(tiny_llama(9, 1)), weights(tiny_llama(9, 3)), pretrained.load(folder / how)[0])
     for rank in found:
         ours = rank[how][1]
         assert relative(ours["whole"] - start, alone[1]["whole"] - start) < 1e-3
-        assert torch.equal(ours["whole"], found[0][how][1]["whole"])                # ranks do not drift apart
-        assert torch.equal(ours["frozen"], ours["whole"]) and torch.equal(weights(saved), ours["whole"])
+        # ranks do not drift apart
+        assert torch.equal(ours["whole"], found[0][how][1]["whole"])
+        assert torch.equal(ours["frozen"], ours["whole"]) and torch.equal(
+            weights(saved), ours["whole"]
+        )
         assert torch.equal(ours["loaded"], other) and torch.equal(ours["masters"], other)
         share = ours["held"] / alone[1]["held"]
         assert share == 1 if how == "copies" else share < 0.55
     names = lambda folder: sorted(p.name for p in folder.iterdir())
     assert names(folder / how) == names(alone[3] / "alone")
-    assert (folder / how / "config.json").read_text() == (alone[3] / "alone" / "config.json").read_text()
+    assert (folder / how / "config.json").read_text() == (
+        alone[3] / "alone" / "config.json"
+    ).read_text()
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
@@ -255,7 +341,12 @@ def test_shard_alone_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         train.main(["--shard", "--out", str(tmp_path / "out")])
     err = capsys.readouterr().err
-    assert e.value.code == 2 and err.startswith("error: --shard") and err.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert (
+        e.value.code == 2
+        and err.startswith("error: --shard")
+        and err.count("\n") == 1
+        and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -271,13 +362,31 @@ def one(tmp_path_factory, small_folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["copies", "shards"])
 def test_torchrun_takes_a_run_to_its_end_and_resumes_a_cut_one(one, tmp_path, shard):
-    """The same files as one process leaves; a run that was killed before Phase II ends as the one that was not."""
+    """The same files as one process leaves; a run that was killed before Phase II ends as the one
+    that was not."""
     argv, one = one
 
     def start(out):
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", train.__file__,
-                                 *argv, *shard, "--out", str(out)], stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+                train.__file__,
+                *argv,
+                *shard,
+                "--out",
+                str(out),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+        )
 
     two, cut = tmp_path / "two", tmp_path / "cut"
     run = start(two)
@@ -285,10 +394,15 @@ def test_torchrun_takes_a_run_to_its_end_and_resumes_a_cut_one(one, tmp_path, sh
     assert run.returncode == 0 and said.count("held-out transitions") == 1, said
     names = lambda out: sorted(str(p.relative_to(out)) for p in out.rglob("*"))
     assert names(one) == names(two)
-    lines = lambda out: [(line["phase"], line["step"]) for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
+    lines = lambda out: [
+        (line["phase"], line["step"])
+        for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    ]
     assert lines(one) == lines(two)                            # each line once
     run = start(cut)
-    while run.poll() is None and not ((cut / "progress.json").exists() and "phase1" in (cut / "progress.json").read_text()):
+    while run.poll() is None and not (
+        (cut / "progress.json").exists() and "phase1" in (cut / "progress.json").read_text()
+    ):
         time.sleep(.05)
     run.terminate()
     run.communicate()

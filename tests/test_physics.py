@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from envs.physics import KINDS, STEPS, VESSELS, World, __doc__ as doc, episode
+from envs.physics import KINDS, STEPS, VESSELS, World, episode
+from envs.physics import __doc__ as doc
 
 EPISODES = [episode(random.Random(seed)) for seed in range(200)]
 DRAWN = [transition for e in EPISODES for transition in e]
@@ -43,15 +44,23 @@ def test_the_transition_in_the_docstring():
     assert after(read("\n".join(row[0] for row in rows)), "wait") == [row[-1] for row in rows]
 
 
-@pytest.mark.parametrize("before, then", [
-    ("solid butter, 20 C, on the stove", "liquid butter, 60 C, on the stove"),
-    ("liquid water, liquid oil, 80 C, on the stove", "boiling water, liquid oil, 100 C, on the stove"),
-    ("boiling water, liquid oil, 100 C, on the stove", "liquid oil, 100 C, on the stove"),
-    ("boiling milk, 100 C, on the stove", "empty, on the stove"),
-    ("boiling brine, 120 C, on the stove", "solid salt, 120 C, on the stove"),
-    ("boiling water, 100 C, in the sink", "liquid water, 80 C, in the sink"),
-    ("solid wax, -20 C, on the bench", "solid wax, 0 C, on the bench"),
-    ("liquid wax, 80 C, in the chest", "liquid wax, 80 C, in the chest")])       # shut: it keeps the heat
+@pytest.mark.parametrize(
+    "before, then",
+    [
+        ("solid butter, 20 C, on the stove", "liquid butter, 60 C, on the stove"),
+        (
+            "liquid water, liquid oil, 80 C, on the stove",
+            "boiling water, liquid oil, 100 C, on the stove",
+        ),
+        ("boiling water, liquid oil, 100 C, on the stove", "liquid oil, 100 C, on the stove"),
+        ("boiling milk, 100 C, on the stove", "empty, on the stove"),
+        ("boiling brine, 120 C, on the stove", "solid salt, 120 C, on the stove"),
+        ("boiling water, 100 C, in the sink", "liquid water, 80 C, in the sink"),
+        ("solid wax, -20 C, on the bench", "solid wax, 0 C, on the bench"),
+        # shut: it keeps the heat
+        ("liquid wax, 80 C, in the chest", "liquid wax, 80 C, in the chest"),
+    ],
+)
 def test_a_wait_with_the_stove_on(before, then):
     assert f"pot: {then}" in after(given("stove: on", f"pot: {before}"), "wait")
 
@@ -65,38 +74,61 @@ def test_the_freezer_must_be_on_and_shut():
 
 def test_a_place_takes_one_vessel_and_shut_doors_keep_off():
     world = given("cup: liquid water, 80 C, in the chest")
-    assert after(world) == after(world, "take the cup", "empty the cup", "pour the cup into the pot")
-    assert "cup: liquid water, 60 C, on the bench" in after(world, "open the chest", "wait", "take the cup")
+    assert after(world) == after(
+        world, "take the cup", "empty the cup", "pour the cup into the pot"
+    )
+    assert "cup: liquid water, 60 C, on the bench" in after(
+        world, "open the chest", "wait", "take the cup"
+    )
     world = given("pot: empty, on the stove")
     assert after(world) == after(world, "put the cup on the stove", "put the jar in the freezer")
     assert "cup: empty, on the stove" in after(world, "take the pot", "put the cup on the stove")
 
 
 def test_pouring_moves_liquids_only_and_mixes_heat():
-    world = given("pot: boiling water, solid mint, 100 C, on the bench", "cup: liquid oil, 20 C, in the sink")
+    world = given(
+        "pot: boiling water, solid mint, 100 C, on the bench", "cup: liquid oil, 20 C, in the sink"
+    )
     pot, cup = after(world, "pour the pot into the cup")[4:6]
     assert pot == "pot: solid mint, 100 C, on the bench"
     assert cup == "cup: liquid oil, liquid water, 60 C, in the sink"
-    assert after(world) == after(world, "pour the pot into the jar")                        # mint is solid
+    # mint is solid
+    assert after(world) == after(world, "pour the pot into the jar")
 
 
 def test_filling_and_adding_need_room_and_come_at_20():
     world = given("pot: liquid water, 60 C, in the sink")
-    assert after(world) == after(world, "fill the pot", "fill the cup")       # has water; not in the sink
+    # has water; not in the sink
+    assert after(world) == after(world, "fill the pot", "fill the cup")
     lines = after(world, "add the salt to the pot", "add the milk to the pot")
     assert lines[3:5] == ["shelf: milk", "pot: liquid water, solid salt, 40 C, in the sink"]
     assert "pot: liquid water, 20 C, in the sink" in after(world, "empty the pot", "fill the pot")
 
 
 def test_stirring_needs_a_recipe_and_warmth():
-    for before, then in [("liquid chocolate, liquid milk, 60 C", "liquid cocoa, 60 C"),
-                         ("liquid milk, solid chocolate, 40 C", "liquid milk, solid chocolate, 40 C"),
-                         ("liquid water, liquid oil, 80 C", "liquid water, liquid oil, 80 C")]:
-        assert f"pot: {then}, on the bench" in after(given(f"pot: {before}, on the bench"), "stir the pot")
+    for before, then in [
+        ("liquid chocolate, liquid milk, 60 C", "liquid cocoa, 60 C"),
+        ("liquid milk, solid chocolate, 40 C", "liquid milk, solid chocolate, 40 C"),
+        ("liquid water, liquid oil, 80 C", "liquid water, liquid oil, 80 C"),
+    ]:
+        assert f"pot: {then}, on the bench" in after(
+            given(f"pot: {before}, on the bench"), "stir the pot"
+        )
 
 
-@pytest.mark.parametrize("z", ["dance", "", "put the pot in the stove", "take the stove", "wait longer",
-                               "pour the pot into the pot", "open the stove", "add the water to the pot"])
+@pytest.mark.parametrize(
+    "z",
+    [
+        "dance",
+        "",
+        "put the pot in the stove",
+        "take the stove",
+        "wait longer",
+        "pour the pot into the pot",
+        "open the stove",
+        "add the water to the pot",
+    ],
+)
 def test_unknown_action(z):
     with pytest.raises(ValueError):
         given().step(z)
@@ -117,7 +149,11 @@ def test_episodes_are_chains_by_seed_and_kinds_are_in_proportion():
 
 def test_states_are_short_and_varied_and_the_diff_tells_the_action():
     words = [len(x.split()) for x, _, _ in DRAWN]
-    assert sum(words) >= 30 * len(words) and max(words) <= 45 and {x.count("\n") for x, _, _ in DRAWN} == {6}
+    assert (
+        sum(words) >= 30 * len(words)
+        and max(words) <= 45
+        and {x.count("\n") for x, _, _ in DRAWN} == {6}
+    )
     assert len(set(re.findall(r"-?\w+", " ".join(x + " " + z for x, z, _ in DRAWN)))) <= 60
     states = [s for e in EPISODES[:100] for s in [e[0][0]] + [y for x, _, y in e if x != y]]
     assert len(set(states)) >= 0.95 * len(states)

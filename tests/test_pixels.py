@@ -1,4 +1,5 @@
-"""Scenes of shapes: the rules by hand, pictures and codes there and back, P and Q on images, several steps ahead."""
+"""Scenes of shapes: the rules by hand, pictures and codes there and back, P and Q on images,
+several steps ahead."""
 import copy
 import json
 import random
@@ -9,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import sample
 
 import envs
 import lm
 import swirl_fwm
 import swirl_idm
 import train
-from conftest import sample
 from envs import images, pixels
 from envs.pixels import Room, Toy, step
 from evals import aurora, bytemorph, export, metrics, rollout, visual, worldprediction
@@ -42,43 +43,57 @@ A, B, C = "red ball", "blue box", "yellow cone"
 
 @pytest.mark.parametrize("before, z, after", [
     ([[], [A], [], []], "move the red ball right", [[], [], [A], []]),
-    ([[], [A, B, C], [], []], "move the red ball right", [[], [B, C], [A], []]),                 # what stood on it comes down
-    ([[], [A], [B], []], "move the red ball right", [[], [], [B, A], []]),                       # it comes to rest on the pile
-    ([[], [A], [], []], "move the red ball left", None),                                         # the figure stands there
-    ([[], [], [], [A]], "move the red ball right", None),                                        # the wall ends
+    # what stood on it comes down
+    ([[], [A, B, C], [], []], "move the red ball right", [[], [B, C], [A], []]),
+    # it comes to rest on the pile
+    ([[], [A], [B], []], "move the red ball right", [[], [], [B, A], []]),
+    # the figure stands there
+    ([[], [A], [], []], "move the red ball left", None),
+    # the wall ends
+    ([[], [], [], [A]], "move the red ball right", None),
     ([[], [A], [], [B]], "put the red ball left of the blue box", [[], [], [A], [B]]),
     ([[], [A], [B], []], "put the red ball right of the blue box", [[], [], [B], [A]]),
     ([[], [A], [B], []], "put the red ball on the blue box", [[], [], [B, A], []]),
-    ([[], [A], [B, C], []], "put the red ball on the blue box", None),                           # the cone stands there
+    # the cone stands there
+    ([[], [A], [B, C], []], "put the red ball on the blue box", None),
     ([[], [A, B], [], []], "put the red ball on the blue box", [[], [B, A], [], []]),
     ([[], [A], [B, C], []], "put the red ball under the yellow cone", [[], [], [B, A, C], []]),
     ([[], [A, B, C], [], []], "put the yellow cone under the red ball", [[], [C, A, B], [], []]),
     ([[], [A, B], [], []], "remove the red ball", [[], [B], [], []]),
     ([[], [A, B], [], []], "add a yellow ball", [[], [A, B, "yellow ball"], [], []]),
     ([[], [], [A], []], "add a yellow cone", [[], [C], [A], []]),
-    ([[], [A, B], [], [C]], "add a red cone", None),                                             # three are enough
+    # three are enough
+    ([[], [A, B], [], [C]], "add a red cone", None),
     ([[], [A], [], []], "add a red ball", None),
     ([[], [A], [], []], "paint the red ball blue", [[], ["blue ball"], [], []]),
-    ([[], [A, "blue ball"], [], []], "paint the red ball blue", None),                           # two would look the same
+    # two would look the same
+    ([[], [A, "blue ball"], [], []], "paint the red ball blue", None),
     ([[], [A], [], []], "push the red ball right", [[], [], [A], []]),
     ([[], [A, B], [], []], "push the red ball right", None),
-    ([[], [], [A], []], "push the red ball right", None),                                        # out of reach
+    # out of reach
+    ([[], [], [A], []], "push the red ball right", None),
     ([[], [A], [], []], "sing", None),
 ])
 def test_toys_fall_push_and_stack(before, z, after):
     old = room(before)
     new = step(old, z)
     assert (new is old) if after is None else piles(new) == after
-    assert piles(old) == [list(pile) for pile in before]                           # the old room is as it was
+    # the old room is as it was
+    assert piles(old) == [list(pile) for pile in before]
     if z.startswith("push") and after:
         assert new.figure == 1
 
 
 def test_the_figure_walks_lifts_and_kneels():
     start = room([[], [A, B], [], []])
-    assert step(start, "walk right") is start and step(start, "pick up the red ball") is start      # not free, not on top
+    # not free, not on top
+    assert step(start, "walk right") is start and step(start, "pick up the red ball") is start
     held = step(start, "pick up the blue box")
-    assert piles(held) == [[], [A], [], []] and held.held.name == "the blue box" and held.up == {"left": True, "right": True}
+    assert (
+        piles(held) == [[], [A], [], []]
+        and held.held.name == "the blue box"
+        and held.up == {"left": True, "right": True}
+    )
     for z in ("kneel", "lower the left arm", "pick up the red ball", "put it down left"):
         assert step(held, z) is held
     down = step(held, "put it down right")
@@ -86,8 +101,14 @@ def test_the_figure_walks_lifts_and_kneels():
     up = step(start, "raise the left arm")
     assert up.up == {"left": True, "right": False} and step(up, "raise the left arm") is up
     kneeling = step(room(), "kneel")
-    assert kneeling.kneels and step(kneeling, "walk right") is kneeling and not step(kneeling, "stand up").kneels
-    assert step(room(), "walk right").figure == 1 and step(room(curtain=1), "walk right").figure == 0
+    assert (
+        kneeling.kneels
+        and step(kneeling, "walk right") is kneeling
+        and not step(kneeling, "stand up").kneels
+    )
+    assert (
+        step(room(), "walk right").figure == 1 and step(room(curtain=1), "walk right").figure == 0
+    )
 
 
 def test_the_curtain_hides_and_gives_back():
@@ -97,7 +118,8 @@ def test_the_curtain_hides_and_gives_back():
     assert piles(step(hidden, "move the red ball right")) == [[], [], [], [A]]
     assert step(hidden, "paint the red ball blue") is hidden
     both = room([[], [A], [B], []], curtain=2)
-    assert {z.rpartition(" the ")[2] for z in pixels.sentences(both)["put"]} == {A}             # nobody sees what else to name
+    # nobody sees what else to name
+    assert {z.rpartition(" the ")[2] for z in pixels.sentences(both)["put"]} == {A}
 
 
 def test_every_room_of_an_episode_is_one_that_a_child_accepts():
@@ -110,7 +132,11 @@ def test_every_room_of_an_episode_is_one_that_a_child_accepts():
                     assert pixels.kind(z) == kind
                     new = step(now, z)
                     names = [toy.name for toy in [*new.toys(), *([new.held] if new.held else [])]]
-                    assert len(set(names)) == len(names) and not new.piles[new.figure] and new.figure != new.curtain
+                    assert (
+                        len(set(names)) == len(names)
+                        and not new.piles[new.figure]
+                        and new.figure != new.curtain
+                    )
                     assert all(len(pile) <= 3 for pile in new.piles) and new.near in (True, False)
                     assert not new.near or new.camera == pixels.HOME
             z, after, y = pixels.propose(now, pixels.draw(now), rng)
@@ -120,7 +146,10 @@ def test_every_room_of_an_episode_is_one_that_a_child_accepts():
 
 def patchwork(frame):
     """(8, 8) of the bytes of each patch, cut by loops."""
-    return [[frame[16 * r:16 * r + 16, 16 * c:16 * c + 16].tobytes() for c in range(8)] for r in range(8)]
+    return [
+        [frame[16 * r : 16 * r + 16, 16 * c : 16 * c + 16].tobytes() for c in range(8)]
+        for r in range(8)
+    ]
 
 
 def test_the_camera_zooms_and_pans_what_is_there():
@@ -128,12 +157,16 @@ def test_the_camera_zooms_and_pans_what_is_there():
     out = step(near, "zoom out")
     big, small = pixels.draw(near).astype(float), pixels.draw(out).astype(float)
     half = big.reshape(64, 2, 64, 2, 3).mean((1, 3))
-    assert np.abs(half[8:56] - small[48:96, 32:96]).max() <= 1                     # the stage, without the half cells above and below
+    # the stage, without the half cells above and below
+    assert np.abs(half[8:56] - small[48:96, 32:96]).max() <= 1
     left = step(out, "pan left")
     now, moved = patchwork(pixels.draw(out)), patchwork(pixels.draw(left))
     assert all(moved[r][c] == now[r][c - 1] for r in range(8) for c in range(1, 8))
     low = patchwork(pixels.draw(step(out, "tilt down")))
-    assert all(low[r][c] == now[r + 1][c] for r in range(7) for c in range(8)) and step(out, "tilt up") is out
+    assert (
+        all(low[r][c] == now[r + 1][c] for r in range(7) for c in range(8))
+        and step(out, "tilt up") is out
+    )
     assert step(near, "pan left") is near and step(near, "zoom in") is near
     again = step(step(left, "zoom in"), "zoom out")
     assert np.array_equal(pixels.draw(again), pixels.draw(out))
@@ -146,7 +179,9 @@ def episodes():
 
 @pytest.fixture(scope="module")
 def book(episodes):
-    return images.Codebook.fit(np.stack([f for steps in episodes for x, _, y in steps for f in (x, y)]), pixels.PATCH)
+    return images.Codebook.fit(
+        np.stack([f for steps in episodes for x, _, y in steps for f in (x, y)]), pixels.PATCH
+    )
 
 
 def test_a_change_has_one_sentence(monkeypatch):
@@ -159,11 +194,20 @@ def test_a_change_has_one_sentence(monkeypatch):
             said.setdefault(repr(vars(after)), set()).add(z)
         assert all(len(zs) == 1 for zs in said.values())
         ways = [step(now, z) for some in pixels.sentences(now).values() for z in some]
-        several += any(sum(vars(new) == vars(old) for old in ways) > 1 for new in ways if new is not now)
-    assert several                                                                 # there are changes that could be said otherwise
+        several += any(
+            sum(vars(new) == vars(old) for old in ways) > 1 for new in ways if new is not now
+        )
+    # there are changes that could be said otherwise
+    assert several
     start = room([[], ["red ball"], ["blue box"], []], near=False)
-    said = {pixels.propose(start, pixels.draw(start), random.Random(seed))[0] for seed in range(300)}
-    assert {"move the red ball right", "put the red ball right of the blue box", "put the red ball under the blue box"} <= said
+    said = {
+        pixels.propose(start, pixels.draw(start), random.Random(seed))[0] for seed in range(300)
+    }
+    assert {
+        "move the red ball right",
+        "put the red ball right of the blue box",
+        "put the red ball under the blue box",
+    } <= said
     assert "put the red ball on the blue box" not in said
 
 
@@ -178,7 +222,12 @@ def test_frames_decode_to_what_was_encoded(episodes, book):
     known = np.stack([y for steps in episodes for _, _, y in steps])
     assert np.array_equal(book.decode(book.encode(known)), known) and len(book.centres) <= 256
     new = np.stack([y for i in range(6) for _, _, y in pixels.episode(random.Random(f"test {i}"))])
-    right = [a == b for f, g in zip(new, book.decode(book.encode(new))) for r, s in zip(patchwork(f), patchwork(g)) for a, b in zip(r, s)]
+    right = [
+        a == b
+        for f, g in zip(new, book.decode(book.encode(new)))
+        for r, s in zip(patchwork(f), patchwork(g))
+        for a, b in zip(r, s)
+    ]
     assert np.mean(right) >= 0.99
 
 
@@ -186,14 +235,23 @@ def test_k_means_takes_over_where_there_are_more_patches_than_codes(episodes):
     frames = np.stack([y for steps in episodes[:4] for _, _, y in steps])
     points, count = np.unique(images.cut(frames, 16).reshape(-1, 768), axis=0, return_counts=True)
     book = images.Codebook.fit(frames, 16, size=24, rounds=50)
-    distance = ((points[:, None].astype(float) - book.centres[None]) ** 2).sum(-1)             # (n, 24)
+    # (n, 24)
+    distance = ((points[:, None].astype(float) - book.centres[None]) ** 2).sum(-1)
     assert len(book.centres) == 24 and np.array_equal(book.nearest(points), distance.argmin(1))
-    for k in range(24):                                                            # each centre is the mean of its points
+    # each centre is the mean of its points
+    for k in range(24):
         mine = distance.argmin(1) == k
         if mine.any():
-            assert np.abs(np.average(points[mine], axis=0, weights=count[mine]) - book.centres[k]).max() < 1
+            assert (
+                np.abs(
+                    np.average(points[mine], axis=0, weights=count[mine]) - book.centres[k]
+                ).max()
+                < 1
+            )
     commonest = images.Codebook(points[np.argsort(-count)[:24]])
-    error = lambda book: (((points - book.centres[book.nearest(points)].astype(float)) ** 2).sum(1) * count).sum()
+    error = lambda book: (
+        ((points - book.centres[book.nearest(points)].astype(float)) ** 2).sum(1) * count
+    ).sum()
     assert error(book) < error(commonest)
 
 
@@ -211,9 +269,19 @@ def rows(episodes, book):
 def test_an_image_is_a_string_and_back():
     codes = np.arange(9).reshape(3, 3)
     image = images.spell(codes)
-    assert image == "<image><c0><c1><c2><c3><c4><c5><c6><c7><c8></image>" and np.array_equal(images.codes(image), codes)
+    assert image == "<image><c0><c1><c2><c3><c4><c5><c6><c7><c8></image>" and np.array_equal(
+        images.codes(image), codes
+    )
     assert images.patches(image)[5] == "<c5>"
-    for broken in ("", "<image></image>", image[:-1], image + " ", image.replace("<c3>", ""), image.replace("<c3>", "<cx>"), "<c1>"):
+    for broken in (
+        "",
+        "<image></image>",
+        image[:-1],
+        image + " ",
+        image.replace("<c3>", ""),
+        image.replace("<c3>", "<cx>"),
+        "<c1>",
+    ):
         assert images.patches(broken) is None and images.codes(broken) is None
 
 
@@ -245,20 +313,52 @@ def test_q_reads_the_patches_that_change_and_those_that_touch_them(rows):
             assert 2 * sum(a != b for a, b in zip(now, then)) < still
         moved += bool(shift)
         assert shift or pixels.kind(z) != "camera motion"
-        assert first or pixels.kind(z) == "camera motion"                          # no walk is a pan
+        # no walk is a pan
+        assert first or pixels.kind(z) == "camera motion"
         columns = lambda places: sorted(places, key=lambda place: place[0][::-1])
-        changed = {(int(r), int(c)): codes for r, c, *codes in re.findall(r"<(\d+),(\d+)>(<c\d+>)(<c\d+>)", first)}
-        beside = {(int(r), int(c)): code for r, c, code in re.findall(r"<(\d+),(\d+)>(<c\d+>)", second)}
-        assert "".join(images.place(8 * r + c, 64) + "".join(codes) for (r, c), codes in columns(changed.items())) == first
-        assert "".join(images.place(8 * r + c, 64) + code for (r, c), code in columns(beside.items())) == second
-        assert changed == {(i // 8, i % 8): [now[i], then[i]] for i in range(64) if now[i] != then[i]}
-        assert beside == {(r, c): now[8 * r + c] for r in range(8) for c in range(8)
-                          if (r, c) not in changed and any(abs(r - a) + abs(c - b) == 1 for a, b in changed)}
+        changed = {
+            (int(r), int(c)): codes
+            for r, c, *codes in re.findall(r"<(\d+),(\d+)>(<c\d+>)(<c\d+>)", first)
+        }
+        beside = {
+            (int(r), int(c)): code for r, c, code in re.findall(r"<(\d+),(\d+)>(<c\d+>)", second)
+        }
+        assert (
+            "".join(
+                images.place(8 * r + c, 64) + "".join(codes)
+                for (r, c), codes in columns(changed.items())
+            )
+            == first
+        )
+        assert (
+            "".join(images.place(8 * r + c, 64) + code for (r, c), code in columns(beside.items()))
+            == second
+        )
+        assert changed == {
+            (i // 8, i % 8): [now[i], then[i]] for i in range(64) if now[i] != then[i]
+        }
+        assert beside == {
+            (r, c): now[8 * r + c]
+            for r in range(8)
+            for c in range(8)
+            if (r, c) not in changed and any(abs(r - a) + abs(c - b) == 1 for a, b in changed)
+        }
     assert moved
-    assert changes(x, "<image><c1></image>") == [x, "<image><c1></image>"] and changes("<image>", "<image>") == []
+    assert (
+        changes(x, "<image><c1></image>") == [x, "<image><c1></image>"]
+        and changes("<image>", "<image>") == []
+    )
 
 
-@pytest.mark.parametrize("z, shift", [("pan left", "<1,1><1,2>"), ("pan right", "<1,1><1,0>"), ("tilt up", "<1,1><2,1>"), ("tilt down", "<1,1><0,1>")])
+@pytest.mark.parametrize(
+    "z, shift",
+    [
+        ("pan left", "<1,1><1,2>"),
+        ("pan right", "<1,1><1,0>"),
+        ("tilt up", "<1,1><2,1>"),
+        ("tilt down", "<1,1><0,1>"),
+    ],
+)
 def test_q_reads_a_moved_camera_as_a_shift_and_what_is_wrong_beside_it(book, z, shift):
     out = room([[], [A, B], [], []], figure=3, curtain=0, near=False)
     if z == "tilt up":
@@ -271,7 +371,8 @@ def test_q_reads_a_moved_camera_as_a_shift_and_what_is_wrong_beside_it(book, z, 
     right, codes[9] = codes[9], "<c7>"
     bad = "<image>" + "".join(codes) + "</image>"
     assert changes(x, bad)[0] == f"{shift}<1,1>{right}<c7>"
-    codes[0] = codes[63] = "<c7>"                                                  # three wrong ones hide no shift
+    # three wrong ones hide no shift
+    codes[0] = codes[63] = "<c7>"
     assert changes(x, "<image>" + "".join(codes) + "</image>")[0].startswith(f"{shift}<0,0>")
 
 
@@ -285,12 +386,19 @@ def test_a_spoiled_image_has_a_wrong_patch_or_two_exchanged(rows):
         elif bad is not None:
             was, now, then = map(images.patches, (x, bad, y))
             wrong = [i for i in range(64) if now[i] != then[i]]
-            assert len(then) == len(now) == 64 and len(wrong) in (1, 2) and {now[i] for i in wrong} <= {*was, *then, *images.patches(other)}
+            assert (
+                len(then) == len(now) == 64
+                and len(wrong) in (1, 2)
+                and {now[i] for i in wrong} <= {*was, *then, *images.patches(other)}
+            )
             i, j = wrong[0], wrong[-1]
             if i == j:
                 seen.add("stray" if was[i] == then[i] else "stays" if now[i] == was[i] else "other")
             else:
-                assert abs(i // 8 - j // 8) + abs(i % 8 - j % 8) == 1 and (now[i], now[j]) == (then[j], then[i])
+                assert abs(i // 8 - j // 8) + abs(i % 8 - j % 8) == 1 and (now[i], now[j]) == (
+                    then[j],
+                    then[i],
+                )
                 assert was[i] != then[i] or was[j] != then[j]
                 seen.add("exchanged")
     assert seen == {"stray", "stays", "other", "exchanged"}
@@ -299,13 +407,18 @@ def test_a_spoiled_image_has_a_wrong_patch_or_two_exchanged(rows):
 def test_an_image_that_cannot_be_spoiled():
     one, two = images.spell([["1"]]), images.spell([["2"]])
     drawn = {images.spoil(one, two, two, random.Random(seed)) for seed in range(40)}
-    assert drawn == {None} and images.spoil(one, one, two, random.Random(0)) is None      # no code that is about is wrong here
-    assert {images.spoil(one, two, images.spell([["3"]]), random.Random(seed)) for seed in range(40)} == {None, images.spell([["3"]])}
+    # no code that is about is wrong here
+    assert drawn == {None} and images.spoil(one, one, two, random.Random(0)) is None
+    assert {
+        images.spoil(one, two, images.spell([["3"]]), random.Random(seed)) for seed in range(40)
+    } == {None, images.spell([["3"]])}
 
 
 @pytest.fixture(scope="module")
 def pixel_tok(rows):
-    tok = tiny.make_tokenizer([" " + z for _, z, _ in rows] + ["\n- \n+ \nnext:\naction: " + swirl_idm.REFUSAL] * 20)
+    tok = tiny.make_tokenizer(
+        [" " + z for _, z, _ in rows] + ["\n- \n+ \nnext:\naction: " + swirl_idm.REFUSAL] * 20
+    )
     tok.add_tokens(images.vocabulary([s for x, _, y in rows for s in (x, y)]))
     return tok
 
@@ -331,48 +444,74 @@ def test_codes_and_places_are_embedded_by_their_meaning(pixel_tok, book):
     E = torch.nn.functional.normalize(P.get_input_embeddings().weight.detach(), dim=1)
     at = lambda *tokens: E[pixel_tok.convert_tokens_to_ids(list(tokens))]
     a, beside, column, row, far = at("<2,3>", "<2,4>", "<7,3>", "<2,7>", "<7,7>")
-    assert a @ beside > 0.7 > a @ column > 0.3 and 0.7 > a @ row > 0.3 > a @ far        # half of it is shared; near places are alike
+    # half of it is shared; near places are alike
+    assert a @ beside > 0.7 > a @ column > 0.3 and 0.7 > a @ row > 0.3 > a @ far
     codes, looks = at(*(f"<c{i}>" for i in range(book.size))), torch.tensor(book.features())
     looks = torch.nn.functional.normalize(looks, dim=1)
     i, j = torch.triu_indices(book.size, book.size, 1)
-    assert torch.corrcoef(torch.stack([(codes @ codes.T)[i, j], (looks @ looks.T)[i, j]]))[0, 1] > 0.6
+    assert (
+        torch.corrcoef(torch.stack([(codes @ codes.T)[i, j], (looks @ looks.T)[i, j]]))[0, 1] > 0.6
+    )
     assert (codes @ codes.T)[i, j].max() < 0.99
 
 
 def test_p_draws_an_image_and_q_words_whatever_the_weights(rows, pixel_tok):
     x, z, y = rows[0]
-    P, Q = models_of(pixel_tok, x, tiny.make_model(pixel_tok, width=32, layers=2))  # random: it knows nothing
+    # random: it knows nothing
+    P, Q = models_of(pixel_tok, x, tiny.make_model(pixel_tok, width=32, layers=2))
     gen = torch.Generator().manual_seed(0)
     y_hats = P.sample([x], [z], 8, gen)
     assert all(len(images.patches(y_hat)) == 64 for y_hat in y_hats) and len(set(y_hats)) == 8
     one_by_one, _ = lm.sample(P.net, [P.prompt(x, z)], 8, 100, P.options, gen)
     assert all(len(images.patches(P.read(row))) == 64 and len(row) == 68 for row in one_by_one)
     words, _ = lm.sample(Q.net, [Q.prompt(x, y)], 8, 12, Q.options, gen)
-    assert not any(images.is_token(t) for row in words for t in pixel_tok.convert_ids_to_tokens(row))
+    assert not any(
+        images.is_token(t) for row in words for t in pixel_tok.convert_ids_to_tokens(row)
+    )
     images_ids = [i for t, i in pixel_tok.get_added_vocab().items() if images.is_token(t)]
     assert len(images_ids) == len(images.vocabulary([s for x, _, y in rows for s in (x, y)]))
     assert not Q.options.allowed[0, images_ids].any()
     row = one_by_one[0]
-    total = [lm.score(P.net, [P.prompt(x, z)], [row[:3] + [c] + row[4:]], P.options).isfinite().item()
-             for c in images_ids]
-    assert sum(total) == sum(t.startswith("<c") for t in map(pixel_tok.convert_ids_to_tokens, images_ids))
+    total = [
+        lm.score(P.net, [P.prompt(x, z)], [row[:3] + [c] + row[4:]], P.options).isfinite().item()
+        for c in images_ids
+    ]
+    assert sum(total) == sum(
+        t.startswith("<c") for t in map(pixel_tok.convert_ids_to_tokens, images_ids)
+    )
 
 
 def test_images_begin_as_a_guess_and_end_as_without(rows, pixel_tok, monkeypatch):
-    """y where it is known, else x; each prompt its own, also where Q reads no action in some pair."""
+    """y where it is known, else x; each prompt its own, also where Q reads no action in some
+    pair."""
     some = [row for row in rows if row[0] != row[2]][:4]
     xs, zs, ys = zip(*some)
     P, Q = models_of(pixel_tok, xs[0], copying(pixel_tok), tiny.make_model(pixel_tok))
     guesses, settle = [], image_models.settle
-    greedy, _ = sample(P.net, [P.prompt(x, z) for x, z in zip(xs, zs)], 1, 68, pixel_tok.eos_token_id, 0,
-                       allowed=P.options.allowed)
+    greedy, _ = sample(
+        P.net,
+        [P.prompt(x, z) for x, z in zip(xs, zs)],
+        1,
+        68,
+        pixel_tok.eos_token_id,
+        0,
+        allowed=P.options.allowed,
+    )
     monkeypatch.setattr(image_models, "settle", lambda net, prefixes, guess, *rest:
                         guesses.append((prefixes, guess)) or settle(net, prefixes, guess, *rest))
     assert P.predict(xs, zs) == [P.read(row) for row in greedy]
     swirl_fwm.best_of_n(P, Q, xs, zs, 2, torch.Generator().manual_seed(0))
     monkeypatch.setattr(Q, "label", lambda *_: [zs[0], None, *zs[2:]])
-    swirl_fwm.phase1_step(P, Q, None, optim.make_optimizers(P.net, 1e-4, muon=False), list(zip(xs, ys)),
-                          Phase(group_size=2), 1e-4, None)
+    swirl_fwm.phase1_step(
+        P,
+        Q,
+        None,
+        optim.make_optimizers(P.net, 1e-4, muon=False),
+        list(zip(xs, ys)),
+        Phase(group_size=2),
+        1e-4,
+        None,
+    )
     pairs = [dict(zip(map(tuple, prefixes), guess)) for prefixes, guess in guesses]
 
     def asked(states, kept):
@@ -386,7 +525,9 @@ def test_images_begin_as_a_guess_and_end_as_without(rows, pixel_tok, monkeypatch
 
 def copying(tok, features=None):
     P = tiny.make_model(tok, bias=True)
-    ids = lambda mark: [i for i, t in sorted((i, t) for t, i in tok.get_added_vocab().items()) if re.match(mark, t)]
+    ids = lambda mark: [
+        i for i, t in sorted((i, t) for t, i in tok.get_added_vocab().items()) if re.match(mark, t)
+    ]
     seen = image_models.embed_images(P, ids("<c"), ids(r"<\d"), features)
     image_models.write_copy_heads(P, seen, 67)
     return P
@@ -406,7 +547,8 @@ def test_heads_that_copy_by_place(rows, pixel_tok, book, known):
     xs, zs, _ = map(list, zip(*rows[::15]))
     right = metrics.right_patches(P.predict(xs, zs), xs)
     with torch.no_grad():
-        net.model.layers[0].self_attn.q_proj.bias.zero_()                          # they look everywhere now
+        # they look everywhere now
+        net.model.layers[0].self_attn.q_proj.bias.zero_()
     assert right > 0.9 > metrics.right_patches(P.predict(xs, zs), xs)
 
 
@@ -414,23 +556,40 @@ def test_the_heads_look_at_the_patch_and_at_those_around_it(rows, pixel_tok):
     net = copying(pixel_tok)
     net.set_attn_implementation("eager")
     P, (x, z, y) = image_models.ImageFWM(net, pixel_tok), rows[0]
-    prompt, i = P.prompt(x, z), 8 * 3 + 4                                          # the patch in row 3, column 4
+    # the patch in row 3, column 4
+    prompt, i = P.prompt(x, z), 8 * 3 + 4
     ids = torch.tensor([[*prompt, *P.target(y)]])
-    first = len(prompt) - 65                                                       # where x's patches begin
-    at = len(prompt) + 2 + i - 1                                                   # from here patch i of y is predicted
-    seen = [layer[0, :, at].argmax(-1).tolist() for layer in net(ids, output_attentions=True).attentions[:2]]
+    # where x's patches begin
+    first = len(prompt) - 65
+    # from here patch i of y is predicted
+    at = len(prompt) + 2 + i - 1
+    seen = [
+        layer[0, :, at].argmax(-1).tolist()
+        for layer in net(ids, output_attentions=True).attentions[:2]
+    ]
     assert [j - first for j in seen[0]] == [i, i - 1, i + 1, i - 8] and seen[1][0] - first == i + 8
 
 
 def test_right_patches_by_hand():
-    x, y, y_hat = (images.spell(np.array(codes)) for codes in ([[1, 2], [3, 4]], [[1, 5], [6, 4]], [[1, 5], [3, 9]]))
-    assert metrics.right_patches([y_hat], [y]) == 0.5 and metrics.right_patches([y_hat], [y], [x]) == 0.5
-    assert metrics.right_patches([x], [y], [x]) == 0 and metrics.right_patches(["<image><c1></image>"], [y]) == 0
+    x, y, y_hat = (
+        images.spell(np.array(codes))
+        for codes in ([[1, 2], [3, 4]], [[1, 5], [6, 4]], [[1, 5], [3, 9]])
+    )
+    assert (
+        metrics.right_patches([y_hat], [y]) == 0.5
+        and metrics.right_patches([y_hat], [y], [x]) == 0.5
+    )
+    assert (
+        metrics.right_patches([x], [y], [x]) == 0
+        and metrics.right_patches(["<image><c1></image>"], [y]) == 0
+    )
     assert metrics.right_patches([x], [x], [x]) is None
-    assert metrics.fwm_scores([x], [y_hat], [y])["patches_changed"] == 0.5 and "patches_changed" not in metrics.fwm_scores(["a"], ["b"], ["b"])
+    assert metrics.fwm_scores([x], [y_hat], [y])[
+        "patches_changed"
+    ] == 0.5 and "patches_changed" not in metrics.fwm_scores(["a"], ["b"], ["b"])
 
 
-# ---- Several steps ahead -----------------------------------------------------------------------------------------------
+# ---- Several steps ahead -------------------------------------------------------------------------
 
 
 def world(x, z):
@@ -447,33 +606,52 @@ def chain(x, zs):
 
 def test_p_reads_its_own_output():
     steps = [chain("3", ["1", "2", "1"]), chain("7", ["2", "2", "2"])]
-    careless = lambda xs, zs: [str(int(world(x, z)) + (x == "7")) for x, z in zip(xs, zs)]     # one slip, at the second's first step
+    # one slip, at the second's first step
+    careless = lambda xs, zs: [str(int(world(x, z)) + (x == "7")) for x, z in zip(xs, zs)]
     y_hat = rollout.rollout(careless, steps, 3)
     assert y_hat == [["7", "17"], ["17", "36"], ["35", "74"]]
     rows = rollout.score(y_hat, steps)
     assert [row["exact"] for row in rows] == [0.5, 0.0, 0.0] and rows[0]["changed"] is None
-    perfect = rollout.score(rollout.rollout(lambda xs, zs: [world(x, z) for x, z in zip(xs, zs)], steps, 3), steps)
-    assert [row["exact"] for row in perfect] == [1, 1, 1] and perfect[2]["score"] == pytest.approx(100)
+    perfect = rollout.score(
+        rollout.rollout(lambda xs, zs: [world(x, z) for x, z in zip(xs, zs)], steps, 3), steps
+    )
+    assert [row["exact"] for row in perfect] == [1, 1, 1] and perfect[2]["score"] == pytest.approx(
+        100
+    )
 
 
 def test_windows_are_whole_and_joined():
     whole, short = chain("3", list("12121212")), chain("3", list("12"))
     torn = whole[:2] + whole[4:]
-    assert rollout.windows([whole, short, torn], 6) == [whole[:6]] and rollout.windows([short], 6) == []
-    assert rollout.windows([whole, short, whole[1:]], 6, every=2) == [whole[:6], whole[1:7], whole[2:]]      # first windows first
+    assert (
+        rollout.windows([whole, short, torn], 6) == [whole[:6]]
+        and rollout.windows([short], 6) == []
+    )
+    # first windows first
+    assert rollout.windows([whole, short, whole[1:]], 6, every=2) == [
+        whole[:6],
+        whole[1:7],
+        whole[2:],
+    ]
     assert rollout.windows([[], short], 6) == rollout.windows([], 6) == []
 
 
 def test_changes_are_counted_from_the_first_frame():
-    frames = [images.spell(np.array(codes)) for codes in ([[1, 1], [1, 1]], [[2, 1], [1, 1]], [[2, 2], [1, 1]])]
+    frames = [
+        images.spell(np.array(codes))
+        for codes in ([[1, 1], [1, 1]], [[2, 1], [1, 1]], [[2, 2], [1, 1]])
+    ]
     steps = [[(frames[0], "a", frames[1]), (frames[1], "b", frames[2])]]
     copy_x = rollout.score(rollout.rollout(lambda xs, zs: xs, steps, 2), steps)
-    assert [row["score"] for row in copy_x] == [75, 50] and [row["changed"] for row in copy_x] == [0, 0]
+    assert [row["score"] for row in copy_x] == [75, 50] and [row["changed"] for row in copy_x] == [
+        0,
+        0,
+    ]
     one = rollout.score([[frames[1]], [frames[1]]], steps)
     assert [row["changed"] for row in one] == [1, 0.5] and [row["exact"] for row in one] == [1, 0]
 
 
-# ---- What is drawn -----------------------------------------------------------------------------------------------------
+# ---- What is drawn -------------------------------------------------------------------------------
 
 
 def test_a_sheet_holds_the_frames_as_they_are_and_red_where_they_differ(episodes, tmp_path):
@@ -484,22 +662,34 @@ def test_a_sheet_holds_the_frames_as_they_are_and_red_where_they_differ(episodes
     cell = lambda r, c: sheet[18 + 134 * r:146 + 134 * r, 6 + 134 * c:134 + 134 * c]
     assert all(np.array_equal(cell(0, c), frame) for c, frame in ((0, x), (2, y), (3, other)))
     red = (cell(0, 4) == (220, 40, 40)).all(-1)
-    assert np.array_equal(red, (y != other).any(-1)) and not (cell(1, 4) == (220, 40, 40)).all(-1).any()
-    assert (cell(0, 1) < 100).any()                                                # something is written there
+    assert (
+        np.array_equal(red, (y != other).any(-1))
+        and not (cell(1, 4) == (220, 40, 40)).all(-1).any()
+    )
+    # something is written there
+    assert (cell(0, 1) < 100).any()
     pictures.animation([x, other, y], tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gif", "a.png"]
 
 
-# ---- Real tokenizers of images -----------------------------------------------------------------------------------------
+# ---- Real tokenizers of images -------------------------------------------------------------------
 
 
 def test_the_vocabulary_holds_every_code_of_the_book_and_those_that_are_there():
     image = images.spell([["0", "7"], ["2", "3"]])
     for size, top in ((0, 7), (5, 7), (12, 11)):
         got = images.vocabulary([image, "a text"], size)
-        assert got == ["<image>", "</image>", *(f"<c{i}>" for i in range(top + 1)), "<0,0>", "<0,1>", "<1,0>", "<1,1>"]
+        assert got == [
+            "<image>",
+            "</image>",
+            *(f"<c{i}>" for i in range(top + 1)),
+            "<0,0>",
+            "<0,1>",
+            "<1,0>",
+            "<1,1>",
+        ]
     assert images.vocabulary(["a text"], 12) == []
 
 
@@ -507,10 +697,12 @@ def test_state_only_episodes_carry_no_sentence():
     cfg = train.parse(["--env", "pixels", "--episodes", "8"])
     assert envs.shares(cfg) == {"labelled": 2, "validation": 2, "state-only": 20, "test": 60}
     assert envs.shares(train.parse(["--episodes", "8"]))["state-only"] == 4
-    assert all(z is None for steps in envs.draw(pixels.episode, 0, "state-only", 2) for _, z, _ in steps)
+    assert all(
+        z is None for steps in envs.draw(pixels.episode, 0, "state-only", 2) for _, z, _ in steps
+    )
 
 
-# ---- In the benchmarks' own formats ------------------------------------------------------------------------------------
+# ---- In the benchmarks' own formats --------------------------------------------------------------
 
 
 def scores(main, *argv):
@@ -522,34 +714,82 @@ def scores(main, *argv):
 def test_the_scorers_read_what_is_exported(episodes, tmp_path):
     pytest.importorskip("PIL")
     steps = [row for chain in episodes for row in chain]
-    rows = {motion: [(x, z, y, y if i % 2 else x) for i, (x, z, y) in enumerate(steps) if (pixels.kind(z) in pixels.MOTION) == motion and (x != y).any()]
-            for motion in (False, True)}                                           # every second prediction is right, the others are copies
-    (aurora_out := tmp_path / "a").mkdir(), (byte_out := tmp_path / "b").mkdir(), (world_out := tmp_path / "w").mkdir()
+    rows = {
+        motion: [
+            (x, z, y, y if i % 2 else x)
+            for i, (x, z, y) in enumerate(steps)
+            if (pixels.kind(z) in pixels.MOTION) == motion and (x != y).any()
+        ]
+        # every second prediction is right, the others are copies
+        for motion in (False, True)
+    }
+    (
+        (aurora_out := tmp_path / "a").mkdir(),
+        (byte_out := tmp_path / "b").mkdir(),
+        (world_out := tmp_path / "w").mkdir(),
+    )
     export.write_aurora(rows[False], aurora_out)
     right = [np.array_equal(y, y_hat) for _, _, y, y_hat in rows[False]]
-    got = scores(aurora.main, "--data", aurora_out / "test.json", "--generated", aurora_out / "generated", "--tasks", "all", tmp_path / "a.json")
-    assert got["all"]["n"] == len(right) and got["all"]["model"]["clip_success"] == pytest.approx(np.mean(right))
-    assert got["all"]["copy_x"]["clip_success"] == 0 and set(got) - {"all"} == {pixels.kind(z) for _, z, _, _ in rows[False]}
+    got = scores(
+        aurora.main,
+        "--data",
+        aurora_out / "test.json",
+        "--generated",
+        aurora_out / "generated",
+        "--tasks",
+        "all",
+        tmp_path / "a.json",
+    )
+    assert got["all"]["n"] == len(right) and got["all"]["model"]["clip_success"] == pytest.approx(
+        np.mean(right)
+    )
+    assert got["all"]["copy_x"]["clip_success"] == 0 and set(got) - {"all"} == {
+        pixels.kind(z) for _, z, _, _ in rows[False]
+    }
     export.write_bytemorph(rows[True], byte_out)
-    got = scores(bytemorph.main, "--data", byte_out / "test.jsonl", "--generated", byte_out / "generated", tmp_path / "b.json")
+    got = scores(
+        bytemorph.main,
+        "--data",
+        byte_out / "test.jsonl",
+        "--generated",
+        byte_out / "generated",
+        tmp_path / "b.json",
+    )
     moved = [np.array_equal(y, y_hat) for _, _, y, y_hat in rows[True]]
-    assert got["all"]["n"] == len(moved) and got["all"]["counts"]["clip_dir_img"] == sum(moved)      # a copy has no direction
+    # a copy has no direction
+    assert got["all"]["n"] == len(moved) and got["all"]["counts"]["clip_dir_img"] == sum(moved)
     assert got["all"]["model"]["clip_dir_img"] == pytest.approx(1, abs=1e-5)
-    zs, frames = [z for _, z, _ in episodes[0][:6]], [episodes[0][0][0], *(y for _, _, y in episodes[0][:6])]
-    export.write_worldprediction([(zs, frames, frames[1:]), (zs, frames, [frames[0]] * 6)], world_out)
-    got = scores(worldprediction.main, "--data", world_out / "pp.json", "--frames", world_out, "--generated", world_out / "generated", tmp_path / "w.json")
+    zs, frames = (
+        [z for _, z, _ in episodes[0][:6]],
+        [episodes[0][0][0], *(y for _, _, y in episodes[0][:6])])
+    export.write_worldprediction(
+        [(zs, frames, frames[1:]), (zs, frames, [frames[0]] * 6)], world_out
+    )
+    got = scores(
+        worldprediction.main,
+        "--data",
+        world_out / "pp.json",
+        "--frames",
+        world_out,
+        "--generated",
+        world_out / "generated",
+        tmp_path / "w.json",
+    )
     for t in range(1, 7):
         same = visual.cosine(*visual.Pixels().images([frames[0], frames[t]]))
-        assert got[f"T={t}"]["n"] == 2 and got[f"T={t}"]["model"]["clip"] == pytest.approx((1 + same) / 2, abs=1e-5)
+        assert got[f"T={t}"]["n"] == 2 and got[f"T={t}"]["model"]["clip"] == pytest.approx(
+            (1 + same) / 2, abs=1e-5
+        )
         assert got[f"T={t}"]["copy_x"]["clip"] == pytest.approx(same, abs=1e-5)
 
 
-# ---- The whole job in small --------------------------------------------------------------------------------------------
+# ---- The whole job in small ----------------------------------------------------------------------
 
-SMALL = ["--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-steps-idm", "3",
-         "--bootstrap-steps", "2", "--iterations", "1", "--phase1-steps", "2", "--phase2-steps", "2",
-         "--group-size", "4", "--batch", "4", "--eval-size", "6",
-         "--validation-size", "10", "--no-aside"]
+SMALL = [
+    "--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-steps-idm", "3",
+    "--bootstrap-steps", "2", "--iterations", "1", "--phase1-steps", "2", "--phase2-steps", "2",
+    "--group-size", "4", "--batch", "4", "--eval-size", "6", "--validation-size", "10",
+    "--no-aside"]
 
 
 @pytest.fixture(scope="module")
@@ -591,16 +831,23 @@ def test_a_run_of_pixels_leaves_scores_and_pictures(done):
     Image = pytest.importorskip("PIL.Image")
     result = json.loads((done / "results.json").read_text())
     for stage in result["stages"]:
-        assert len(stage["fwm"]["rollout"]) == 6 and all(0 <= score <= 100 for score in stage["fwm"]["rollout"])
+        assert len(stage["fwm"]["rollout"]) == 6 and all(
+            0 <= score <= 100 for score in stage["fwm"]["rollout"]
+        )
         assert 0 <= stage["fwm"]["patches_changed"] <= 1
     for name in ("picture-sft.png", "picture-iteration1-phase1.png", "rollout.png", "rollout.gif",
                  "rivals/picture-bootstrap.png"):
         with Image.open(done / name) as picture:
             assert picture.size[0] > 200
-    with Image.open(done / "rollout.gif") as film:                                 # frames that are alike are one, shown longer
+    # frames that are alike are one, shown longer
+    with Image.open(done / "rollout.gif") as film:
         assert film.size == (256, 256)
     steps = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["truncated"] == 0 and row["gap"] < 1e-3 for row in steps if row["phase"] == "phase1" and row["reward"] is not None)
+    assert all(
+        row["truncated"] == 0 and row["gap"] < 1e-3
+        for row in steps
+        if row["phase"] == "phase1" and row["reward"] is not None
+    )
     assert len(images.Codebook.load(done / "codebook.npz").centres) > 40
 
 
@@ -618,15 +865,43 @@ def test_the_table_of_a_run_of_pixels_holds_its_own_columns(done, capsys):
     assert last.split()[4:7] == ["12.34", "23.45", "34.56"]
 
 
-@pytest.mark.parametrize("spoil", [lambda s: s.replace("</image>", ""), lambda s: s.replace("<c", "<c999", 1), lambda s: "a text",
-                                   lambda s: "<image><c0></image>"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda s: s.replace("</image>", ""),
+        lambda s: s.replace("<c", "<c999", 1),
+        lambda s: "a text",
+        lambda s: "<image><c0></image>",
+    ],
+)
 def test_a_file_of_images_is_checked(rows, tmp_path, capsys, spoil):
     with open(tmp_path / "d.jsonl", "w") as file:
         for i, (x, z, y) in enumerate(rows[:120]):
             x = spoil(x) if i // 10 == 11 else x
-            file.write(json.dumps({"episode": f"{['train', 'train', 'dev', 'test'][i // 10 % 4]}-{i // 10}", "t": i, "x": x, "z": z, "y": y}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "episode": f"{['train', 'train', 'dev', 'test'][i // 10 % 4]}-{i // 10}",
+                        "t": i,
+                        "x": x,
+                        "z": z,
+                        "y": y,
+                    }
+                )
+                + "\n"
+            )
     with pytest.raises(SystemExit) as stop:
-        train.main(["--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "run"), *SMALL[4:], "--eval-size", "99"])
+        train.main(
+            [
+                "--data",
+                str(tmp_path / "d.jsonl"),
+                "--out",
+                str(tmp_path / "run"),
+                *SMALL[4:],
+                "--eval-size",
+                "99",
+            ]
+        )
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "every code seen in training" in err and err.count("\n") == 1
 
@@ -640,7 +915,9 @@ def test_flags_that_do_not_go_with_images(argv, tmp_path, capsys):
 
 def test_a_run_is_rolled_out_again(done, tmp_path, capsys):
     assert rollout.main(["--run", str(done), "--json", str(tmp_path / "r.json")]) == 0
-    now, then = json.loads((tmp_path / "r.json").read_text()), json.loads((done / "results.json").read_text())
+    now, then = (
+        json.loads((tmp_path / "r.json").read_text()),
+        json.loads((done / "results.json").read_text()))
     assert now["n"] == 60 and "copy x" in capsys.readouterr().out and len(now["scores"]["P"]) == 6
     assert rollout.main(["--run", str(done), "--actions", "idm", "--steps", "2"]) == 0
     assert then["stages"][-1]["fwm"]["rollout"]
@@ -648,7 +925,9 @@ def test_a_run_is_rolled_out_again(done, tmp_path, capsys):
 
 def test_a_run_whose_codes_stand_for_other_patches_is_refused(done, tmp_path, capsys):
     shutil.copytree(done, tmp_path / "run")
-    images.Codebook(images.Codebook.load(done / "codebook.npz").centres[::-1]).save(tmp_path / "run" / "codebook.npz")
+    images.Codebook(images.Codebook.load(done / "codebook.npz").centres[::-1]).save(
+        tmp_path / "run" / "codebook.npz"
+    )
     with pytest.raises(SystemExit) as stop:
         rollout.main(["--run", str(tmp_path / "run")])
     assert stop.value.code == 2 and "other patches" in capsys.readouterr().err
@@ -660,10 +939,27 @@ def test_a_run_is_exported_whole_or_not_at_all(done, tmp_path, capsys):
     assert export.main(["--run", str(done), "--out", str(out)]) == 0
     table = json.loads((out / "aurora" / "test.json").read_text())
     lines = (out / "bytemorph" / "test.jsonl").read_text().splitlines()
-    assert len(table) + len(lines) == 6 and len(json.loads((out / "worldprediction" / "pp.json").read_text())["pixels"]) == 60
-    assert scores(worldprediction.main, "--data", out / "worldprediction" / "pp.json", "--frames", out / "worldprediction",
-                  "--generated", out / "worldprediction" / "generated", tmp_path / "w.json")["all"]["n"] == 360
-    for argv in (["--run", str(done), "--out", str(out)], ["--run", str(tmp_path), "--out", str(tmp_path / "new")]):
+    assert (
+        len(table) + len(lines) == 6
+        and len(json.loads((out / "worldprediction" / "pp.json").read_text())["pixels"]) == 60
+    )
+    assert (
+        scores(
+            worldprediction.main,
+            "--data",
+            out / "worldprediction" / "pp.json",
+            "--frames",
+            out / "worldprediction",
+            "--generated",
+            out / "worldprediction" / "generated",
+            tmp_path / "w.json",
+        )["all"]["n"]
+        == 360
+    )
+    for argv in (
+        ["--run", str(done), "--out", str(out)],
+        ["--run", str(tmp_path), "--out", str(tmp_path / "new")],
+    ):
         with pytest.raises(SystemExit) as stop:
             export.main(argv)
         assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
@@ -677,9 +973,18 @@ def test_a_rollout_overwrites_nothing_of_the_users(done, tmp_path):
     assert stop.value.code == 2 and (tmp_path / "mine.json").read_text() == "[1]"
 
 
-@pytest.mark.parametrize("argv, text", [(["--steps", "0"], "--steps"), (["--steps", "99"], "99 steps"), (["--run", "nowhere"], "nowhere")])
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (["--steps", "0"], "--steps"),
+        (["--steps", "99"], "99 steps"),
+        (["--run", "nowhere"], "nowhere"),
+    ],
+)
 def test_bad_input_of_rollout_is_one_line(done, argv, text, capsys):
     with pytest.raises(SystemExit) as stop:
         rollout.main(["--run", str(done), *argv])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and text in err and err.count("\n") == 1
+    assert (
+        stop.value.code == 2 and err.startswith("error: ") and text in err and err.count("\n") == 1
+    )

@@ -5,9 +5,9 @@ import types
 
 import pytest
 import torch
+from conftest import Net, grads, naive, relative, tiny_llama
 
 import pretrain
-from conftest import Net, grads, naive, relative, tiny_llama
 from envs import made_up
 from models import pretrained
 from models.text import encode
@@ -95,7 +95,9 @@ def test_the_gradient_is_that_of_both_means(tokens):
     exact = grads(model)
     model.zero_grad()
     both = Net(model, tokens=tokens)
-    assert pretrain.backward(both, both, rows_P, rows_Q) == pytest.approx((y.item(), z.item()), rel=1e-5)
+    assert pretrain.backward(both, both, rows_P, rows_Q) == pytest.approx(
+        (y.item(), z.item()), rel=1e-5
+    )
     assert relative(grads(model), exact) < 1e-4
 
 
@@ -113,9 +115,15 @@ def test_it_ends_in_a_folder_that_loads(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "make_tokenizer", lambda rng: small(rng, n=50))
     monkeypatch.setattr(pretrain, "held_out", lambda *_: {"exact": 0.0})
     threads = torch.get_num_threads()
-    pretrain.main(["--out", str(tmp_path), "--steps", "3", "--tokens", "200", "--threads", str(threads)])
+    pretrain.main(
+        ["--out", str(tmp_path), "--steps", "3", "--tokens", "200", "--threads", str(threads)]
+    )
     model, tok = pretrained.load(tmp_path)
-    assert model.config.hidden_size == 128 and encode(tok, " 12") and "exact" in capsys.readouterr().out
+    assert (
+        model.config.hidden_size == 128
+        and encode(tok, " 12")
+        and "exact" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Claims of `envs/records.py`: bad files are told in one line with the place; splits share no episode."""
+"""Claims of `envs/records.py`: bad files are told in one line with the place; splits share no
+episode."""
 
 import gzip
 import json
@@ -13,7 +14,8 @@ from envs.records import BadData, Transition
 
 def row(episode="e", t=0, **keys):
     record = {"episode": episode, "t": t, "x": "on", "z": "turn off", "y": "off", **keys}
-    return {key: value for key, value in record.items() if value is not ...}  # ... leaves the key out
+    # ... leaves the key out
+    return {key: value for key, value in record.items() if value is not ...}
 
 
 def save(path, rows):
@@ -31,7 +33,7 @@ def names(transitions):
     return {tr.episode for tr in transitions}
 
 
-# ---- Read and write ----------------------------------------------------------------------------------------
+# ---- Read and write ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz"])
 def test_round_trip(tmp_path, name):
@@ -51,7 +53,9 @@ def test_round_trip(tmp_path, name):
 
 
 def test_read_sorts_skips_blank_lines_and_extra_keys(tmp_path):
-    rows = [row("b", 9), row("a", 2), "", row("b", 7, reward=[1], source="mine"), row("a", 1, z=...), "  "]
+    rows = [
+        row("b", 9), row("a", 2), "", row("b", 7, reward=[1], source="mine"), row("a", 1, z=...),
+        "  "]
     got = records.read(save(tmp_path / "d.jsonl", rows))
     assert [(tr.episode, tr.t, tr.z) for tr in got] == [("a", 1, None), ("a", 2, "turn off"),
                                                         ("b", 7, "turn off"), ("b", 9, "turn off")]
@@ -74,13 +78,15 @@ def test_write_keeps_the_old_file_if_it_fails(tmp_path):
         records.write(tmp_path / "nowhere" / "d.jsonl", [])
 
 
-# ---- Bad files ---------------------------------------------------------------------------------------------
+# ---- Bad files -----------------------------------------------------------------------------------
 
 def error(path, **options):
     with pytest.raises(BadData) as caught:
         records.read(path, **options)
     message = str(caught.value)
-    assert len(message.splitlines()) == 1 and "; " in message and isinstance(caught.value, ValueError)
+    assert (
+        len(message.splitlines()) == 1 and "; " in message and isinstance(caught.value, ValueError)
+    )
     return message
 
 
@@ -121,7 +127,11 @@ def test_bad_line_is_told_with_file_and_line(tmp_path, name, suffix):
         with open(path, "rb") as file, gzip.open(path + suffix, "wb") as out:
             out.write(file.read())
     message = error(path + suffix)
-    assert message.startswith(path + suffix + ":3: ") and word in message and len(message) < len(path) + 250
+    assert (
+        message.startswith(path + suffix + ":3: ")
+        and word in message
+        and len(message) < len(path) + 250
+    )
 
 
 def test_short_episode(tmp_path):
@@ -152,15 +162,18 @@ def test_bad_files(tmp_path):
         assert error(str(tmp_path / f"{name}.gz")).startswith(str(tmp_path / name))
         assert "gzip" in error(str(tmp_path / f"{name}.gz"))
     (tmp_path / "packed.jsonl").write_bytes(packed)
-    assert ":1: " in error(str(tmp_path / "packed.jsonl")) and ".gz" in error(str(tmp_path / "packed.jsonl"))
+    assert ":1: " in error(str(tmp_path / "packed.jsonl")) and ".gz" in error(
+        str(tmp_path / "packed.jsonl")
+    )
     (tmp_path / "latin.jsonl").write_bytes(json.dumps(row()).encode() + b'\n{"x": "\xe9"}\n')
     assert ":2: " in error(str(tmp_path / "latin.jsonl"))
 
 
-# ---- Split -------------------------------------------------------------------------------------------------
+# ---- Split ---------------------------------------------------------------------------------------
 
 def check(transitions, seed):
-    """The split, after what holds for every split: a partition by episode, z everywhere but in state_only."""
+    """The split, after what holds for every split: a partition by episode, z everywhere but in
+    state_only."""
     parts = records.split(transitions, seed)
     assert list(parts) == ["labelled", "state_only", "validation", "test"]
     everything = sorted((tr.episode, tr.t, tr.x, tr.y) for part in parts.values() for tr in part)
@@ -201,10 +214,15 @@ def test_no_dev_takes_a_tenth_of_the_labelled():
 
 def test_mixed_files_keep_their_prefixes():
     fixed = [f"{p}-{i}" for p in ("train", "dev", "test") for i in range(10)]
-    free = [f"{p}{i}" for p in ("training", "contest-", "devil", "tester") for i in range(25)]  # no prefixes
+    # no prefixes
+    free = [f"{p}{i}" for p in ("training", "contest-", "devil", "tester") for i in range(25)]
     parts = check(world(fixed + free), seed=2)
     train = names(parts["labelled"]) | names(parts["state_only"])
-    for p, members in (("train", train), ("dev", names(parts["validation"])), ("test", names(parts["test"]))):
+    for p, members in (
+        ("train", train),
+        ("dev", names(parts["validation"])),
+        ("test", names(parts["test"])),
+    ):
         assert {f"{p}-{i}" for i in range(10)} <= members
     assert (len(train), len(names(parts["validation"])), len(names(parts["test"]))) == (80, 20, 30)
     assert names(check(world(["e", "train-0", "train-1", "test-0"]), 0)["test"]) == {"test-0"}
@@ -240,7 +258,9 @@ def test_episodes_without_z_are_state_only():
 
 @pytest.mark.parametrize("prefix", ["dev", "test"])
 def test_held_out_episode_without_z_is_refused(tmp_path, prefix):
-    rows = [row(f"{p}-{i}", t) for p in ("train", "dev", "test") for i in range(3) for t in range(2)]
+    rows = [
+        row(f"{p}-{i}", t) for p in ("train", "dev", "test") for i in range(3) for t in range(2)
+    ]
     rows.append(row(f"{prefix}-0", 2, z=...))
     path = save(tmp_path / "d.jsonl", rows)
     with pytest.raises(BadData, match=f"^{path}:{len(rows)}: .*{prefix}-0.* no z.*; ") as caught:

@@ -7,9 +7,9 @@ import types
 
 import pytest
 import torch
+from conftest import Net, Recorder, grads, naive, relative, tiny_llama, weights
 
 import sft
-from conftest import Net, Recorder, grads, naive, relative, tiny_llama, weights
 from models import optim
 from settings import parse
 from swirl_fwm import FWM
@@ -133,7 +133,9 @@ def test_bootstrap_learns_labels_and_q_s_greedy_labels(monkeypatch, tok):
         return args[0]
 
     monkeypatch.setattr(sft, "fit", fit)
-    lab = lab_of("--bootstrap-steps", "7", "--warmup-batch", "5", labelled=labelled, state_only=pairs)
+    lab = lab_of(
+        "--bootstrap-steps", "7", "--warmup-batch", "5", labelled=labelled, state_only=pairs
+    )
     assert sft.bootstrap(P, Guesser(), lab) is P
     triples = [*labelled, ("c", "guess c", "d"), ("e", "guess e", "e"), ("f", "guess f", "g")]
     assert asked == [pairs]

@@ -1,4 +1,5 @@
-"""Claims of `swirl_fwm.py`, `swirl_idm.py`: prompts, rewards; a phase moves one model and is given no z."""
+"""Claims of `swirl_fwm.py`, `swirl_idm.py`: prompts, rewards; a phase moves one model and is given
+no z."""
 
 import copy
 import dataclasses
@@ -6,19 +7,19 @@ import random
 
 import pytest
 import torch
+from conftest import EOS, Recorder, ending, naive, tiny_llama, weights
+from conftest import sample as draw
+from test_grpo import sequences
 
 import grpo
 import lm
 import swirl_fwm
 import swirl_idm
-from conftest import EOS, Recorder, ending, naive, tiny_llama, weights
-from conftest import sample as draw
 from envs import tools
 from models import optim
 from models.text import decode
 from support import evaluate
 from swirl_idm import IDM
-from test_grpo import sequences
 
 PAIRS = [("lamp is on\ndoor is shut", "lamp is off\ndoor is shut"), ("a\nb\nc", "a\nc"),
          ("door is open", "door is open"), ("x\ny", "x\ny\nlamp is on\nq")]
@@ -50,7 +51,11 @@ def settings(**kw):
 
 def ids(tok, *segments):
     """Each segment tokenised alone, as plain text: "<eos>" in it is five characters."""
-    return [t for s in segments for t in tok.encode(s, add_special_tokens=False, split_special_tokens=True)]
+    return [
+        t
+        for s in segments
+        for t in tok.encode(s, add_special_tokens=False, split_special_tokens=True)
+    ]
 
 
 def fwm_prompt(tok, x, z):
@@ -92,7 +97,7 @@ def take_step(which, P, Q, phase, pairs=PAIRS, optimizers=None, ref=None, seed=0
     return step(policy, frozen, ref, optimizers, pairs, phase, 1e-2, generator)
 
 
-# --- prompts ------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n", range(len(PAIRS)))
 def test_prompts_are_segments_tokenised_alone_x_first(tok, P, Q, n):
@@ -105,7 +110,8 @@ def test_prompts_are_segments_tokenised_alone_x_first(tok, P, Q, n):
 
 
 def test_prompt_of_p_does_not_hold_y_nor_the_prompt_of_q_z(tok, P, Q):
-    """What is asked for is not shown: P reads x and z, Q reads x and y, or only the lines that change."""
+    """What is asked for is not shown: P reads x and z, Q reads x and y, or only the lines that
+    change."""
     def show(row):
         return decode(tok, row)
 
@@ -133,7 +139,8 @@ def replaced(rng):
 
 
 def edited(rng, pool="abcdef"):
-    """A random state and a random edit of it; lines repeat, may be empty, and may look like a diff."""
+    """A random state and a random edit of it; lines repeat, may be empty, and may look like a
+    diff."""
     line = lambda: rng.choice([*pool, "", "- a", "+ b", " a "])
     x = [line() for _ in range(rng.randint(1, 7))]
     y = list(x)
@@ -144,7 +151,8 @@ def edited(rng, pool="abcdef"):
 
 
 def explains(diff, x, y):
-    """Is there a walk through x and y that keeps, drops ("- ") and adds ("+ ") lines and spells the diff?"""
+    """Is there a walk through x and y that keeps, drops ("- ") and adds ("+ ") lines and spells the
+    diff?"""
     todo = {(0, 0, 0)}
     seen = set()
     while todo:
@@ -169,7 +177,8 @@ def test_line_diff_applied_to_x_gives_y():
         assert explains(diff, x.split("\n"), y.split("\n")) and (diff == []) == (x == y)
         other = edited(rng)[1]
         wrong += other != y and not explains(diff, x.split("\n"), other.split("\n"))
-    assert wrong > 200                                                             # `explains` can say no
+    # `explains` can say no
+    assert wrong > 200
 
 
 def test_line_diff_replaces_lines_in_place():
@@ -181,7 +190,8 @@ def test_line_diff_replaces_lines_in_place():
         for entry in [*swirl_idm.line_diff("\n".join(x), "\n".join(y)), "- end"]:
             if entry.startswith("+ "):
                 new.append(entry[2:])
-            elif gone and len(gone) == len(new):                                   # a block is complete
+            # a block is complete
+            elif gone and len(gone) == len(new):
                 for a, b in zip(gone, new):
                     out[out.index(a)] = b
                 gone, new = [entry[2:]], []
@@ -209,7 +219,7 @@ def test_only_the_final_end_is_not_read(tok, P, Q):
         assert model.read(eos + a) == "<eos>" + begin + "a" and model.read(eos) == ""
 
 
-# --- spoiled futures ----------------------------------------------------------------------------------------
+# --- spoiled futures ------------------------------------------------------------------------------
 
 def states(rng, n=5):
     """Two states that differ in at least one line, and a third; each line has a name of its own."""
@@ -231,44 +241,60 @@ def test_a_spoiled_future_is_wrong_in_exactly_one_line():
             assert bad[i] == (x if kind == "late" else other)[i]
             seen.add((changes, kind, i))
         else:
-            assert sum(a != b for a, b in zip(x, y)) == 1 and all(x[i] != y[i] or y[i] == other[i] for i in range(len(y)))
+            assert sum(a != b for a, b in zip(x, y)) == 1 and all(
+                x[i] != y[i] or y[i] == other[i] for i in range(len(y))
+            )
     assert {i for _, _, i in seen} == set(range(5))
-    assert {(n, kind) for n, kind, _ in seen} == {(1, "stray")} | {(n, kind) for n in range(2, 5)
-                                                                   for kind in ("stray", "late", "wrong")}
+    assert {(n, kind) for n, kind, _ in seen} == {(1, "stray")} | {
+        (n, kind) for n in range(2, 5) for kind in ("stray", "late", "wrong")
+    }
 
 
 def test_a_quarter_of_the_spoiled_futures_lacks_a_change_and_a_quarter_has_another_one():
     x, y, other = "a 1\nb 1\nc 1", "a 2\nb 2\nc 1", "a 3\nb 3\nc 3"
     drawn = [swirl_idm.spoil(x, y, other, random.Random(seed)) for seed in range(2000)]
-    for kind, share in (({"a 1\nb 2\nc 1", "a 2\nb 1\nc 1"}, 0.25), ({"a 3\nb 2\nc 1", "a 2\nb 3\nc 1"}, 0.25),
-                        ({"a 2\nb 2\nc 3"}, 0.5)):
+    for kind, share in (
+        ({"a 1\nb 2\nc 1", "a 2\nb 1\nc 1"}, 0.25),
+        ({"a 3\nb 2\nc 1", "a 2\nb 3\nc 1"}, 0.25),
+        ({"a 2\nb 2\nc 3"}, 0.5),
+    ):
         assert kind <= set(drawn) and abs(sum(bad in kind for bad in drawn) / 2000 - share) < 0.04
 
 
 def test_nothing_to_spoil():
-    for x, y, other in [("a 1\nb 1", "a 1\nb 1", "a 2\nb 2"),                        # nothing changes
-                        ("a 1", "a 2", "a 3"),                                      # no line stays, and one change
-                        ("a 1\nb 1", "b 1", "a 2\nb 1"),                            # nor differs in the other
+    # nothing changes
+    for x, y, other in [("a 1\nb 1", "a 1\nb 1", "a 2\nb 2"),
+                        # no line stays, and one change
+                        ("a 1", "a 2", "a 3"),
+                        # nor differs in the other
+                        ("a 1\nb 1", "b 1", "a 2\nb 1"),
                         ("a 1\nb 1", "a 2\nb 1", "a 3\nb 1"), ("a 1\nb 1", "a 2\nb 1", "c 1")]:
         assert {swirl_idm.spoil(x, y, other, random.Random(seed)) for seed in range(20)} == {None}
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_scores_go_through_q_once_for_what_they_share(monkeypatch, tok, Q, view):
-    """An x (view full) or a whole prompt (view diff) that comes again is one prefix; the scores are the naive ones."""
+    """An x (view full) or a whole prompt (view diff) that comes again is one prefix; the scores are
+    the naive ones."""
     (x, _), (other, y) = PAIRS[0], PAIRS[1]
     xs, ys, zs = [x, x, other, x], [y, other, y, y], ["a", "b", "a", "a b"]
     seen, prefill = [], lm.prefill
-    monkeypatch.setattr(lm, "prefill", lambda net, prefixes: seen.append(len(prefixes)) or prefill(net, prefixes))
+    monkeypatch.setattr(
+        lm, "prefill", lambda net, prefixes: seen.append(len(prefixes)) or prefill(net, prefixes)
+    )
     got = seeing(Q, view).logp(xs, zs, ys)
     want = [logq_z(Q, tok, x, z, y, view) for x, z, y in zip(xs, zs, ys)]
-    assert torch.allclose(got, torch.tensor(want), atol=1e-4) and seen == [2 if view == "full" else 3]
+    assert torch.allclose(got, torch.tensor(want), atol=1e-4) and seen == [
+        2 if view == "full" else 3
+    ]
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_warmup_rows_are_the_labelled_ones_and_spoiled_ones_without_action(Q, view):
     rng, Q = random.Random(0), seeing(Q, view)
-    triples = [("\n".join(x), f"do {n}", "\n".join(y)) for n in range(40) for x, y, _ in [states(rng)]]
+    triples = [
+        ("\n".join(x), f"do {n}", "\n".join(y)) for n in range(40) for x, y, _ in [states(rng)]
+    ]
     true = [(Q.prompt(x, y), Q.target(z)) for x, z, y in triples]
     counts, refusal = [], Q.target(swirl_idm.REFUSAL)
     for share in (0, 0.5, 1):
@@ -276,8 +302,10 @@ def test_warmup_rows_are_the_labelled_ones_and_spoiled_ones_without_action(Q, vi
         bad = [p for p, row in rows if row == refusal]
         copies = 3 if share else 1
         assert [r for r in rows if r[1] != refusal] == [row for row in true for _ in range(copies)]
-        assert not [p for p in bad if p in [q for q, _ in true]]                    # a true change is not refused
-        assert not bad or len({tuple(p) for p in bad}) > len(bad) / 2               # another one each time
+        # a true change is not refused
+        assert not [p for p in bad if p in [q for q, _ in true]]
+        # another one each time
+        assert not bad or len({tuple(p) for p in bad}) > len(bad) / 2
         counts.append(len(bad))
     assert counts[0] == 0 < counts[1] < counts[2] <= 120
 
@@ -307,8 +335,13 @@ def test_hardly_any_spoiled_future_of_the_tools_world_is_what_another_call_does(
 def dictate(monkeypatch, Q, drawn):
     """Q draws these rows."""
     real = lm.sample
-    monkeypatch.setattr(lm, "sample", lambda net, *rest, **kw: (drawn, [[0.0] * len(row) for row in drawn])
-                        if net is Q.net else real(net, *rest, **kw))
+    monkeypatch.setattr(
+        lm,
+        "sample",
+        lambda net, *rest, **kw: (
+            (drawn, [[0.0] * len(row) for row in drawn]) if net is Q.net else real(net, *rest, **kw)
+        ),
+    )
 
 
 def test_phase_1_leaves_out_pairs_in_which_q_reads_no_action(monkeypatch, tok, P, Q):
@@ -353,20 +386,26 @@ def test_phase_1_does_nothing_if_no_z_is_readable(monkeypatch, tok, P, Q, why):
     assert not recorder.seen
 
 
-# --- scores -------------------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 def test_logp_is_a_single_row_forward_with_the_end_scored(tok, P, Q):
     ours = P.logp(XS, ZS, YS)
     assert ours.tolist() == pytest.approx([logp_y(P, tok, *t) for t in zip(XS, ZS, YS)], abs=1e-3)
     for view in VIEWS:
         ours = seeing(Q, view).logp(XS, ZS, YS)
-        assert ours.tolist() == pytest.approx([logq_z(Q, tok, *t, view) for t in zip(XS, ZS, YS)], abs=1e-3)
+        assert ours.tolist() == pytest.approx(
+            [logq_z(Q, tok, *t, view) for t in zip(XS, ZS, YS)], abs=1e-3
+        )
 
 
 def test_logp_with_repeated_x_is_one_by_one_scoring(monkeypatch, tok, P):
     """An x that comes several times, in any order, goes through P once and changes no number."""
     asked, prefill = [], lm.prefill
-    monkeypatch.setattr(lm, "prefill", lambda net, prefixes: asked.append(list(map(list, prefixes))) or prefill(net, prefixes))
+    monkeypatch.setattr(
+        lm,
+        "prefill",
+        lambda net, prefixes: asked.append(list(map(list, prefixes))) or prefill(net, prefixes),
+    )
     rng = random.Random(0)
     triples = [(rng.choice(XS), rng.choice(ZS), rng.choice([*YS, "", XS[0]])) for _ in range(24)]
     triples += [triples[0], (XS[0] + "\n", "turn off", YS[0]), ("", "", "")]
@@ -377,7 +416,8 @@ def test_logp_with_repeated_x_is_one_by_one_scoring(monkeypatch, tok, P):
 
 
 def captured(monkeypatch, which, P, Q, phase=None, **kw):
-    """What a phase hands to `grpo.step` (rollouts, R), the rows that were drawn first, the examples."""
+    """What a phase hands to `grpo.step` (rollouts, R), the rows that were drawn first, the
+    examples."""
     got, step, real = {}, grpo.step, lm.sample
 
     def first(*args):
@@ -397,7 +437,9 @@ def captured(monkeypatch, which, P, Q, phase=None, **kw):
 
 @pytest.mark.parametrize("form,floor", [("sum", 0), ("mean", 0), ("sum", 35.0), ("mean", 5.6)])
 @pytest.mark.parametrize("view", VIEWS)
-def test_phase_1_reward_is_log_q_of_the_group_s_z_given_y_hat(monkeypatch, tok, P, Q, view, form, floor):
+def test_phase_1_reward_is_log_q_of_the_group_s_z_given_y_hat(
+    monkeypatch, tok, P, Q, view, form, floor
+):
     """Eq. 3. Every future of a pair is judged by one z, its end token included."""
     got = captured(monkeypatch, 1, P, seeing(Q, view), settings(form=form, floor=floor),
                    optimizers=[Recorder(P.net)])
@@ -411,10 +453,13 @@ def test_phase_1_reward_is_log_q_of_the_group_s_z_given_y_hat(monkeypatch, tok, 
         x, z = examples[n // 3]["x"], examples[n // 3]["z"]
         logq = logq_z(Q, tok, x, z, P.read(row), view)
         truth.append(shaped(logq, len(ids(tok, " " + z)) + 1, form, floor))
-    assert got["R"].shape == (4, 3) and got["R"].flatten().tolist() == pytest.approx(truth, abs=1e-3)
+    assert got["R"].shape == (4, 3) and got["R"].flatten().tolist() == pytest.approx(
+        truth, abs=1e-3
+    )
     assert [e["reward"] for e in examples] == pytest.approx(truth[::3], abs=1e-3)
     assert [e["y_hat"] for e in examples] == [P.read(row) for row in rollouts.rows[::3]]
-    assert not floor or min(truth) == -floor < max(truth)                           # it binds, but not for all
+    # it binds, but not for all
+    assert not floor or min(truth) == -floor < max(truth)
 
 
 @pytest.mark.parametrize("form,floor", [("sum", 0), ("mean", 0), ("sum", 45.0), ("mean", 6.0)])
@@ -431,12 +476,14 @@ def test_phase_2_reward_is_log_p_of_the_observed_y(monkeypatch, tok, P, Q, form,
         x, y = PAIRS[n // 3]
         logp = logp_y(P, tok, x, Q.read(row), y)
         truth.append(shaped(logp, len(ids(tok, "\n" + y)) + 1, form, floor))
-    assert got["R"].shape == (4, 3) and got["R"].flatten().tolist() == pytest.approx(truth, abs=1e-3)
+    assert got["R"].shape == (4, 3) and got["R"].flatten().tolist() == pytest.approx(
+        truth, abs=1e-3
+    )
     assert [e["reward"] for e in examples] == pytest.approx(truth[::3], abs=1e-3)
     assert not floor or min(truth) == -floor < max(truth)
 
 
-# --- phases -------------------------------------------------------------------------------------------------
+# --- phases ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("which", [1, 2])
 @pytest.mark.parametrize("kl", ["reward", "loss"])
@@ -445,7 +492,9 @@ def test_a_phase_moves_one_model_and_only_that(P, Q, which, kl):
     ref, opt = policy.frozen(), optim.make_optimizers(policy.net, 1e-2)
     before = weights(policy.net), weights(frozen.net), weights(ref.net)
     for seed in range(3):
-        log, _ = take_step(which, P, Q, settings(beta=0.1, kl=kl), optimizers=opt, ref=ref, seed=seed)
+        log, _ = take_step(
+            which, P, Q, settings(beta=0.1, kl=kl), optimizers=opt, ref=ref, seed=seed
+        )
     assert not torch.equal(weights(policy.net), before[0])
     assert torch.equal(weights(frozen.net), before[1]) and torch.equal(weights(ref.net), before[2])
     assert all(p.grad is None for m in (frozen, ref) for p in m.net.parameters())
@@ -481,7 +530,7 @@ def test_phase_1_draws_z_from_q_given_x_and_y(monkeypatch, tok, P, Q, view):
     assert [e["y_hat"] for e in examples] == [P.read(r) for r in rows[::3]]
 
 
-# --- forecasts ----------------------------------------------------------------------------------------------
+# --- forecasts ------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def greedy_row(model, prefix, max_new, eos, may_refuse=True):
@@ -551,7 +600,9 @@ def test_without_refusal_log_q_is_renormalised():
     net, rows = tiny_llama(4, 3), sequences(4, 3)
     refusal = naive(net, [1, 2], [EOS]).item()
     free = torch.stack([naive(net, [1, 2], row).sum() for row in rows]).detach()
-    bound = lm.score(net, [[1, 2]] * len(rows), [list(row) for row in rows], small(net).no_refusal())
+    bound = lm.score(
+        net, [[1, 2]] * len(rows), [list(row) for row in rows], small(net).no_refusal()
+    )
     others = [n for n, row in enumerate(rows) if row != (EOS,)]
     truth = free[others] - torch.log1p(-torch.tensor(refusal).exp())
     assert -3 < refusal < -0.05 and torch.allclose(bound[others], truth, atol=1e-4)

@@ -4,13 +4,12 @@ import random
 
 import pytest
 import torch
-
 from conftest import naive, weights
+
 from envs import images, physics, tools, web
 from models import images as image_models
 from models import pretrained, tiny
 from models.text import decode, encode
-
 
 # --- the tokenizer --------------------------------------------------------------------------------
 

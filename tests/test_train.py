@@ -8,23 +8,24 @@ import types
 
 import pytest
 import torch
+from conftest import Net, tiny_llama, weights, without_times, write_lamps
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import envs
 import sft
 import train
-from conftest import Net, tiny_llama, weights, without_times, write_lamps
 from envs import records, tools
 from evals import stabletoolbench
 from grpo import Phase
 from models import tiny
 from support import aside, plan, rundir
 
-SMALL = ["--episodes", "8", "--warmup-steps", "6", "--warmup-steps-idm", "4",
-         "--bootstrap-steps", "4", "--iterations", "1", "--phase1-steps", "3",
-         "--phase2-steps", "2", "--group-size", "4", "--batch", "6", "--warmup-batch-idm", "4", "--eval-size", "6",
-         "--validation-size", "6", "--no-aside"]
+SMALL = [
+    "--episodes", "8", "--warmup-steps", "6", "--warmup-steps-idm", "4", "--bootstrap-steps", "4",
+    "--iterations", "1", "--phase1-steps", "3", "--phase2-steps", "2", "--group-size", "4",
+    "--batch", "6", "--warmup-batch-idm", "4", "--eval-size", "6", "--validation-size", "6",
+    "--no-aside"]
 FWM = {"n", "exact", "exact_changed", "bleu", "rouge_l", "logp", "sampled"}
 IDM = {"n", "exact", "bleu", "rouge_l", "logp", "refused"}
 
@@ -118,7 +119,9 @@ def test_results_hold_every_field_of_the_contract(told):
     r = results_of(done)
     assert code == 0 and r["version"] == 2
     assert (r["env"], r["model"], r["seed"]) == ("tools", "tiny", 0) and r["hardware"]
-    assert set(r["seconds"]) == {"total", "warmup", "phase1", "phase2", "eval"} and all(r["seconds"].values())
+    assert set(r["seconds"]) == {"total", "warmup", "phase1", "phase2", "eval"} and all(
+        r["seconds"].values()
+    )
     assert set(r["splits"]) == {"labelled", "state_only", "test"} and all(r["splits"].values())
     assert {"unique", "mean_length", "true_mean_length"} <= set(r["collapse"])
     assert r["sizes"]["parameters"] > 1e4 and r["sizes"]["peak_rss_mb"] > 100
@@ -202,8 +205,14 @@ def test_a_scorer_reads_a_run_and_finds_its_last_scores(done, tmp_path, capsys):
     out, last = tmp_path / "scores.json", results_of(done)
     assert stabletoolbench.main(["--run", str(done), "--json", str(out)]) == 0
     row = json.loads(out.read_text())["scores"]["all"]
-    for scores, swirl in ((row["model"], last["stages"][-1]["fwm"]), (row["copy_x"], last["baselines"]["copy_x"])):
-        assert (scores["exact"], scores["rouge_l"]) == (swirl["exact"], pytest.approx(swirl["rouge_l"], abs=1e-9))
+    for scores, swirl in (
+        (row["model"], last["stages"][-1]["fwm"]),
+        (row["copy_x"], last["baselines"]["copy_x"]),
+    ):
+        assert (scores["exact"], scores["rouge_l"]) == (
+            swirl["exact"],
+            pytest.approx(swirl["rouge_l"], abs=1e-9),
+        )
         assert scores["bleu"] == pytest.approx(swirl["bleu"], abs=.01) and row["n"] == swirl["n"]
     assert row["changed"]["exact"] == last["stages"][-1]["fwm"]["exact_changed"]
     shutil.copytree(done, tmp_path / "other")
@@ -311,7 +320,9 @@ def test_a_run_without_rivals_has_the_same_stages(lamps, tmp_path, capsys):
 
 
 def test_a_run_may_resume_with_another_micro_batch_and_with_nothing_else(tmp_path, capsys):
-    start = lambda *argv: train.rundir.Run(train.parse([*SMALL, *argv, "--out", str(tmp_path / "run")]), 0.0)
+    start = lambda *argv: train.rundir.Run(
+        train.parse([*SMALL, *argv, "--out", str(tmp_path / "run")]), 0.0
+    )
     start(), start("--tokens", "77")
     with pytest.raises(SystemExit):
         start("--batch", "3")
@@ -498,7 +509,8 @@ PLAIN = {"reward": 0.0, "kl": None, "gap": 0.0, "tokens": 1, "zero_std_groups": 
 
 
 def run(step, policy=None, frozen=None, seed=0, iteration=1, **phase):
-    """`train.run_phase` with step in place of a phase's; returns (policy, the lines that are logged)."""
+    """`train.run_phase` with step in place of a phase's; returns (policy, the lines that are
+    logged)."""
     logged, bar = [], types.SimpleNamespace(show=lambda *_, **__: None, close=lambda: None)
     run = types.SimpleNamespace(log=lambda file, **line: logged.append((file, line)),
                                 elapsed=lambda: 0.0, label="", bar=lambda name, steps: bar)
@@ -525,7 +537,8 @@ def test_a_phase_that_moves_the_frozen_model_stops():
     frozen = Net(tiny_llama(9, 1))
 
     def turned(**_):
-        with torch.no_grad():                                                      # no sum would tell
+        # no sum would tell
+        with torch.no_grad():
             w = frozen.net.model.embed_tokens.weight
             w.copy_(w.flip(0))
 
@@ -594,7 +607,9 @@ def test_a_phase_without_a_lesson_says_so(capsys, log, says):
 # --- the splits -----------------------------------------------------------------------------------
 
 def test_of_a_user_s_file_a_test_transition_goes_if_training_knows_both_of_its_states(tmp_path):
-    rows = [("train-1", "a", "b"), ("train-2", "c", "d"), ("dev-1", "v", "w"), ("test-1", "a", "q"), ("test-2", "a", "d"), ("test-3", "p", "q")]
+    rows = [
+        ("train-1", "a", "b"), ("train-2", "c", "d"), ("dev-1", "v", "w"), ("test-1", "a", "q"),
+        ("test-2", "a", "d"), ("test-3", "p", "q")]
     records.write(tmp_path / "f.jsonl", [records.Transition(e, 0, x, "z", y) for e, x, y in rows])
     test = envs.load_splits(train.parse(["--data", str(tmp_path / "f.jsonl")]))[3]
     assert set(test) == {("a", "z", "q"), ("p", "z", "q")}
@@ -621,20 +636,39 @@ def test_validation_takes_no_more_episodes_than_it_uses():
 
 def test_no_state_of_a_test_row_was_held_by_training(monkeypatch):
     """Neither its x nor its y, in any split with or without actions."""
-    world = {"labelled": [("a", "z", "b")], "validation": [("v", "z", "w")], "state-only": [("c", "z", "d")],
-             "test": [("p", "z", "q"), ("a", "z", "q"), ("p", "z", "b"), ("d", "z", "q"), ("p", "z", "c")]}
-    splits = {random.Random(f"0 {split} {i}").random(): rows for split, rows in world.items() for i in range(60)}
+    world = {
+        "labelled": [("a", "z", "b")],
+        "validation": [("v", "z", "w")],
+        "state-only": [("c", "z", "d")],
+        "test": [
+            ("p", "z", "q"),
+            ("a", "z", "q"),
+            ("p", "z", "b"),
+            ("d", "z", "q"),
+            ("p", "z", "c"),
+        ],
+    }
+    splits = {
+        random.Random(f"0 {split} {i}").random(): rows
+        for split, rows in world.items()
+        for i in range(60)
+    }
     monkeypatch.setattr(tools, "episode", lambda rng, busy=0.0: splits[rng.random()])
     assert set(envs.load_splits(train.parse(["--episodes", "4"]))[3]) == {("p", "z", "q")}
 
 
-# --- bad input: one line, exit code 2, nothing half-written ---------------------------------------------------------------
+# --- bad input: one line, exit code 2, nothing half-written ---------------------------------------
 
 def refused(capsys, argv):
     with pytest.raises(SystemExit) as e:
         train.main(argv)
     err = capsys.readouterr().err
-    assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert (
+        e.value.code == 2
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+        and "Traceback" not in err
+    )
     return err
 
 
@@ -642,10 +676,24 @@ def row(t, **change):
     return json.dumps({"episode": "e", "t": t, "x": "a", "z": "go", "y": "b"} | change)
 
 
-@pytest.mark.parametrize("text, says", [
-    (None, "no such file"), ("{broken\n", ":1:"), (row(0) + "\n" + row(1, x=" "), ":2:"), (row(0), "1 line"),
-    ("\n".join(json.dumps({"episode": e, "t": t, "x": f"{e}{t}", "y": "b"}) for e in "abcdef" for t in (0, 1)), "z"),
-], ids=["missing", "broken JSON", "empty state", "one line", "no z at all"])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (None, "no such file"),
+        ("{broken\n", ":1:"),
+        (row(0) + "\n" + row(1, x=" "), ":2:"),
+        (row(0), "1 line"),
+        (
+            "\n".join(
+                json.dumps({"episode": e, "t": t, "x": f"{e}{t}", "y": "b"})
+                for e in "abcdef"
+                for t in (0, 1)
+            ),
+            "z",
+        ),
+    ],
+    ids=["missing", "broken JSON", "empty state", "one line", "no z at all"],
+)
 def test_bad_data_is_refused_in_one_line(tmp_path, capsys, text, says):
     path = tmp_path / "t.jsonl"
     if text is not None:
@@ -657,9 +705,17 @@ def test_bad_data_is_refused_in_one_line(tmp_path, capsys, text, says):
 
 def test_states_longer_than_the_model_takes_are_refused(tmp_path, capsys):
     long = " ".join(f"w{i}" for i in range(3000))
-    records.write(tmp_path / "t.jsonl", [records.Transition(f"e{i}", t, f"{long} {i} {t}", "go", "b")
-                                         for i in range(6) for t in range(2)])
-    err = refused(capsys, ["--data", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out"), *SMALL])
+    records.write(
+        tmp_path / "t.jsonl",
+        [
+            records.Transition(f"e{i}", t, f"{long} {i} {t}", "go", "b")
+            for i in range(6)
+            for t in range(2)
+        ],
+    )
+    err = refused(
+        capsys, ["--data", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out"), *SMALL]
+    )
     assert "longer than the model takes" in err and not (tmp_path / "out").exists()
 
 
@@ -670,7 +726,8 @@ def test_bad_arguments_are_refused(tmp_path, capsys, done):
     assert "--model" in refused(capsys, ["--model", str(tmp_path / "no-such-folder"), *out])
     (tmp_path / "file").write_text("mine")
     assert "--out" in refused(capsys, ["--out", str(tmp_path / "file")])
-    assert "--out" in refused(capsys, ["--out", str(tmp_path)])           # holds files that no run wrote
+    # holds files that no run wrote
+    assert "--out" in refused(capsys, ["--out", str(tmp_path)])
     assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "out").exists()
 

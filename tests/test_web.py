@@ -11,8 +11,21 @@ from envs import web
 def shop(**facts):
     """A shop with an empty cart and form on page 1 of everything, but for the facts given."""
     world = web.World(random.Random(0))
-    start = dict(view="list", search="none", colour="any", sort="a to z", page=1, cart={}, name="none", street="none", time="none",
-                 delivery="none", code="none", applied=False, message="note: ready")
+    start = dict(
+        view="list",
+        search="none",
+        colour="any",
+        sort="a to z",
+        page=1,
+        cart={},
+        name="none",
+        street="none",
+        time="none",
+        delivery="none",
+        code="none",
+        applied=False,
+        message="note: ready",
+    )
     for fact, value in (start | facts).items():
         setattr(world, fact, value)
     return world
@@ -28,8 +41,18 @@ def after(world, *actions):
 
 def test_the_transition_in_the_docstring():
     cart = {"red-bag": 1, "blue-bag": 1}
-    world = shop(colour="red", cart=cart, name="cleo hill", street="12 oak road", time="friday 12 to 14", delivery="post", code="autumn")
-    shown = [row.strip().split("   ") for row in web.__doc__.split("\n") if row.startswith("    ")][:15]
+    world = shop(
+        colour="red",
+        cart=cart,
+        name="cleo hill",
+        street="12 oak road",
+        time="friday 12 to 14",
+        delivery="post",
+        code="autumn",
+    )
+    shown = [row.strip().split("   ") for row in web.__doc__.split("\n") if row.startswith("    ")][
+        :15
+    ]
     assert [row[0] for row in shown] == world.text().split("\n")
     assert after(world, "[button] add red-lamp -> CLICK") == [shown[8][-1].strip()]
 
@@ -40,9 +63,19 @@ def test_rows_follow_search_colour_sort_and_page():
         "search: lamp", "page: 1 of 2", "1 blue-lamp", "2 green-lamp", "3 red-lamp"]
     assert after(world, "[combobox] order by -> SELECT: price up") == [
         "sort: cheap first", "1 white-lamp", "2 red-lamp", "3 blue-lamp"]
-    assert after(world, "[link] next -> CLICK") == ["page: 2 of 2", "1 green-lamp", "2 nothing", "3 nothing"]
-    assert not after(world, "[link] next -> CLICK", "[searchbox] search -> TYPE: lamp")  # chosen already
-    assert after(world, "[combobox] filter -> SELECT: red") == ["colour: red", "page: 1 of 1", "1 red-lamp"]
+    assert after(world, "[link] next -> CLICK") == [
+        "page: 2 of 2",
+        "1 green-lamp",
+        "2 nothing",
+        "3 nothing",
+    ]
+    # chosen already
+    assert not after(world, "[link] next -> CLICK", "[searchbox] search -> TYPE: lamp")
+    assert after(world, "[combobox] filter -> SELECT: red") == [
+        "colour: red",
+        "page: 1 of 1",
+        "1 red-lamp",
+    ]
     world.step("[button] clear search -> CLICK")
     assert world.rows() == ["red-mug", "red-lamp", "red-bag"]  # cheap first
 
@@ -61,7 +94,8 @@ def test_amount_and_remove(view):
     assert not after(world, "[button] remove blue-mug -> CLICK", "[spinbutton] red-bag -> TYPE: 1")
     assert after(world, "[spinbutton] red-bag -> TYPE: 2") == ["dialog: cart is full"]
     world.step("[button] close -> CLICK")
-    assert after(world, "[button] remove red-mug -> CLICK") == ["dialog: drop red-mug?"]  # two: asks first
+    # two: asks first
+    assert after(world, "[button] remove red-mug -> CLICK") == ["dialog: drop red-mug?"]
     assert after(world, "[button] yes -> CLICK") == ["cart: red-bag", "note: red-mug is out"]
     assert after(world, "[spinbutton] red-bag -> TYPE: 2") == ["cart: red-bag x2"]
     assert after(world, "[spinbutton] red-bag -> TYPE: 1") == ["cart: red-bag"]
@@ -77,8 +111,11 @@ def test_a_dialog_blocks_the_rest():
 
 
 def test_coupon():
-    world, apply = shop(view="checkout", cart={"red-lamp": 1, "red-mug": 1}), "[button] apply -> CLICK"
-    assert after(world, "[textbox] coupon -> TYPE: spring", apply)[1] == "dialog: spring starts at 50"
+    world, apply = (
+        shop(view="checkout", cart={"red-lamp": 1, "red-mug": 1}), "[button] apply -> CLICK")
+    assert (
+        after(world, "[textbox] coupon -> TYPE: spring", apply)[1] == "dialog: spring starts at 50"
+    )
     lines = after(world, "[button] close -> CLICK", "[spinbutton] red-mug -> TYPE: 2", apply)
     assert lines[1] == "code: spring, 10 off"
     assert after(world, "[spinbutton] red-mug -> TYPE: 1")[1] == "code: spring"  # 40 again: off
@@ -108,7 +145,9 @@ def test_each_view_has_its_own_buttons():
     assert after(world, "[button] add blue-bag -> CLICK")
 
 
-@pytest.mark.parametrize("z", ["", "fly", "[button] add 1 -> CLICK", "[searchbox] search -> TYPE: boat"])
+@pytest.mark.parametrize(
+    "z", ["", "fly", "[button] add 1 -> CLICK", "[searchbox] search -> TYPE: boat"]
+)
 def test_unknown_action(z):
     with pytest.raises(ValueError):
         shop(message="dialog: name is missing").step(z)
@@ -117,20 +156,34 @@ def test_unknown_action(z):
 def test_promises_over_many_episodes():
     episodes = [web.episode(random.Random(seed)) for seed in range(200)]
     assert episodes[7] == web.episode(random.Random(7)) != episodes[8]
-    assert all(len(e) == web.STEPS and all(a[2] == b[0] for a, b in zip(e, e[1:])) for e in episodes)
+    assert all(
+        len(e) == web.STEPS and all(a[2] == b[0] for a, b in zip(e, e[1:])) for e in episodes
+    )
     drawn, ys, actions = [t for e in episodes for t in e], {}, defaultdict(list)
     for x, z, y in drawn:
         assert ys.setdefault((x, z), y) == y and z not in y  # Markov in the text
-        if x != y and not y.endswith("dialog: cart is full"):                      # it does not name the action
+        # it does not name the action
+        if x != y and not y.endswith("dialog: cart is full"):
             actions[tuple((a, b) for a, b in zip(x.split("\n"), y.split("\n")) if a != b)].append(z)
     states = [y for x, _, y in drawn if x != y]
     assert 0.08 <= 1 - len(states) / len(drawn) <= 0.15 and len(set(states)) >= 0.95 * len(states)
-    assert sum(len(zs) for zs in actions.values() if len(set(zs)) == 1) >= 0.93 * sum(map(len, actions.values()))
+    assert sum(len(zs) for zs in actions.values() if len(set(zs)) == 1) >= 0.93 * sum(
+        map(len, actions.values())
+    )
     carts = [line for x, _, _ in drawn for line in x.split("\n") if line.startswith("cart: ")]
-    assert max(sum(int(n or 1) for n in re.findall(r"-[a-z]+(?: x(\d))?", cart)) for cart in carts) == web.FULL           # rule 3
+    # rule 3
+    assert (
+        max(sum(int(n or 1) for n in re.findall(r"-[a-z]+(?: x(\d))?", cart)) for cart in carts)
+        == web.FULL
+    )
     kinds = Counter(web.read(z)[0] for _, z, _ in drawn)
     assert set(kinds) == set(web.KINDS) and min(kinds.values()) >= 0.01 * len(drawn)
     words = [len(y.split()) for y in states]
-    assert 30 * len(words) <= sum(words) and max(words) <= 50 and {y.count("\n") for y in states} == {14}
-    text = " ".join(x + " " + z for x, z, _ in drawn).replace("-", " ")  # red-lamp is two of the words
+    assert (
+        30 * len(words) <= sum(words)
+        and max(words) <= 50
+        and {y.count("\n") for y in states} == {14}
+    )
+    # red-lamp is two of the words
+    text = " ".join(x + " " + z for x, z, _ in drawn).replace("-", " ")
     assert len({word.strip(",:?") for word in text.split()}) <= 120
