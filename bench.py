@@ -42,16 +42,18 @@ import grpo
 import lm
 from models import batches, optim
 
-# name: (B, P, T, G, width, layers, V). The last two are the project's own: a step of the tools
-# world, and of images of 128 codes
+# name: (B, P, T, G, width, layers, V). Tools and pixels are the project's own: a step of the tools
+# world, and of images of 128 codes. With gqa, heads share keys as in real models (16 on 2)
 CASES = {
     "P128-T32-G8": (4, 128, 32, 8, 256, 4, 2048), "P272-T16-G8": (4, 272, 16, 8, 256, 4, 2048),
     "P32-T48-G8": (4, 32, 48, 8, 256, 4, 2048), "tools-P40-T41-G16": (8, 40, 41, 16, 128, 4, 671),
-    "pixels-P144-T128-G8": (4, 144, 128, 8, 128, 4, 1024)}
+    "pixels-P144-T128-G8": (4, 144, 128, 8, 128, 4, 1024),
+    "P128-T32-G8-gqa": (4, 128, 32, 8, 512, 4, 2048),
+    "P272-T64-G8-gqa": (4, 272, 64, 8, 512, 4, 2048)}
 Z, BETA, LR, EOS = 8, 0.1, 1e-4, 0
 
 
-def make_model(width, layers, V, seed=0):
+def make_model(width, layers, V, seed=0, kv_heads=None):
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -60,7 +62,7 @@ def make_model(width, layers, V, seed=0):
             intermediate_size=3 * width,
             num_hidden_layers=layers,
             num_attention_heads=width // 32,
-            num_key_value_heads=width // 32,
+            num_key_value_heads=kv_heads or width // 32,
             max_position_embeddings=4096,
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -285,7 +287,8 @@ def race(case, names, repeats):
     """{name: C} as in the JSON file: `repeats` steps of each contestant, in turns, after one that
     does not count."""
     with tempfile.TemporaryDirectory() as folder:
-        make_model(*CASES[case][4:]).save_pretrained(folder)
+        kv_heads = 2 if "gqa" in case else None
+        make_model(*CASES[case][4:], kv_heads=kv_heads).save_pretrained(folder)
         run = {
             name: subprocess.Popen(
                 [sys.executable, __file__, "--worker", name, case, folder],

@@ -57,7 +57,8 @@ def fit(model, name, rows, size, steps, validate, lab):
     share right, called four times on the way."""
     cfg, run = lab.cfg, lab.run
     batch = shuffled(rows, size, random.Random(f"{cfg.seed} {name}"))
-    optimizers = optim.make_optimizers(model.net, cfg.warmup_lr, cfg.muon, cfg.decay)
+    decay = 0.1 if cfg.muon else 0.0
+    optimizers = optim.make_optimizers(model.net, cfg.warmup_lr, cfg.muon, decay)
     bar = run.bar(name if name == "Bootstrap" else f"warm-up of the {name}", steps)
     for t in range(1, steps + 1):
         loss, norm = step(model, next(batch), optimizers, rate(t, steps, cfg.warmup_lr))

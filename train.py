@@ -168,10 +168,10 @@ def rivals(cfg):
 
 def begin(cfg):
     """Threads, seed, silence; returns the device."""
-    torch.set_num_threads(cfg.threads)
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.threads or cfg.model == "tiny":
+        torch.set_num_threads(cfg.threads or 1)
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    device = available if cfg.device == "auto" else cfg.device
     loading.check_processes(cfg, device)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -34,6 +34,11 @@ import random
 import sys
 import zlib
 
+# Settings for a file of your own, whose states may be long: a reward for each token, fewer steps
+PRESET = {
+    "reward_form": "mean", "floor": 10.0, "bootstrap_steps": 300, "phase1_steps": 20,
+    "phase2_steps": 20}
+
 
 class BadData(ValueError):
     """The user's data is at fault; str() is one line that says where, what, and what to do."""

@@ -37,6 +37,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from support import rundir
 
+# Settings with LoRA: ten times the rates (Schulman et al. 2025, LoRA Without Regret)
+PRESET = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 CARDS = 24, 48, 80                                                                 # GiB
 # Qwen2.5
 QWEN = {

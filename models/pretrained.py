@@ -12,6 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from models import parallel
 from models.text import frame
 
+# Settings for a pretrained model: the paper's rates and batches, and a reward for each token, since
+# its states are long
+PRESET = {
+    "warmup_lr": 2e-5, "lr_fwm": 1e-6, "lr_idm": 1e-6, "muon": False, "warmup_batch": 128,
+    "warmup_batch_idm": 128, "warmup_steps": 200, "warmup_steps_idm": 200, "reward_form": "mean",
+    "floor": 10.0, "tokens": 1024}
+
 
 def load(name, dtype=torch.float32):
     """(model, tokenizer) of a folder, a Hub id, a .gguf file or "smollm2" (in the package

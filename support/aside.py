@@ -1,7 +1,7 @@
 """Two things at once on a CPU: a function in a second process, beside this one.
 
 A tiny model is hardly faster on two threads than on one, so what is independent runs side by side
-instead: the two warm-ups, and the rivals beside Algorithm 1. No number depends on it: `--no-aside`
+instead: the two warm-ups, and the rivals beside Algorithm 1. No number depends on it: `--threads 1`
 runs the same calls one after the other.
 """
 import concurrent.futures
@@ -28,8 +28,9 @@ class Now:
 
 def possible(cfg):
     """A CPU with a core to spare, one thread a process, and no torchrun."""
+    tiny = cfg.model == "tiny" and cfg.threads == 0
     on_cpu = cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available())
-    return cfg.aside and on_cpu and cfg.threads == 1 and cores() > 1 and parallel.world() == 1
+    return on_cpu and tiny and cores() > 1 and parallel.world() == 1
 
 
 def cores():
@@ -41,16 +42,16 @@ def start(cfg, f, *args):
     if not possible(cfg):
         return Now(f, args)
     spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(1, spawn, begin, (cfg.threads, os.getpid()))
+    pool = concurrent.futures.ProcessPoolExecutor(1, spawn, begin, (os.getpid(),))
     future = pool.submit(f, *args)
     pool.shutdown(wait=False)
     return future
 
 
-def begin(threads, parent):
+def begin(parent):
     """In the second process: its threads; ^C ends it without a word, and so does the end of the
     first process."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch():

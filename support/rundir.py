@@ -228,8 +228,8 @@ def introduce(P, lab):
     print(f"SWIRL on {cfg.data or cfg.env}: {len(lab.labelled)} labelled, {len(lab.validation)} "
           f"validation, {len(lab.state_only)} state-only, {len(lab.test)} test transitions")
     two = ", two processes where stages are independent" if aside.possible(cfg) else ""
-    print(f"  {P.net.num_parameters() / 1e6:.2f}M parameters a model; {cfg.threads} thread(s) a "
-          f"process{two}; {lab.run.dir}")
+    print(f"  {P.net.num_parameters() / 1e6:.2f}M parameters a model; "
+          f"{torch.get_num_threads()} thread(s) a process{two}; {lab.run.dir}")
     rivals = f"; Bootstrap {cfg.bootstrap_steps}" if cfg.rivals else ""
     print(
         f"  steps: warm-up {cfg.warmup_steps} (FWM) and {cfg.warmup_steps_idm} (IDM), then "

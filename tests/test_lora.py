@@ -218,7 +218,7 @@ SHORT = ["--lora", "2", "--warmup-steps", "4", "--warmup-steps-idm", "4", "--boo
          "--iterations", "1", "--phase1-steps", "2",
          "--phase2-steps", "2", "--group-size", "3", "--batch", "3", "--eval-size", "4",
          "--validation-size", "4", "--warmup-batch-idm", "8",
-         "--no-aside"]
+         "--threads", "1"]
 
 
 @pytest.fixture

@@ -789,7 +789,7 @@ SMALL = [
     "--env", "pixels", "--episodes", "8", "--warmup-steps", "4", "--warmup-steps-idm", "3",
     "--bootstrap-steps", "2", "--iterations", "1", "--phase1-steps", "2", "--phase2-steps", "2",
     "--group-size", "4", "--batch", "4", "--eval-size", "6", "--validation-size", "10",
-    "--no-aside"]
+    "--threads", "1"]
 
 
 @pytest.fixture(scope="module")

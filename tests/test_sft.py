@@ -101,9 +101,9 @@ def test_fit_takes_its_optimizer_from_the_settings(monkeypatch):
     seen, make = [], optim.make_optimizers
     monkeypatch.setattr(optim, "make_optimizers",
                         lambda model, *settings: seen.append(settings) or make(model, *settings))
-    lab = lab_of("--warmup-lr", ".01", "--no-muon", "--decay", ".3")
+    lab = lab_of("--warmup-lr", ".01", "--no-muon")
     sft.fit(Net(tiny_llama(9, 0)), "FWM", ROWS, 2, 1, lambda model, lab: 0.0, lab)
-    assert seen == [(.01, False, .3)]
+    assert seen == [(.01, False, 0.0)]
 
 
 def test_batches_take_every_row_once_before_any_comes_again():

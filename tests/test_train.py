@@ -25,7 +25,7 @@ SMALL = [
     "--episodes", "8", "--warmup-steps", "6", "--warmup-steps-idm", "4", "--bootstrap-steps", "4",
     "--iterations", "1", "--phase1-steps", "3", "--phase2-steps", "2", "--group-size", "4",
     "--batch", "6", "--warmup-batch-idm", "4", "--eval-size", "6", "--validation-size", "6",
-    "--no-aside"]
+    "--threads", "1"]
 FWM = {"n", "exact", "exact_changed", "bleu", "rouge_l", "logp", "sampled"}
 IDM = {"n", "exact", "bleu", "rouge_l", "logp", "refused"}
 
@@ -245,12 +245,12 @@ def test_a_second_process_changes_no_number(small_folder, data, tmp_path, monkey
     small = ["--muon", "--warmup-lr", "2e-3", "--lr-fwm", "4e-4", "--warmup-batch", "8",
              "--threads", "1"]
     argv = [*SMALL, "--data", str(data), "--model", str(small_folder), *small]
-    monkeypatch.setattr(aside, "cores", lambda: 2)
+    monkeypatch.setattr(aside, "possible", lambda cfg: cfg.threads == 0)
     started, start = [], aside.concurrent.futures.ProcessPoolExecutor
     monkeypatch.setattr(aside.concurrent.futures, "ProcessPoolExecutor",
                         lambda *args: started.append(args) or start(*args))
     assert train.main([*argv, "--out", str(tmp_path / "alone")]) == 0 and not started
-    assert train.main([*argv, "--aside", "--out", str(tmp_path / "aside")]) == 0
+    assert train.main([*argv, "--threads", "0", "--out", str(tmp_path / "aside")]) == 0
     assert len(started) == 2
     same_run(tmp_path / "alone", tmp_path / "aside")
     # No line of a process is lost, or cut by another's
@@ -259,14 +259,14 @@ def test_a_second_process_changes_no_number(small_folder, data, tmp_path, monkey
         assert len(a) == len(b) > 6
     for which in ("alone", "aside"):
         config = json.loads((tmp_path / which / "config.json").read_text())
-        assert config["settings"]["aside"] == (which == "aside")
+        assert config["settings"]["threads"] == (which == "alone")
 
 
-@pytest.mark.parametrize("changed, fine", [({}, True), ({"aside": False}, False),
+@pytest.mark.parametrize("changed, fine", [({}, True), ({"model": "smollm2"}, False),
                                            ({"device": "cuda"}, False), ({"threads": 2}, False)])
 def test_a_second_process_wants_one_thread_and_a_core(monkeypatch, changed, fine):
     monkeypatch.setattr(aside, "cores", lambda: 2)
-    cfg = types.SimpleNamespace(**{"aside": True, "device": "cpu", "threads": 1} | changed)
+    cfg = types.SimpleNamespace(**{"model": "tiny", "device": "cpu", "threads": 0} | changed)
     assert aside.possible(cfg) == fine
     monkeypatch.setattr(aside, "cores", lambda: 1)
     assert not aside.possible(cfg)
@@ -439,8 +439,8 @@ def test_a_call_is_timed_by_its_quickest_after_the_first(monkeypatch):
 
 @pytest.mark.parametrize("flags, seconds, evaluations", [
     (["--no-rivals"], 10 + 20 + 2 * (3 + 4), 5),
-    (["--no-aside"], 10 + 20 + 30 + 3 * (3 + 4), 9),
-    (["--aside", "--threads", "1"], 20 + 30 + (3 + 4), 5)])
+    (["--threads", "1"], 10 + 20 + 30 + 3 * (3 + 4), 9),
+    ([], 20 + 30 + (3 + 4), 5)])
 def test_the_longest_way_is_planned(monkeypatch, flags, seconds, evaluations):
     """Two iterations; the warm-ups and the rivals side by side where there is a second process."""
     monkeypatch.setattr(aside, "cores", lambda: 2)
@@ -742,7 +742,7 @@ def test_another_run_in_the_same_folder_is_refused(done, lamps, tmp_path, capsys
 ZERO = ("--group-size", "--batch", "--iterations", "--lr-fwm", "--warmup-lr", "--warmup-steps",
         "--phase1-steps", "--bootstrap-steps")
 BAD = [(name, "0") for name in ZERO] + [
-    ("--lr-idm", "nan"), ("--decay", "-1"), ("--seed", "-1"), ("--seed", "1" * 20),
+    ("--lr-idm", "nan"), ("--seed", "-1"), ("--seed", "1" * 20),
     ("--min-p-fwm", "1"), ("--min-p-fwm", "nan"), ("--busy", "1.1"),
     ("--busy", "nan"), ("--minutes", "-1"), ("--minutes", "inf"), ("--threads", "-1"),
     ("--floor", "-1")]
