@@ -365,7 +365,7 @@ def policy_pass_share(B, P, T, G, width, layers, V, repeats=5):
     """Share of the machine's rate, measured in turn with it, that forward and backward of
     `grpo.update` reach."""
     model, (prompts, _) = make_model(width, layers, V), make_work(B, P, V)
-    rows, owner = [r for _ in range(G) for r in make_work(B, T, V)[0]], list(range(B)) * G
+    rows, owner = make_work(B * G, T, V)[0], list(range(B)) * G        # all different
     options = lm.Options(-1)
 
     def both():
