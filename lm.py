@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from models import parallel
-from models.batches import chunks, distinct, pad, places, scored_mask, take
+from models.batches import as_lists, chunks, distinct, pad, places, scored_mask, take
 from models.cache import Room
 
 
@@ -118,20 +118,28 @@ def draw(logp, at, u):
 
 # --- sample ----------------------------------------------------------------------------------
 
-def sample(net, prefixes, n, longest, options, generator=None):
+def sample(net, prefixes, n, longest, options, generator=None, at_once=True):
     """n rows after each prefix: (rows, logps), lists of B*n; rows of one prefix are side by side.
-    A row holds ids up to and including eos; a row without eos was cut at `longest`."""
-    size = max(1, 256 // n)
-    if options.tokens:
-        size = max(1, min(size, 16 * options.tokens // (max(map(len, prefixes)) + longest) // n))
+    A row holds ids up to and including eos; a row without eos was cut at `longest`. at_once: in one
+    batch, so that the draws do not depend on `options.tokens`."""
+    size = len(prefixes) if at_once else batch_size(prefixes, n, longest, options)
     order = sorted(range(len(prefixes)), key=lambda b: len(prefixes[b]))
     rows, logps = [None] * len(prefixes), [None] * len(prefixes)
-    for i in range(0, len(order), size):
+    for i in range(0, len(order), size or 1):
         part = order[i:i + size]
         drawn = sample_batch(net, [prefixes[b] for b in part], n, longest, options, generator)
         for k, b in enumerate(part):
             rows[b], logps[b] = (lists[k * n:k * n + n] for lists in drawn)
     return sum(rows, []), sum(logps, [])
+
+
+def batch_size(prefixes, n, longest, options):
+    """Prompts at a time: 256 rows, or as many as hold 16 micro-batches of tokens (keys, not
+    activations)."""
+    size = 256 // n
+    if options.tokens and prefixes:
+        size = min(size, 16 * options.tokens // (max(map(len, prefixes)) + longest) // n)
+    return max(1, size)
 
 
 @torch.no_grad()
@@ -173,12 +181,6 @@ def uniform(shape, device, generator):
     return torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
 
 
-def as_lists(ids, logps, eos):
-    """(N, T) ids and log-probs as lists that end with the first eos."""
-    rows = [row[:row.index(eos) + 1] if eos in row else row for row in ids.tolist()]
-    return rows, [logp[:len(row)] for row, logp in zip(rows, logps.tolist())]
-
-
 def autocast(net, options):
     """Products in bfloat16 if the options say so: each weight is cast once within."""
     return torch.autocast(net.device.type, torch.bfloat16, enabled=options.half)
@@ -190,7 +192,7 @@ def logprobs(net, prefixes, rows, owner, options, n_scored=None):
     """(N, T) log p(row_t | prefix, row_<t) of the last n_scored[n] tokens of each row (all by
     default). Differentiable. Equal rows of a prefix are computed once. Memory: see `chunks`."""
     n_scored = n_scored or [len(row) for row in rows]
-    first, where = distinct(rows, owner)
+    first, where = distinct(rows, list(zip(owner, n_scored)))
     rows, owner, n_scored = ([values[n] for n in first] for values in (rows, owner, n_scored))
     with autocast(net, options):
         if len(set(owner)) == len(rows):

@@ -3,14 +3,14 @@ samples.
 
 Claim. Phase I raises a lower bound of the mutual information between latent action and generated
 next state (Theorem 3.1); Phase II raises a lower bound of the evidence of the observed next state
-(Theorem 3.2). Each misses its target by one KL to or from the true posterior P(z|x,y) = prior(z|x)
-P(y|x,z) / P(y|x):
+(Theorem 3.2). Each misses its target by one KL to or from the true posterior
+P(z|x,y) = prior(z|x) P(y|x,z) / P(y|x):
 
-  Eq. 1  I(Z;Y_hat|X) = H(Z|X) - H(Z|Y_hat,X)                 where Z ~ P~(z|x) = E_{y~D(y|x)}
-  Q(z|x,y) Eq. 2       >= H(Z|X) + E_{x,z,y_hat} log Q(z|x,y_hat)      slack E_{x,y_hat} KL(
-  P(z|x,y_hat) || Q ) Eq. 3  the second term alone: H(Z|X) does not move with theta, so this is what
-  Phase I maximises Eq. 5  log P(y|x)
-              >= E_{z~Q} log P(y|x,z) - KL( Q || prior )      slack KL( Q || P(z|x,y) )
+  Eq. 1  I(Z;Y_hat|X) = H(Z|X) - H(Z|Y_hat,X)             where Z ~ P~(z|x) = E_{y~D(y|x)} Q(z|x,y)
+  Eq. 2       >= H(Z|X) + E_{x,z,y_hat} log Q(z|x,y_hat)  slack E_{x,y_hat} KL( P(z|x,y_hat) || Q )
+  Eq. 3  the second term alone: H(Z|X) does not move with theta, so this is what Phase I maximises
+  Eq. 5  log P(y|x)
+              >= E_{z~Q} log P(y|x,z) - KL( Q || prior )  slack KL( Q || P(z|x,y) )
 
 Why. For Eq. 2 write log P(z|x,y_hat) = log Q + log (P(z|x,y_hat) / Q) and average; for Eq. 5 write
 log P(y|x) = log P(y|x,z) + log prior(z|x) - log P(z|x,y), add and subtract log Q, and average over

@@ -54,7 +54,7 @@ class Config:
     warmup_batch: int = setting(8, "transitions a step of P; paper: 128")
     warmup_batch_idm: int = setting(32, "transitions a step of Q; paper: 128")
     warmup_lr: float = setting(3e-3, "peak rate, of Bootstrap too; paper: 2e-5")
-    muon: bool = setting(True, "Muon with weight decay .1 on weight matrices; paper: AdamW")
+    muon: bool = setting(True, "Muon on weight matrices, and weight decay .1; paper: AdamW")
     spoiled: float = setting(0.0, "share of Q's pairs with a wrong y and no action; paper: 0")
     rivals: bool = setting(True, "best of 8, Bootstrap, and Bootstrap followed by SWIRL, too")
     bootstrap_steps: int = setting(450, "steps of Bootstrap: the seconds of both Phases I")
@@ -133,7 +133,6 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description="SWIRL: self-improving world modelling with latent actions.")
     parser.error = rundir.fail
-    group = parser
     for f in dataclasses.fields(Config):
         if f.name == "preset":
             continue

@@ -88,9 +88,9 @@ class FWM:
         return lm.score(self.net, prefixes, rows, options or self.options,
                         n_scored=[len(target) for target in targets])
 
-    def draw(self, prompts, n, options, generator=None, guess=None):
+    def draw(self, prompts, n, options, generator=None, guess=None, at_once=False):
         """(rows, logps) of `lm.sample`. guess: states near the answer, which only images use."""
-        return lm.sample(self.net, prompts, n, self.longest, options, generator)
+        return lm.sample(self.net, prompts, n, self.longest, options, generator, at_once)
 
     def sample(self, xs, zs, n=1, generator=None):
         """n futures y_hat for each (x, z); those of one pair are side by side."""
@@ -110,42 +110,46 @@ class FWM:
         prompts = [self.prompt(x, z) for x, z in zip(xs, zs)]
         options = dataclasses.replace(self.options, temperature=phase.temperature,
                                       min_p=phase.min_p)
-        rows, logps = self.draw(prompts, phase.group_size, options, generator, guess)
+        rows, logps = self.draw(prompts, phase.group_size, options, generator, guess, at_once=True)
         return grpo.Rollouts(prompts, rows, logps, options)
 
 
 def best_of_n(P, Q, xs, zs, n=8, generator=None):
     """The future, among n drawn, in which Q reads z best: the paper's test-time verification."""
     y_hats = P.sample(xs, zs, n, generator)
-    R = phase1_reward(Q, grpo.repeat(xs, n), grpo.repeat(zs, n), y_hats).view(len(xs), n)
+    z_rows = [Q.target(z) for z in zs]
+    R = phase1_reward(Q, grpo.repeat(xs, n), grpo.repeat(z_rows, n), y_hats).view(len(xs), n)
     return [y_hats[i * n + k] for i, k in enumerate(R.argmax(1).tolist())]
 
 
 # --- Phase I ---------------------------------------------------------------------------------
 
-def phase1_reward(Q, xs, zs, y_hats):
-    """(N,) how well Q reads the action z in the predicted future y_hat, in nats."""
+def phase1_reward(Q, xs, z_rows, y_hats):
+    """(N,) how well Q reads the action z in the predicted future y_hat, in nats. z_rows: the ids of
+    z as Q drew them."""
     # Eq. 3: R = log Q(z | x, y_hat)
-    return Q.logp(xs, zs, y_hats)
+    return Q.logp(xs, z_rows, y_hats)
 
 
 def phase1_step(P, Q, ref, optimizers, pairs, phase, lr, generator):
     """One step on pairs [(x, y)]: theta moves, phi is frozen. Returns (log, examples); log is None
     if Q reads no action in any pair."""
     xs, ys = zip(*pairs)
-    # z ~ Q(. | x, y): one guess for each pair, None where Q reads no action
-    zs = Q.label(xs, ys, generator)
-    triples = [(x, z, y) for x, z, y in zip(xs, zs, ys) if z is not None]
-    if not parallel.total(len(triples)):
+    # z ~ Q(. | x, y): one guess for each pair, as ids; None where Q reads no action
+    z_rows = Q.label(xs, ys, generator)
+    read = [(x, z_row, y) for x, z_row, y in zip(xs, z_rows, ys) if z_row is not None]
+    if not parallel.total(len(read)):
         return None, []
-    xs, zs, ys = zip(*triples) if triples else ((), (), ())
+    xs, z_rows, ys = zip(*read) if read else ((), (), ())
+    zs = [Q.read(z_row) for z_row in z_rows]
 
     # y_hat_1, .., y_hat_G ~ P(. | x, z)
     G = phase.group_size
     rollouts = P.rollouts(xs, zs, phase, generator, guess=ys)
     y_hats = [P.read(row) for row in rollouts.rows]
-    R = phase1_reward(Q, grpo.repeat(xs, G), grpo.repeat(zs, G), y_hats)              # (B * G,)
-    R = grpo.shape(R, [len(Q.target(z)) for z in grpo.repeat(zs, G)], phase)
+    z_rows = grpo.repeat(z_rows, G)
+    R = phase1_reward(Q, grpo.repeat(xs, G), z_rows, y_hats)               # (B * G,)
+    R = grpo.shape(R, [len(z_row) for z_row in z_rows], phase)
 
     log = grpo.step(P, ref, optimizers, rollouts, R.view(len(xs), G), phase, lr)
     examples = [dict(x=x, z=z, y=y, y_hat=y_hat, reward=r)

@@ -76,9 +76,9 @@ class IDM:
         """What Q reads in view "diff", as lines."""
         return line_diff(x, y)
 
-    def before(self, x, y):
-        """The ids that all prompts of this x share (view "full"), or the whole prompt's."""
-        return self.ids([x]) if self.view == "full" else self.prompt(x, y)
+    def shared(self, prompt, x):
+        """The part of a prompt that is computed once: in view "full" x, else all of it."""
+        return self.ids([x]) if self.view == "full" else prompt
 
     def prompt(self, x, y):
         """The ids before z."""
@@ -94,7 +94,9 @@ class IDM:
         return out
 
     def target(self, z):
-        """The ids of z with its end."""
+        """The ids of z with its end. z: a text, or ids that Q drew."""
+        if not isinstance(z, str):
+            return list(z)
         text = frame(self.tok).space + z if z != REFUSAL else ""
         return [*encode(self.tok, text), self.tok.eos_token_id]
 
@@ -127,24 +129,24 @@ class IDM:
     def logp(self, xs, zs, ys, options=None):
         """(N,) log Q(z | x, y), summed over tokens, in nats. Q may refuse, unless the options say
         `no_refusal()`."""
-        prefixes = [self.before(x, y) for x, y in zip(xs, ys)]
         prompts = [self.prompt(x, y) for x, y in zip(xs, ys)]
+        prefixes = [self.shared(prompt, x) for prompt, x in zip(prompts, xs)]
         targets = [self.target(z) for z in zs]
         rows = [prompt[len(prefix):] + target
                 for prefix, prompt, target in zip(prefixes, prompts, targets)]
         return lm.score(self.net, prefixes, rows, options or self.options,
                         n_scored=[len(target) for target in targets])
 
-    def draw(self, xs, ys, n, options, generator=None):
+    def draw(self, xs, ys, n, options, generator=None, at_once=False):
         """(prompts, rows, logps): n rows for each (x, y)."""
         prompts = [self.prompt(x, y) for x, y in zip(xs, ys)]
-        return prompts, *lm.sample(self.net, prompts, n, self.longest, options, generator)
+        return prompts, *lm.sample(self.net, prompts, n, self.longest, options, generator, at_once)
 
     def label(self, xs, ys, generator=None):
-        """One action z ~ Q(. | x, y) for each pair; None where Q refuses or does not end."""
-        _, rows, _ = self.draw(xs, ys, 1, self.options, generator)
-        zs = [self.read(row) if row[-1] == self.tok.eos_token_id else REFUSAL for row in rows]
-        return [None if z == REFUSAL else z for z in zs]
+        """One action z ~ Q(. | x, y) for each pair, as ids; None where it refuses or is cut."""
+        _, rows, _ = self.draw(xs, ys, 1, self.options, generator, at_once=True)
+        ended = [row[-1] == self.tok.eos_token_id for row in rows]
+        return [row if end and self.read(row) != REFUSAL else None for row, end in zip(rows, ended)]
 
     def sample(self, xs, ys, n=1, generator=None):
         """n actions for each (x, y), side by side. Q may not refuse."""
@@ -166,7 +168,7 @@ class IDM:
     def rollouts(self, xs, ys, phase, generator):
         """G actions for each (x, y), with what GRPO needs to know of them. Q may not refuse."""
         options = dataclasses.replace(self.no_refusal(), temperature=phase.temperature)
-        prompts, rows, logps = self.draw(xs, ys, phase.group_size, options, generator)
+        prompts, rows, logps = self.draw(xs, ys, phase.group_size, options, generator, at_once=True)
         return grpo.Rollouts(prompts, rows, logps, options)
 
 
@@ -227,7 +229,7 @@ def phase2_reward(P, xs, zs, ys):
 
 def phase2_step(Q, P, ref, optimizers, pairs, phase, lr, generator):
     """One step on pairs [(x, y)]: phi moves, theta is frozen. Returns (log, examples)."""
-    xs, ys = zip(*pairs) if pairs else ((), ())
+    xs, ys = zip(*pairs)
     # z_1, .., z_G ~ Q(. | x, y)
     G = phase.group_size
     rollouts = Q.rollouts(xs, ys, phase, generator)

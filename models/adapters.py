@@ -2,7 +2,7 @@
 frozen base model.
 
 Claim: each adapted matrix is W + (alpha / r) B A with W frozen and shared; A (r, in) and B (out, r)
-are all that an adapter owns, so a second model, a reference or a running mean costs its A and B and
+are all that an adapter owns, so a second model or a reference costs its A and B and
 not another W. `train.py --lora r` asks for it; everything else sees an `Adapter` where it saw a
 model.
 
@@ -19,8 +19,7 @@ fine-tuning:
    would; copies of the model on several cards do not).
 3. All linear layers but the output's are adapted; alpha = 2 r; no dropout; A and B are float32
    whatever the base is.
-4. P and Q start with one A and with B = 0, which is the base itself. The warm-up's running mean
-   averages A and B, not B A.
+4. P and Q start with one A and with B = 0, which is the base itself.
 5. A saved folder holds the merged weights, which load without peft, and in adapter/ the A and B as
    peft reads them: a run resumes from these, on the base that --model names. In bfloat16 the merge
    rounds as W does; adapter/ does not.
@@ -188,14 +187,14 @@ KEPT = {
 
 def memory(config, r=0, half=False):
     """(parts, token): bytes at the peak of a phase, without loading weights, for rank r or, if 0,
-    for full fine-tuning; half: products in bfloat16 (`lm.HALF`). parts {"weights" (float32; if
-    half, cast once more or, with LoRA, bfloat16 alone), "gradients", "optimizer" (AdamW's m and v),
-    "opposite", "reference"}. token: activations per token of a micro-batch, of which every one is
-    scored: KEPT in each layer; the logits, three times in float32 and, if half, once more. The peak
-    is sum(parts) + max(tokens * token, gradients): a weight's gradient waits, apart, until the
-    shared prefix has added its own. The warm-up holds as much (its running mean and best
-    checkpoint). Attention is assumed to keep no scores (sdpa, but for its math fallback); the keys
-    of a sampler are not counted. tests/test_lora.py holds it to 15 % of a process's peak."""
+    for full fine-tuning; half: products in bfloat16 (`lm.Options.half`). parts {"weights" (float32;
+    if half, cast once more or, with LoRA, bfloat16 alone), "gradients", "optimizer" (AdamW's m and
+    v), "opposite", "reference"}. token: activations per token of a micro-batch, of which every one
+    is scored: KEPT in each layer; the logits, three times in float32 and, if half, once more. The
+    peak is sum(parts) + max(tokens * token, gradients): a weight's gradient waits, apart, until the
+    shared prefix has added its own. Attention is assumed to keep no scores (sdpa, but for its math
+    fallback); the keys of a sampler are not counted. tests/test_lora.py holds it to 15 % of a
+    process's peak."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     n = model.num_parameters()

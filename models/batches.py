@@ -78,3 +78,9 @@ def as_tensor(lists):
     values = torch.tensor([list(row) + [0.0] * (T - len(row)) for row in lists])
     length = torch.tensor([[len(row)] for row in lists])
     return values, torch.arange(T) < length
+
+
+def as_lists(ids, logps, eos):
+    """(N, T) ids and log-probs as lists that end with the first eos."""
+    rows = [row[:row.index(eos) + 1] if eos in row else row for row in ids.tolist()]
+    return rows, [logp[:len(row)] for row, logp in zip(rows, logps.tolist())]

@@ -21,6 +21,7 @@ import swirl_fwm
 import swirl_idm
 from envs import images
 from models import tiny
+from models.batches import as_lists
 from models.text import encode, frame
 
 
@@ -37,14 +38,12 @@ class ImageFWM(swirl_fwm.FWM):
         targets = [self.target(y) for y in ys]
         return lm.score(self.net, prompts, targets, options or self.options)
 
-    def draw(self, prompts, n, options, generator=None, guess=None):
+    def draw(self, prompts, n, options, generator=None, guess=None, at_once=False):
         guess = [self.target(state) for state in guess]
-        size = 256 // n
-        if options.tokens:
-            longest = max(map(len, prompts), default=0) + self.longest
-            size = min(size, 16 * options.tokens // longest // n)
         # The logits of the rows take half a gigabyte at most
-        size = min(size, 2**27 // (n * self.longest * self.net.config.vocab_size))
+        size = 2**27 // (n * self.longest * self.net.config.vocab_size)
+        if not at_once:
+            size = min(size, lm.batch_size(prompts, n, self.longest, options))
         rows, logps = [], []
         for i in range(0, len(prompts), max(1, size)):
             part = slice(i, i + max(1, size))
@@ -135,7 +134,7 @@ def settle(net, prefixes, guess, n, longest, options, generator=None):
                 cache.crop(more - (T - s))
                 mask = torch.cat([mask, mask.new_ones(len(mask), more)], 1)
                 position, s = position + more, s + more
-    return lm.as_lists(fed[:, 1:], logps, options.eos)
+    return as_lists(fed[:, 1:], logps, options.eos)
 
 
 # --- the tiny model for images ---------------------------------------------------------------

@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
         return kinds.values()
 
     def nesterov(self, p, momentum=0.95):
-        """The gradient with Nesterov's momentum; writes into p.grad."""
+        """The gradient with Nesterov's momentum."""
         if not self.state[p]:
             self.state[p]["momentum"] = torch.zeros_like(p.grad)
         average = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)

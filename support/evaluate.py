@@ -31,7 +31,7 @@ def evaluate(P, Q, lab, name, moved=("fwm", "idm")):
     samples = [dict(x=x, z=z, y=y, y_hat=y_hat, z_hat=z_hat)
                for (x, z, y), y_hat, z_hat in zip(lab.test[:20], y_hats, z_hats)]
     xs, zs, some = ([sample[key] for sample in samples] for key in ("x", "z", "y_hat"))
-    R = swirl_fwm.phase1_reward(Q, xs, zs, some)
+    R = swirl_fwm.phase1_reward(Q, xs, [Q.target(z) for z in zs], some)
     for sample, r in zip(samples, R.tolist()):
         lab.run.log("samples.jsonl", stage=name, **sample, reward=r)
     return {"fwm": fwm, "idm": idm}, samples[0]
@@ -48,7 +48,8 @@ def evaluate_P(P, data):
 
 def sampled(P, data):
     """Chance that a future drawn as the paper draws it is y, over the changed transitions; None
-    without any. Nothing is drawn: the chance of a row is the product of its tokens' chances."""
+    without any. Nothing is drawn: the chance of a row is the product of its tokens' chances. (Other
+    tokens that spell y, too, are left out: a lower bound, equal for all that was compared.)"""
     changed = [(x, z, y) for x, z, y in data if x != y]
     if not changed:
         return None

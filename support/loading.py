@@ -81,7 +81,7 @@ def load_nets(cfg, states, book, half):
         else:
             nets = net, parallel.plain(net).eval()
         # Says now if its layers cannot do what `lm` does with them
-        lm.score(nets[0], [[0, 0]], [[0]], lm.Options(eos=0))
+        lm.score(nets[0], [[0, 0]] * 2, [[0], [1]], lm.Options(eos=0))
     except Exception as e:  # whatever a damaged file makes the loaders raise
         rundir.fail(
             f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, smollm2, a Hub id, "

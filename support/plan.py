@@ -25,14 +25,15 @@ def fix_steps(cfg, P, Q, lab):
     without --minutes."""
     if not cfg.minutes:
         return
-    steps = saved(cfg) or scaled(cfg, measure(P, Q, lab))
+    steps = saved(cfg) or scaled(cfg, measure(P, Q, lab), len(lab.test))
     for name, n in steps.items():
         setattr(cfg, name, n)
 
 
-def scaled(cfg, seconds):
-    """{stage: steps}, from the seconds of one step of each stage and of one "evaluate"."""
-    evaluation = seconds["evaluate"] * cfg.eval_size / SOME
+def scaled(cfg, seconds, tests):
+    """{stage: steps}, from the seconds of one step of each stage and of one "evaluate"; tests:
+    number of test transitions."""
+    evaluation = seconds["evaluate"] * tests / min(tests, SOME)
     wanted = {name: seconds[name] * getattr(cfg, name) for name in STEPS}
     steps, scores = path(cfg, wanted, evaluation)
     factor = parallel.agree(max(0.0, cfg.minutes * 60 - scores) / steps)
@@ -78,10 +79,13 @@ def measure(P, Q, lab):
         sft.step(Q, next(rows_Q), for_Q, cfg.warmup_lr)
 
     def phase1():
-        swirl_fwm.phase1_step(P, frozen_Q, None, for_P, next(pairs), cfg.phase1(1), 0.0, None)
+        ref = frozen_P if cfg.beta_fwm else None
+        mine = parallel.share(next(pairs))
+        swirl_fwm.phase1_step(P, frozen_Q, ref, for_P, mine, cfg.phase1(1), 0.0, None)
 
     def phase2():
-        swirl_idm.phase2_step(Q, frozen_P, frozen_Q, for_Q, next(pairs), cfg.phase2(1), 0.0, None)
+        mine = parallel.share(next(pairs))
+        swirl_idm.phase2_step(Q, frozen_P, frozen_Q, for_Q, mine, cfg.phase2(1), 0.0, None)
 
     def evaluate():
         evaluate_P(P, some)

@@ -11,8 +11,8 @@ from models import parallel
 from support import rundir
 from support.evaluate import evaluate
 
-# What a stage moves; the other side keeps its scores
-MOVED = {"phase1": ("fwm",), "phase2": ("idm",), "bootstrap": ("fwm",), "sft": ("fwm", "idm")}
+# What a stage moves (by default both sides); the other side keeps its scores
+MOVED = {"phase1": ("fwm",), "phase2": ("idm",), "bootstrap": ("fwm",)}
 
 
 def end_stage(stage, P, Q, lab, since, steps):
@@ -21,7 +21,7 @@ def end_stage(stage, P, Q, lab, since, steps):
     seconds = time.monotonic() - since
     run.spend("warmup" if stage.kind == "sft" else stage.kind, since)
     since = time.monotonic()
-    scores, sample = evaluate(P, Q, lab, name, MOVED[stage.kind])
+    scores, sample = evaluate(P, Q, lab, name, MOVED.get(stage.kind, ("fwm", "idm")))
     run.log("metrics.jsonl", phase="eval", stage=name, iteration=stage.iteration, step=0,
             seconds=run.elapsed(), **scores)
     run.spend("eval", since)

@@ -94,7 +94,7 @@ class Run:
             shutil.rmtree(self.dir)
             old = {}
         for k in config:
-            if k != "tokens" and old and old.get(k) != config[k]:
+            if k not in ("tokens", "preset") and old and old.get(k) != config[k]:
                 fail(
                     f"--out {cfg.out} holds a run with {k}={old.get(k)}, this one has "
                     f"{k}={config[k]}; "

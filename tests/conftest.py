@@ -99,11 +99,11 @@ def Q(tok):
 
 def sample(net, prefixes, n, longest, eos=EOS, temperature=1.0, generator=None, **options):
     """`lm.sample`; with `guess`, `images.settle`."""
-    guess = options.pop("guess", None)
+    guess, at_once = options.pop("guess", None), options.pop("at_once", True)
     options = lm.Options(eos, temperature, **options)
     if guess is not None:
         return images.settle(net, prefixes, guess, n, longest, options, generator)
-    return lm.sample(net, prefixes, n, longest, options, generator)
+    return lm.sample(net, prefixes, n, longest, options, generator, at_once)
 
 
 def greedy(net, prefixes, longest, eos=EOS, **options):

@@ -205,6 +205,20 @@ def test_rows_of_one_long_prompt_stay_together():
     assert batches.chunks([[1] * 100, [3] * 100], rows[:4], [0, 0, 1, 1], 40) == [[0, 1], [2, 3]]
 
 
+def test_equal_ids_of_which_unlike_parts_are_scored_are_not_equal(model):
+    rows, owner = [[1, 2, 3], [1, 2, 3], [4]], [0, 0, 0]
+    logp = logprobs(model, RAGGED, rows, owner, n_scored=[3, 1, 1])
+    whole = naive(model, RAGGED[0], rows[0])
+    assert torch.allclose(logp[0], whole, atol=1e-4)
+    assert not logp[1, :2].any() and logp[1, 2].item() == pytest.approx(whole[2].item(), abs=1e-4)
+
+
+def test_no_prompts_are_no_rows(model):
+    """Of a process whose share of a step is empty."""
+    for tokens in (0, 100):
+        assert sample(model, [], 3, 4, tokens=tokens) == ([], [])
+
+
 def test_equal_rows_of_a_prompt_are_computed_once(model, monkeypatch):
     """They stay in one chunk, count once, and each gets its values and its share of the
     gradient."""
@@ -279,7 +293,7 @@ def test_greedy_is_a_loop_without_cache_token_by_token(model, eos):
     nothing."""
     truth = [naive_greedy(model, p, 8, eos) for p in RAGGED]
     assert greedy(model, RAGGED, 8, eos) == truth
-    assert greedy(model, RAGGED, 8, eos, tokens=2) == truth
+    assert greedy(model, RAGGED, 8, eos, tokens=2, at_once=False) == truth
     rows, logps = sample(model, RAGGED, 2, 8, eos, temperature=0)
     assert rows == [r for r in truth for _ in range(2)]
     for n, row in enumerate(rows):
@@ -582,10 +596,12 @@ def test_the_trainer_scores_what_the_sampler_may_emit(model):
 def test_in_several_batches_rows_are_those_of_their_prompts(model):
     """Greedily, so that no draw depends on the batch; and with the draws of shorter prompts
     first."""
-    assert greedy(model, RAGGED, 6, tokens=2) == greedy(model, RAGGED, 6)
+    assert greedy(model, RAGGED, 6, tokens=2, at_once=False) == greedy(model, RAGGED, 6)
     gen, order = torch.Generator().manual_seed(0), sorted(range(5), key=lambda b: len(RAGGED[b]))
     parts = {b: sample(model, [RAGGED[b]], 3, 6, generator=gen)[0] for b in order}
-    rows, _ = sample(model, RAGGED, 3, 6, generator=torch.Generator().manual_seed(0), tokens=2)
+    rows, _ = sample(
+        model, RAGGED, 3, 6, generator=torch.Generator().manual_seed(0), tokens=2, at_once=False
+    )
     assert rows == sum((parts[b] for b in range(5)), [])
 
 
@@ -726,5 +742,5 @@ def test_rows_sampled_together_keep_to_the_tokens_and_change_nothing(model, monk
     monkeypatch.setattr(
         lm, "sample_batch", lambda net, part, *a: sizes.append(len(part)) or batch(net, part, *a)
     )
-    assert greedy(model, prompts, 8, tokens=4) == truth
+    assert greedy(model, prompts, 8, tokens=4, at_once=False) == truth
     assert max(sizes) == 16 * 4 // (max(map(len, prompts)) + 8) < len(prompts)

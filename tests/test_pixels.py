@@ -501,7 +501,7 @@ def test_images_begin_as_a_guess_and_end_as_without(rows, pixel_tok, monkeypatch
                         guesses.append((prefixes, guess)) or settle(net, prefixes, guess, *rest))
     assert P.predict(xs, zs) == [P.read(row) for row in greedy]
     swirl_fwm.best_of_n(P, Q, xs, zs, 2, torch.Generator().manual_seed(0))
-    monkeypatch.setattr(Q, "label", lambda *_: [zs[0], None, *zs[2:]])
+    monkeypatch.setattr(Q, "label", lambda *_: [Q.target(zs[0]), None, *map(Q.target, zs[2:])])
     swirl_fwm.phase1_step(
         P,
         Q,

@@ -440,7 +440,7 @@ def captured(monkeypatch, which, P, Q, phase=None, **kw):
 def test_phase_1_reward_is_log_q_of_the_group_s_z_given_y_hat(
     monkeypatch, tok, P, Q, view, form, floor
 ):
-    """Eq. 3. Every future of a pair is judged by one z, its end token included."""
+    """Eq. 3. Every future of a pair is judged by one z, the ids that Q drew, its end included."""
     got = captured(monkeypatch, 1, P, seeing(Q, view), settings(form=form, floor=floor),
                    optimizers=[Recorder(P.net)])
     examples, rollouts = got["examples"], got["rollouts"]
@@ -448,11 +448,13 @@ def test_phase_1_reward_is_log_q_of_the_group_s_z_given_y_hat(
     assert [(e["x"], e["y"]) for e in examples] == PAIRS
     assert [e["z"] for e in examples] == [Q.read(row) for row in got["first"]]
     assert rollouts.prompts == [fwm_prompt(tok, e["x"], e["z"]) for e in examples]
+    # not the ids of the text
+    assert any(row != Q.target(Q.read(row)) for row in got["first"])
     truth = []
     for n, row in enumerate(rollouts.rows):
-        x, z = examples[n // 3]["x"], examples[n // 3]["z"]
-        logq = logq_z(Q, tok, x, z, P.read(row), view)
-        truth.append(shaped(logq, len(ids(tok, " " + z)) + 1, form, floor))
+        x, z_row = examples[n // 3]["x"], got["first"][n // 3]
+        logq = logq_ids(Q, tok, x, z_row, P.read(row), view)
+        truth.append(shaped(logq, len(z_row), form, floor))
     assert got["R"].shape == (4, 3) and got["R"].flatten().tolist() == pytest.approx(
         truth, abs=1e-3
     )

@@ -380,11 +380,10 @@ def timed(monkeypatch, second=1.0):
 
 
 def minutes_for(factor, argv):
-    """`--minutes` that give so many times the steps of argv, if each step and each evaluation takes
-    a second."""
+    """`--minutes` that give so many times the steps of argv, if each step and each evaluation (of
+    fewer than 64 transitions) takes a second."""
     cfg = train.parse(argv)
-    steps, scores = plan.path(cfg, {name: getattr(cfg, name) for name in plan.STEPS},
-                              cfg.eval_size / 64)
+    steps, scores = plan.path(cfg, {name: getattr(cfg, name) for name in plan.STEPS}, 1.0)
     return (factor * steps + scores) / 60
 
 
