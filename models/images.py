@@ -40,7 +40,7 @@ class ImageFWM(swirl_fwm.FWM):
 
     def draw(self, prompts, n, options, generator=None, guess=None, at_once=False):
         guess = [self.target(state) for state in guess]
-        # The logits of the rows take half a gigabyte at most
+        # The float32 logits of the rows take half a gigabyte at most
         size = 2**27 // (n * self.longest * self.net.config.vocab_size)
         if not at_once:
             size = min(size, lm.batch_size(prompts, n, self.longest, options))
