@@ -57,6 +57,13 @@ def test_every_file_that_the_readme_names_exists():
     assert len(named) > 10 and not missing
 
 
+def test_the_results_name_their_commits():
+    results = (ROOT / "docs" / "RESULTS.md").read_text()
+    for section in ("The default run", "Three worlds, three seeds", "Real ScienceWorld"):
+        text = results.split(f"## {section}\n")[1].split("\n## ")[0]
+        assert re.search(r"commit [0-9a-f]{7}\b", text) and "`python train.py" in text
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 200 and len(README.split()) <= 2200
 
