@@ -76,14 +76,18 @@ def advantages(R, scale="mean"):
     # Eq. 4: A_k = R_k - mean_j R_j
     A = R - R.mean(1, keepdim=True)
     # Rewards that are equal up to rounding give exactly 0: Adam would blow the noise up to a step
-    flat = R.amax(1, keepdim=True) - R.amin(1, keepdim=True) < 1e-5
-    A = A.masked_fill(flat, 0.0)
+    A = A.masked_fill(flat(R)[:, None], 0.0)
     if scale == "std":
         return A / (R.std(1, keepdim=True) + 1e-4)
     if scale == "loo":
         # R_k minus the mean of the others
         return A * R.shape[1] / (R.shape[1] - 1)
     return A
+
+
+def flat(R):
+    """(B,) whether the rewards of a group are equal, up to rounding. R (B, G)."""
+    return R.amax(1) - R.amin(1) < 1e-5
 
 
 def shape(logp, lengths, phase):
@@ -139,7 +143,7 @@ def step(policy, ref, optimizers, rollouts, R, phase, lr):
             # Eq. 5: R - beta * log(pi / pi_ref)
             shaped = R - phase.beta * kl
     A = advantages(shaped, phase.scale)                                               # (B, G)
-    no_spread = (advantages(R) == 0).all(1)                                           # (B,)
+    no_spread = flat(R)                                                               # (B,)
     if phase.scale == "std":
         # The reward says nothing here: only the noise of the KL would be blown up to 1
         A = A.masked_fill(no_spread[:, None], 0.0)

@@ -122,10 +122,12 @@ def sample(net, prefixes, n, longest, options, generator=None, at_once=True):
     """n rows after each prefix: (rows, logps), lists of B*n; rows of one prefix are side by side.
     A row holds ids up to and including eos; a row without eos was cut at `longest`. at_once: in one
     batch, so that the draws do not depend on `options.tokens`."""
-    size = len(prefixes) if at_once else batch_size(prefixes, n, longest, options)
+    size = batch_size(prefixes, n, longest, options)
+    if at_once:
+        size = max(1, len(prefixes))
     order = sorted(range(len(prefixes)), key=lambda b: len(prefixes[b]))
     rows, logps = [None] * len(prefixes), [None] * len(prefixes)
-    for i in range(0, len(order), size or 1):
+    for i in range(0, len(order), size):
         part = order[i:i + size]
         drawn = sample_batch(net, [prefixes[b] for b in part], n, longest, options, generator)
         for k, b in enumerate(part):
@@ -147,7 +149,7 @@ def sample_batch(net, prefixes, n, longest, options, generator=None):
     """`sample` for one batch. Rollouts of a prompt that are equal so far are one row of it."""
     with autocast(net, options):
         cache, mask, token, position = prefill(net, prefixes)
-        N, V = len(prefixes) * n, net.config.vocab_size
+        N = len(prefixes) * n
         ids = torch.full((N, longest), options.eos, device=net.device)
         logps = torch.zeros(N, longest, device=net.device)
         live = torch.arange(N, device=net.device)              # (m,) rollouts that go on
@@ -165,7 +167,7 @@ def sample_batch(net, prefixes, n, longest, options, generator=None):
             going = drawn != options.eos
             if not going.any():
                 break
-            live = live[going]
+            live, V = live[going], logp.shape[-1]
             children = at[going] * V + drawn[going]
             children, at = torch.unique(children, return_inverse=True)                # (U,), (m,)
             parent, token = children // V, (children % V)[:, None]

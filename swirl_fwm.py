@@ -128,7 +128,7 @@ def phase1_reward(Q, xs, z_rows, y_hats):
     """(N,) how well Q reads the action z in the predicted future y_hat, in nats. z_rows: the ids of
     z as Q drew them."""
     # Eq. 3: R = log Q(z | x, y_hat)
-    return Q.logp(xs, z_rows, y_hats)
+    return Q.score(xs, z_rows, y_hats)
 
 
 def phase1_step(P, Q, ref, optimizers, pairs, phase, lr, generator):

@@ -94,9 +94,7 @@ class IDM:
         return out
 
     def target(self, z):
-        """The ids of z with its end. z: a text, or ids that Q drew."""
-        if not isinstance(z, str):
-            return list(z)
+        """The ids of z with its end."""
         text = frame(self.tok).space + z if z != REFUSAL else ""
         return [*encode(self.tok, text), self.tok.eos_token_id]
 
@@ -129,13 +127,16 @@ class IDM:
     def logp(self, xs, zs, ys, options=None):
         """(N,) log Q(z | x, y), summed over tokens, in nats. Q may refuse, unless the options say
         `no_refusal()`."""
+        return self.score(xs, [self.target(z) for z in zs], ys, options)
+
+    def score(self, xs, z_rows, ys, options=None):
+        """`logp` of the very ids that spell z, with its end: what Q drew, token by token."""
         prompts = [self.prompt(x, y) for x, y in zip(xs, ys)]
         prefixes = [self.shared(prompt, x) for prompt, x in zip(prompts, xs)]
-        targets = [self.target(z) for z in zs]
-        rows = [prompt[len(prefix):] + target
-                for prefix, prompt, target in zip(prefixes, prompts, targets)]
+        rows = [[*prompt[len(prefix):], *z_row]
+                for prefix, prompt, z_row in zip(prefixes, prompts, z_rows)]
         return lm.score(self.net, prefixes, rows, options or self.options,
-                        n_scored=[len(target) for target in targets])
+                        n_scored=[len(z_row) for z_row in z_rows])
 
     def draw(self, xs, ys, n, options, generator=None, at_once=False):
         """(prompts, rows, logps): n rows for each (x, y)."""

@@ -37,18 +37,20 @@ def chunks(prefixes, rows, owner, budget):
         prefix, row = len(prefixes[owner[n]]), len(rows[n])
         return (prefix + row,) if whole else (prefix, owner[n], row, kind[n])
 
-    def cost(part):
-        owners = {owner[n] for n in part}
-        longest_prefix = max(len(prefixes[o]) for o in owners)
-        longest_row = max(len(rows[n]) for n in part)
-        shared = longest_prefix * len(owners) if len(owners) > 1 else 0
-        return shared + longest_row * len({kind[n] for n in part})
-
-    parts = []
+    parts, owners, kinds, prefix, row = [], set(), set(), 0, 0
     for n in sorted(range(len(rows)), key=length):
-        if not parts or cost(parts[-1] + [n]) > budget:
+        # What the last part costs with row n; a single prefix, and an equal row, cost nothing
+        prefix, row = max(prefix, len(prefixes[owner[n]])), max(row, len(rows[n]))
+        n_owners = len(owners) + (owner[n] not in owners)
+        n_kinds = len(kinds) + (kind[n] not in kinds)
+        cost = row * n_kinds + (prefix * n_owners if n_owners > 1 else 0)
+        if not parts or cost > budget:
             parts.append([])
+            owners, kinds = set(), set()
+            prefix, row = len(prefixes[owner[n]]), len(rows[n])
         parts[-1].append(n)
+        owners.add(owner[n])
+        kinds.add(kind[n])
     return parts
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import EOS, MAKERS, Net, Recorder, grads, naive, relative, tiny_llama, weights
+from conftest import EOS, MAKERS, Net, Recorder, frozen, grads, naive, relative, tiny_llama, weights
 
 import grpo
 import lm
@@ -67,10 +67,6 @@ def take_step(policy, ref, optimizers, prompts, reward, cfg, seed=0, **sampler):
         cfg.lr,
     )
     return log, rows, R
-
-
-def frozen(net):
-    return lm.freeze(net, lm.Options(EOS))
 
 
 def cosine(a, b):
