@@ -90,20 +90,19 @@ def ours(policy, ref, Q, prompts, z, T, G):
     def step():
         rows, logps = lm.sample(policy, prompts, G, T, options, gen)
         rollouts = grpo.Rollouts(prompts, rows, logps, options)
-        owner = [n // G for n in range(len(rows))]
-        R = lm.score_tokens(
-            Q, prompts, [row + z for row in rows], owner, options, [len(z)] * len(rows)
-        )
-        grpo.step(P, pi_ref, optimizers, rollouts, R.sum(1).view(-1, G), phase, LR)
+        asked = [[*prompt, *row] for prompt, row in zip(batches.repeat(prompts, G), rows)]
+        shared = [len(prompt) for prompt in batches.repeat(prompts, G)]
+        R = lm.score(Q, asked, [z] * len(rows), options, shared)
+        grpo.step(P, pi_ref, optimizers, rollouts, R.view(-1, G), phase, LR)
 
     return step
 
 
 class Net:
-    """What `grpo.step` uses of an FWM."""
+    """What `grpo.step` and `lm.frozen` use of an FWM."""
 
     def __init__(self, net):
-        self.net = net
+        self.net, self.options = net, lm.Options(eos=-1)
 
 
 def plain(policy, ref, Q, prompts, z, T, G):
@@ -245,9 +244,9 @@ def worker(name, case, folder):
     os.dup2(2, 1)
     B, P, T, G, _, _, V = CASES[case]
     # a copy: in memory, not in a mapped file
-    load = lambda: lm.freeze(
-        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), lm.Options(-1)
-    )
+    load = lambda: lm.frozen(
+        Net(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    ).net
     policy, Q, (prompts, z), start = load().requires_grad_(), load(), make_work(B, P, V), {}
 
     def begin():
@@ -398,8 +397,8 @@ def growth(repeats=2):
         steps = [
             f(
                 policy,
-                lm.freeze(policy, lm.Options(-1)),
-                lm.freeze(policy, lm.Options(-1)),
+                lm.frozen(Net(policy)).net,
+                lm.frozen(Net(policy)).net,
                 prompts,
                 z,
                 T,

@@ -54,6 +54,12 @@ class Phase:
     clip: float = 0.2           # the ratio's range is 1 - clip .. 1 + clip
     max_norm: float = 1.0       # gradient norm clip
 
+    def rate(self, t):
+        """The learning rate of step t = 1, 2, ..: rises for ten steps, and falls to 0 with the
+        last."""
+        rise, fall = min(1, t / 10), 1 - (t - 1) / self.steps
+        return self.peak * rise * fall
+
 
 @dataclass
 class Rollouts:
@@ -63,10 +69,11 @@ class Rollouts:
     logps: list                 # B * G lists: log-prob of each token when it was drawn
     options: lm.Options         # how they were drawn, and are scored
 
-
-def repeat(values, n):
-    """Each value n times, side by side."""
-    return [value for value in values for _ in range(n)]
+    def take(self, part):
+        """(prompts, rows, owner) of some rollouts, as `lm.logprobs` takes them."""
+        G = len(self.rows) // max(1, len(self.prompts))
+        owner = [n // G for n in range(len(self.rows))]
+        return batches.take(self.prompts, self.rows, owner, part)
 
 
 # --- Eq. 4, piece by piece -------------------------------------------------------------------
@@ -81,7 +88,8 @@ def advantages(R, scale="mean"):
         return A / (R.std(1, keepdim=True) + 1e-4)
     if scale == "loo":
         # R_k minus the mean of the others
-        return A * R.shape[1] / (R.shape[1] - 1)
+        G = R.shape[1]
+        return A * G / (G - 1)
     return A
 
 
@@ -90,11 +98,15 @@ def flat(R):
     return R.amax(1) - R.amin(1) < 1e-5
 
 
-def shape(logp, lengths, phase):
-    """Reward from summed log-probs (N,): their sum (theorems) or mean over tokens (released
-    scripts), not below -floor."""
-    R = logp / torch.tensor(lengths).to(logp) if phase.form == "mean" else logp
-    return R.clamp(min=-phase.floor) if phase.floor else R
+def shape(R, rows, phase):
+    """Rewards from summed log-probs R (N,) of rows: their sum (theorems) or mean over tokens
+    (released scripts), not below -floor."""
+    if phase.form == "mean":
+        lengths = [len(row) for row in rows]
+        R = R / torch.tensor(lengths).to(R)
+    if phase.floor:
+        R = R.clamp(min=-phase.floor)
+    return R
 
 
 def k1(logp_pi, logp_ref):
@@ -114,7 +126,8 @@ def surrogate(logp, logp_old, A, clip):
     """min(ratio * A, clip(ratio) * A), for each token. The gradient is off where the ratio has left
     the range on the side of A."""
     ratio = (logp - logp_old).exp()
-    return torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return torch.minimum(ratio * A, clipped * A)
 
 
 def loss_sum(logp, logp_old, logp_ref, A, live, phase):
@@ -131,62 +144,69 @@ def step(policy, ref, optimizers, rollouts, R, phase, lr):
     """One GRPO step on rollouts with rewards R (B, G). Returns a dict to log: `kl` is the KL of a
     whole row to ref, in nats (None without ref); `gap` is the largest difference of a token's
     log-prob between sampler and trainer. ref may be None if beta is 0."""
-    R, (B, G) = R.cpu(), R.shape
-    eos, rows = rollouts.options.eos, rollouts.rows
+    R = R.cpu()
     kl, logp_ref, shaped = None, None, R
-    if ref is not None and B:
+    if ref is not None and len(R):
         # What pi may draw, ref may draw: min_p is off for ref
         options = dataclasses.replace(rollouts.options, min_p=0.0)
         logp_ref = score(ref.net, rollouts, options)                                  # (B * G, T)
-        kl = k1(logp_of(policy, rollouts), logp_ref.sum(1)).view(B, G)
+        kl = k1(logp_of(policy, rollouts), logp_ref.sum(1))
+        kl = kl.view(R.shape)                                                         # (B, G)
         if phase.kl == "reward":
             # Eq. 5: R - beta * log(pi / pi_ref)
             shaped = R - phase.beta * kl
     A = advantages(shaped, phase.scale)                                               # (B, G)
-    no_spread = flat(R)                                                               # (B,)
     if phase.scale == "std":
-        # The reward says nothing here: only the noise of the KL would be blown up to 1
-        A = A.masked_fill(no_spread[:, None], 0.0)
-    loss, norm, gap = update(policy, optimizers, rollouts, A.flatten(), logp_ref, phase, lr)
-    log = {"loss": loss, "grad_norm": norm, "gap": gap, "tokens": sum(map(len, rows))}
-    if B:
-        log |= {"reward": R.mean().item(), "reward_std": R.std(1).mean().item(),
-                "zero_std_groups": no_spread.float().mean().item(),
-                "kl": None if kl is None else kl.mean().item(),
-                "floored": floored(R, phase.floor),
-                "truncated": sum(row[-1] != eos for row in rows) / len(rows)}
-    return parallel.merge(log, B)
+        # A flat reward says nothing: only the noise of the KL would be blown up to 1
+        A = A.masked_fill(flat(R)[:, None], 0.0)
+    log = update(policy, optimizers, rollouts, A.flatten(), logp_ref, phase, lr)
+    if len(R):
+        log["kl"] = None if kl is None else kl.mean().item()
+        log |= summary(R, rollouts, phase)
+    return parallel.merge(log, len(R))
 
 
 def update(policy, optimizers, rollouts, A, logp_ref, phase, lr):
-    """`phase.updates` optimizer steps on rollouts with advantages A (N,), N = B * G. Returns (mean
-    loss, mean gradient norm, largest gap between sampler and trainer)."""
-    net, prompts, rows = policy.net, rollouts.prompts, rollouts.rows
-    total = parallel.total(len(rows))
-    owner = [n // phase.group_size for n in range(len(rows))]
-    has_gradient = (A.abs() > 1e-6) | (phase.kl == "loss" and phase.beta > 0)         # (N,)
+    """`phase.updates` optimizer steps on rollouts with advantages A (N,), N = B * G. Returns a dict
+    to log."""
+    net, options = policy.net, rollouts.options
+    N = parallel.total(len(A))
+    parts = micro_batches(net, rollouts, A, phase)
+    steps = phase.updates if parallel.total(len(parts)) else 0        # all ranks step, or none
+    logp_old, losses, norms, gaps = {}, [], [], [0.0]
+    for _ in range(steps):
+        for i, part in enumerate(parts):
+            logp = lm.logprobs(net, *rollouts.take(part), options)                    # (n, T)
+            drawn, live = batches.as_tensor([rollouts.logps[k] for k in part])        # (n, T)
+            if i not in logp_old:
+                # The first update is on-policy: the ratio is 1
+                logp_old[i] = logp.detach()
+                gap = logp_old[i].cpu() - drawn
+                gaps.append(gap.abs().max().item())
+            ref = logp_ref
+            if ref is not None:
+                ref = logp_ref[part, :logp.shape[1]].to(logp)
+            A_part, live = A[part].to(logp), live.to(logp)
+            loss = loss_sum(logp, logp_old[i], ref, A_part, live, phase) / N
+            loss.backward()
+            losses.append(loss.item())
+        norms.append(optim.step(net, optimizers, lr, phase.max_norm))
+    gap = torch.tensor(gaps).max().item()                             # of nan, nan
+    check_gap(gap, options)
+    steps = max(1, steps)
+    return {"loss": sum(losses) / steps, "grad_norm": sum(norms) / steps, "gap": gap,
+            "tokens": sum(map(len, rollouts.rows))}
+
+
+def micro_batches(net, rollouts, A, phase):
+    """The numbers of the rollouts that have a gradient, in lists that fit into memory."""
+    has_gradient = A.abs() > 1e-6                                                     # (N,)
+    if phase.kl == "loss" and phase.beta:
+        has_gradient = torch.ones_like(has_gradient)
     kept = has_gradient.nonzero()[:, 0].tolist()
     size = lm.budget(net, rollouts.options)
-    parts = batches.chunks(prompts, [rows[n] for n in kept], [owner[n] for n in kept], size)
-    parts = [[kept[i] for i in part] for part in parts]
-    old, losses, norms, gaps = {}, [], [], [0.0]
-    for _ in range(phase.updates if parallel.total(len(kept)) else 0):     # all ranks step, or none
-        for i, part in enumerate(parts):
-            logp = lm.logprobs(net, *batches.take(prompts, rows, owner, part), rollouts.options)
-            drawn, live = batches.as_tensor([rollouts.logps[n] for n in part])             # (n, T)
-            if i not in old:
-                # The first update is on-policy: the ratio is 1
-                old[i] = logp.detach()
-                gaps.append(float((old[i].cpu() - drawn).abs().max()))
-            ref = None if logp_ref is None else logp_ref[part][:, :logp.shape[1]].to(logp)
-            loss = loss_sum(logp, old[i], ref, A[part].to(logp), live.to(logp), phase)
-            (loss / total).backward()
-            losses.append(loss.item() / total)
-        norms.append(optim.step(net, optimizers, lr, phase.max_norm))
-    gap = torch.tensor(gaps).max().item()                  # of nan, nan
-    check_gap(gap, rollouts.options)
-    times = max(1, len(norms))
-    return sum(losses) / times, sum(norms) / times, gap
+    parts = batches.chunks(*rollouts.take(kept), size)
+    return [[kept[i] for i in part] for part in parts]
 
 
 def check_gap(gap, options):
@@ -197,11 +217,21 @@ def check_gap(gap, options):
         raise RuntimeError(f"sampler and trainer disagree by {gap} nats a token")
 
 
+def summary(R, rollouts, phase):
+    """What a step says about its rewards R (B, G)."""
+    cut = [row[-1] != rollouts.options.eos for row in rollouts.rows]
+    on_floor = R <= -phase.floor if phase.floor else torch.zeros(1)
+    return {"reward": R.mean().item(),
+            "reward_std": R.std(1).mean().item(),
+            "zero_std_groups": flat(R).float().mean().item(),
+            "floored": on_floor.float().mean().item(),    # a group of these teaches nothing
+            "truncated": sum(cut) / len(cut)}
+
+
 def score(net, rollouts, options):
     """(B * G, T) token log-probs of all rollouts, on the CPU, without gradient."""
-    G = len(rollouts.rows) // len(rollouts.prompts)
-    owner = [n // G for n in range(len(rollouts.rows))]
-    return lm.score_tokens(net, rollouts.prompts, rollouts.rows, owner, options).cpu()
+    every = range(len(rollouts.rows))
+    return lm.score_tokens(net, *rollouts.take(every), options).cpu()
 
 
 def logp_of(policy, rollouts):
@@ -209,8 +239,3 @@ def logp_of(policy, rollouts):
     if rollouts.options.half:
         return score(policy.net, rollouts, rollouts.options).sum(1)
     return torch.tensor([sum(logp) for logp in rollouts.logps])
-
-
-def floored(R, floor):
-    """Share of the rewards that lie on the floor: a group of these teaches nothing."""
-    return float((R <= -floor).float().mean()) if floor else 0.0

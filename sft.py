@@ -11,7 +11,8 @@ import random
 
 import lm
 from evals import metrics
-from models import batches, optim, parallel
+from models import batches, optim, parallel, refusals
+from models.batches import columns
 
 
 def shuffled(rows, size, rng):
@@ -26,7 +27,8 @@ def shuffled(rows, size, rng):
 
 def rate(step, steps, peak, rise=20):
     """Rises for `rise` steps, stays, and falls to 0 over the last half."""
-    return peak * min(1.0, step / rise, 2 * (steps - step + 1) / steps)
+    left = steps - step + 1
+    return peak * min(1.0, step / rise, 2 * left / steps)
 
 
 def backward(model, rows, tokens):
@@ -34,11 +36,13 @@ def backward(model, rows, tokens):
     `tokens`. Returns that sum. model: an FWM or IDM."""
     if not rows:
         return 0.0
-    prompts, targets = zip(*rows)
+    prompts, targets = columns(rows)
     owner, loss = range(len(rows)), 0.0
-    for part in batches.chunks(prompts, targets, owner, lm.budget(model.net, model.options)):
+    size = lm.budget(model.net, model.options)
+    for part in batches.chunks(prompts, targets, owner, size):
         some = batches.take(prompts, targets, owner, part)
-        nll = -lm.logprobs(model.net, *some, model.options).sum() / tokens
+        logp = lm.logprobs(model.net, *some, model.options)
+        nll = -logp.sum() / tokens
         nll.backward()
         loss += nll.item()
     return loss
@@ -60,9 +64,11 @@ def fit(model, name, rows, size, steps, validate, lab):
     decay = 0.1 if cfg.muon else 0.0
     optimizers = optim.make_optimizers(model.net, cfg.warmup_lr, cfg.muon, decay)
     bar = run.bar(name if name == "Bootstrap" else f"warm-up of the {name}", steps)
+    every = max(1, steps // 4)
     for t in range(1, steps + 1):
-        loss, norm = step(model, next(batch), optimizers, rate(t, steps, cfg.warmup_lr))
-        share = validate(model, lab) if t % max(1, steps // 4) == 0 else None
+        lr = rate(t, steps, cfg.warmup_lr)
+        loss, norm = step(model, next(batch), optimizers, lr)
+        share = validate(model, lab) if t % every == 0 else None
         run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=t,
                 seconds=run.elapsed(), loss=loss, grad_norm=norm, validation=share)
         bar.show(t, loss=loss, validation=share)
@@ -80,15 +86,22 @@ def warm_up_P(P, lab):
 def warm_up_Q(Q, lab):
     """SFT of Q on the labelled transitions."""
     cfg = lab.cfg
-    rows = Q.rows(lab.labelled, cfg.spoiled, random.Random(cfg.seed))
-    return fit(Q, "IDM", rows, cfg.warmup_batch_idm, cfg.warmup_steps_idm,
+    return fit(Q, "IDM", rows_of(Q, lab), cfg.warmup_batch_idm, cfg.warmup_steps_idm,
                validate_Q, lab)
+
+
+def rows_of(Q, lab):
+    """What Q learns from in the warm-up; with `--spoiled` also to refuse."""
+    rng = random.Random(lab.cfg.seed)
+    if lab.cfg.spoiled:
+        return refusals.rows(Q, lab.labelled, lab.cfg.spoiled, rng)
+    return Q.rows(lab.labelled)
 
 
 def bootstrap(P, Q, lab):
     """Bootstrap: Q labels the state-only pairs once, P goes on with labels and pseudo-labels."""
     cfg = lab.cfg
-    xs, ys = map(list, zip(*lab.state_only))
+    xs, ys = columns(lab.state_only)
     zs = parallel.divide(Q.predict, xs, ys)
     rows = P.rows(lab.labelled + list(zip(xs, zs, ys)))
     return fit(P, "Bootstrap", rows, cfg.warmup_batch, cfg.bootstrap_steps,
@@ -97,13 +110,13 @@ def bootstrap(P, Q, lab):
 
 def validate_P(P, lab):
     """Share of the validation futures that P predicts right, greedily."""
-    xs, zs, ys = map(list, zip(*lab.validation))
+    xs, zs, ys = columns(lab.validation)
     y_hats = parallel.divide(P.predict, xs, zs)
     return metrics.exact(y_hats, ys)
 
 
 def validate_Q(Q, lab):
     """Share of the validation actions that Q reads right, greedily."""
-    xs, zs, ys = map(list, zip(*lab.validation))
+    xs, zs, ys = columns(lab.validation)
     z_hats = parallel.divide(Q.predict, xs, ys)
     return metrics.exact(z_hats, zs)

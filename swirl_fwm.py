@@ -28,12 +28,12 @@ Departures from the paper
 6. For images, see `models/images.py`.
 """
 
-import copy
 import dataclasses
 
 import grpo
 import lm
 from models import parallel
+from models.batches import columns, dicts, groups, repeat
 from models.text import decode, encode, frame
 
 # --- P as a language model -------------------------------------------------------------------
@@ -43,83 +43,75 @@ class FWM:
 
     def __init__(self, net, tok, options=None, longest=128):
         self.net, self.tok = net, tok
+        self.frame = frame(tok)
         self.options = options or lm.Options(tok.eos_token_id)
         self.longest = longest                             # tokens of the longest y to draw
 
-    def with_net(self, net):
-        """The same with other weights."""
-        twin = copy.copy(self)
-        twin.net = net
-        return twin
-
-    def frozen(self):
-        """A copy that does not learn: pi_ref, P as it stands now."""
-        return self.with_net(lm.freeze(self.net, self.options))
+    # Text to ids and back
 
     def before(self, x):
         """The ids of x. They come first, so that all that is asked about x shares this prefix."""
-        return [*frame(self.tok).head, *encode(self.tok, frame(self.tok).line + x)]
+        state = encode(self.tok, self.frame.line + x)
+        return [*self.frame.head, *state]
 
     def prompt(self, x, z):
         """The ids before y."""
         action = encode(self.tok, "\naction: " + z)
         question = encode(self.tok, "\nnext:")
-        return [*self.before(x), *action, *question, *frame(self.tok).tail]
+        return [*self.before(x), *action, *question, *self.frame.tail]
 
     def target(self, y):
         """The ids of y with its end. Without the end, log P would score "y as a beginning"."""
-        return [*encode(self.tok, frame(self.tok).line + y), self.tok.eos_token_id]
+        state = encode(self.tok, self.frame.line + y)
+        return [*state, self.tok.eos_token_id]
 
     def read(self, ids):
         """The state that sampled ids spell."""
-        return decode(self.tok, ids).removeprefix(frame(self.tok).line)
+        return decode(self.tok, ids).removeprefix(self.frame.line)
 
     def rows(self, triples):
         """[(prompt, target)] of (x, z, y): what likelihood learns from."""
         return [(self.prompt(x, z), self.target(y)) for x, z, y in triples]
 
+    # Score and sample
+
     def logp(self, xs, zs, ys, options=None):
         """(N,) log P(y | x, z), summed over tokens, in nats."""
-        prefixes = [self.before(x) for x in xs]            # an x that comes twice is computed once
-        prompts = [self.prompt(x, z) for x, z in zip(xs, zs)]
-        targets = [self.target(y) for y in ys]
-        rows = [prompt[len(prefix):] + target
-                for prefix, prompt, target in zip(prefixes, prompts, targets)]
-        return lm.score(self.net, prefixes, rows, options or self.options,
-                        n_scored=[len(target) for target in targets])
+        prompts = list(map(self.prompt, xs, zs))
+        targets = list(map(self.target, ys))
+        shared = [len(self.before(x)) for x in xs]         # an x that comes twice is computed once
+        options = options or self.options
+        return lm.score(self.net, prompts, targets, options, shared)
 
-    def draw(self, prompts, n, options, generator=None, guess=None, at_once=False):
+    def draw(self, prompts, n, options, generator, guess):
         """(rows, logps) of `lm.sample`. guess: states near the answer, which only images use."""
-        return lm.sample(self.net, prompts, n, self.longest, options, generator, at_once)
+        return lm.sample(self.net, prompts, n, self.longest, options, generator)
+
+    def rollouts(self, xs, zs, n, options, generator=None, guess=None):
+        """n futures for each (x, z) as ids, side by side, with their log-probs."""
+        prompts = list(map(self.prompt, xs, zs))
+        rows, logps = self.draw(prompts, n, options, generator, guess or xs)
+        return grpo.Rollouts(prompts, rows, logps, options)
 
     def sample(self, xs, zs, n=1, generator=None):
         """n futures y_hat for each (x, z); those of one pair are side by side."""
-        prompts = [self.prompt(x, z) for x, z in zip(xs, zs)]
-        rows, _ = self.draw(prompts, n, self.options, generator, guess=xs)
-        return [self.read(row) for row in rows]
+        rollouts = self.rollouts(xs, zs, n, self.options, generator)
+        return list(map(self.read, rollouts.rows))
 
     def predict(self, xs, zs):
         """The greedy y_hat for each (x, z)."""
-        prompts = [self.prompt(x, z) for x, z in zip(xs, zs)]
         greedy = dataclasses.replace(self.options, temperature=0)
-        rows, _ = self.draw(prompts, 1, greedy, guess=xs)
-        return [self.read(row) for row in rows]
-
-    def rollouts(self, xs, zs, phase, generator, guess=None):
-        """G futures for each (x, z), with what GRPO needs to know of them."""
-        prompts = [self.prompt(x, z) for x, z in zip(xs, zs)]
-        options = dataclasses.replace(self.options, temperature=phase.temperature,
-                                      min_p=phase.min_p)
-        rows, logps = self.draw(prompts, phase.group_size, options, generator, guess, at_once=True)
-        return grpo.Rollouts(prompts, rows, logps, options)
+        rollouts = self.rollouts(xs, zs, 1, greedy)
+        return list(map(self.read, rollouts.rows))
 
 
 def best_of_n(P, Q, xs, zs, n=8, generator=None):
     """The future, among n drawn, in which Q reads z best: the paper's test-time verification."""
     y_hats = P.sample(xs, zs, n, generator)
-    z_rows = [Q.target(z) for z in zs]
-    R = phase1_reward(Q, grpo.repeat(xs, n), grpo.repeat(z_rows, n), y_hats).view(len(xs), n)
-    return [y_hats[i * n + k] for i, k in enumerate(R.argmax(1).tolist())]
+    z_rows = repeat(map(Q.target, zs), n)
+    R = phase1_reward(Q, repeat(xs, n), z_rows, y_hats)    # (B * n,)
+    best = R.view(-1, n).argmax(1).tolist()
+    return [futures[k] for futures, k in zip(groups(y_hats, n), best)]
 
 
 # --- Phase I ---------------------------------------------------------------------------------
@@ -134,24 +126,22 @@ def phase1_reward(Q, xs, z_rows, y_hats):
 def phase1_step(P, Q, ref, optimizers, pairs, phase, lr, generator):
     """One step on pairs [(x, y)]: theta moves, phi is frozen. Returns (log, examples); log is None
     if Q reads no action in any pair."""
-    xs, ys = zip(*pairs)
-    # z ~ Q(. | x, y): one guess for each pair, as ids; None where Q reads no action
-    z_rows = Q.label(xs, ys, generator)
-    read = [(x, z_row, y) for x, z_row, y in zip(xs, z_rows, ys) if z_row is not None]
-    if not parallel.total(len(read)):
+    # z ~ Q(. | x, y): one guess for each pair, as ids; without pairs where Q reads no action
+    guessed = Q.label(pairs, generator)
+    if not parallel.total(len(guessed)):
         return None, []
-    xs, z_rows, ys = zip(*read) if read else ((), (), ())
-    zs = [Q.read(z_row) for z_row in z_rows]
+    xs, z_rows, ys = columns(guessed) or ([], [], [])
+    zs = list(map(Q.read, z_rows))
 
     # y_hat_1, .., y_hat_G ~ P(. | x, z)
     G = phase.group_size
-    rollouts = P.rollouts(xs, zs, phase, generator, guess=ys)
-    y_hats = [P.read(row) for row in rollouts.rows]
-    z_rows = grpo.repeat(z_rows, G)
-    R = phase1_reward(Q, grpo.repeat(xs, G), z_rows, y_hats)               # (B * G,)
-    R = grpo.shape(R, [len(z_row) for z_row in z_rows], phase)
+    options = dataclasses.replace(P.options, temperature=phase.temperature, min_p=phase.min_p)
+    rollouts = P.rollouts(xs, zs, G, options, generator, guess=ys)
+    y_hats = list(map(P.read, rollouts.rows))
+    z_rows = repeat(z_rows, G)
+    R = phase1_reward(Q, repeat(xs, G), z_rows, y_hats)                               # (B * G,)
+    R = grpo.shape(R, z_rows, phase).view(len(xs), G)
 
-    log = grpo.step(P, ref, optimizers, rollouts, R.view(len(xs), G), phase, lr)
-    examples = [dict(x=x, z=z, y=y, y_hat=y_hat, reward=r)
-                for x, z, y, y_hat, r in zip(xs, zs, ys, y_hats[::G], R[::G].tolist())]
-    return log, examples
+    log = grpo.step(P, ref, optimizers, rollouts, R, phase, lr)
+    first = R[:, 0].tolist()
+    return log, dicts(x=xs, z=zs, y=ys, y_hat=y_hats[::G], reward=first)

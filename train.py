@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 
+import lm
 import sft
 import swirl_fwm
 import swirl_idm
@@ -108,14 +109,13 @@ def run_phase(step, policy, frozen, pairs, phase, stage, lab):
     batch = sft.shuffled(pairs, phase.batch, rng)
     generator = torch.Generator(policy.net.device)
     generator.manual_seed(rng.randrange(2**31) + parallel.rank())
-    ref = policy.frozen()                                  # pi_ref: pi as the phase begins
+    ref = lm.frozen(policy)                                # pi_ref: pi as the phase begins
     optimizers = optim.make_optimizers(policy.net, phase.peak, muon=False)
     before = weights(frozen)
     bar, logs = run.bar(run.label + stage.name, phase.steps), []
     for t in range(1, phase.steps + 1):
         since = time.monotonic()
-        # The rate rises for ten steps and falls to 0 with the last one
-        lr = phase.peak * min(1, t / 10) * (1 - (t - 1) / phase.steps)
+        lr = phase.rate(t)
         # Without beta the KL is only logged, now and then
         some_ref = ref if phase.beta or t % 10 == 1 else None
         log, examples = step(

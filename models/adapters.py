@@ -94,7 +94,7 @@ class Adapter:
         raise AttributeError(f"an Adapter has no {name}")
 
     def __deepcopy__(self, memo):
-        """Its own A and B, on the same base: `lm.freeze` makes a reference of it."""
+        """Its own A and B, on the same base: `lm.frozen` makes a reference of it."""
         other = Adapter(
             self.base, self.peft_config, {n: p.detach().clone() for n, p in self.weights.items()}
         )

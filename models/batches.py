@@ -16,10 +16,30 @@ def pad(rows, side, device):
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def distinct(rows, owner):
-    """(the number of the first of each kind of row, which kind each row is)."""
+def columns(rows):
+    """The columns of rows, as lists: xs, zs, ys of [(x, z, y)]."""
+    return [list(column) for column in zip(*rows)]
+
+
+def dicts(**columns):
+    """The rows of named columns."""
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def repeat(values, n):
+    """Each value n times, side by side."""
+    return [value for value in values for _ in range(n)]
+
+
+def groups(values, n):
+    """Lists of n values that stand side by side: n rollouts of each prompt."""
+    return [values[i:i + n] for i in range(0, len(values), n)]
+
+
+def distinct(keys):
+    """(the number of the first of each kind of key, which kind each key is)."""
     kinds, first, where = {}, [], []
-    for n, key in enumerate(zip(owner, map(tuple, rows))):
+    for n, key in enumerate(keys):
         if key not in kinds:
             kinds[key] = len(kinds)
             first.append(n)
@@ -30,7 +50,7 @@ def distinct(rows, owner):
 def chunks(prefixes, rows, owner, budget):
     """Split the row numbers into lists of about `budget` tokens, padding included. Sorted by length
     to save padding; rows of one prefix stand side by side, so that it is computed once."""
-    _, kind = distinct(rows, owner)
+    _, kind = distinct(zip(owner, map(tuple, rows)))
     whole = len(set(owner)) == len(rows)                   # then prefix and row are padded as one
 
     def length(n):

@@ -3,7 +3,16 @@
 Claim: it holds what `DynamicCache` of transformers holds, without copying all of it for each token.
 """
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+def new_cache(net):
+    """An empty cache for `net`."""
+    cache = DynamicCache(config=net.config)
+    kinds = {type(layer) for layer in cache.layers}
+    assert kinds <= {DynamicLayer, DynamicSlidingWindowLayer}, "only attention can branch"
+    cache.layers = [Room() for _ in cache.layers]
+    return cache
 
 
 class Room(DynamicLayer):

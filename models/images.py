@@ -22,6 +22,7 @@ import swirl_idm
 from envs import images
 from models import tiny
 from models.batches import as_lists
+from models.next_token import draw, log_policy, uniform
 from models.text import encode, frame
 
 
@@ -34,20 +35,20 @@ class ImageFWM(swirl_fwm.FWM):
         return [*frame(self.tok).head, *action, *state, *frame(self.tok).tail]
 
     def logp(self, xs, zs, ys, options=None):
-        prompts = [self.prompt(x, z) for x, z in zip(xs, zs)]
-        targets = [self.target(y) for y in ys]
+        prompts = list(map(self.prompt, xs, zs))
+        targets = list(map(self.target, ys))
         return lm.score(self.net, prompts, targets, options or self.options)
 
-    def draw(self, prompts, n, options, generator=None, guess=None, at_once=False):
-        guess = [self.target(state) for state in guess]
+    def draw(self, prompts, n, options, generator, guess):
+        guess = list(map(self.target, guess))
+        u = uniform((len(prompts), n, self.longest), self.net.device, generator)
         # The float32 logits of the rows take half a gigabyte at most
         size = 2**27 // (n * self.longest * self.net.config.vocab_size)
-        if not at_once:
-            size = min(size, lm.batch_size(prompts, n, self.longest, options))
+        size = max(1, min(size, lm.batch_size(prompts, n, self.longest, options)))
         rows, logps = [], []
-        for i in range(0, len(prompts), max(1, size)):
-            part = slice(i, i + max(1, size))
-            some = settle(self.net, prompts[part], guess[part], n, self.longest, options, generator)
+        for i in range(0, len(prompts), size):
+            part = slice(i, i + size)
+            some = settle(self.net, prompts[part], guess[part], n, u[part].flatten(0, 1), options)
             rows += some[0]
             logps += some[1]
         return rows, logps
@@ -85,23 +86,22 @@ def words_only(tok, vocab_size):
 # --- draw all tokens at once -----------------------------------------------------------------
 
 @torch.no_grad()
-def settle(net, prefixes, guess, n, longest, options, generator=None):
+def settle(net, prefixes, guess, n, u, options):
     """`lm.sample` from B rows that are nearly right, in a few passes over whole rows instead of one
     pass a token.
 
-    With its random numbers u_t drawn beforehand, each token is a function of those before it,
+    With the random numbers u (N, T) drawn beforehand, each token is a function of those before it,
     row_t = F(row_<t, u_t). One pass computes F at all t from the guess (Jacobi iteration; Song et
     al. 2021). Up to the first token that differs, all are right; the pass's output is the next
     guess. A row that a pass leaves unchanged is the row that the sampler draws.
     """
-    T, N, device = longest, len(prefixes) * n, net.device
+    (N, T), device = u.shape, net.device
     with lm.autocast(net, options):
         cache, mask, last, position = lm.prefill(net, prefixes)
         # (B, T)
         rows = torch.tensor([[*row, *[options.eos] * T][:T] for row in guess], device=device)
         # fed[:, t] stands before the t-th token
         fed = torch.cat([last, rows], 1).repeat_interleave(n, 0)                      # (N, 1 + T)
-        u = lm.uniform((N, T), device, generator) if options.temperature else None
         logps = torch.zeros(N, T, device=device)
         live, s = torch.arange(N, device=device), 0        # rollouts that move; s tokens are right
         node = live // n                                   # the row of the cache of each
@@ -116,10 +116,10 @@ def settle(net, prefixes, guess, n, longest, options, generator=None):
             t = torch.arange(s, T, device=device)
             logits = net(ids, attention_mask=torch.cat([mask, torch.ones_like(ids)], 1),
                          position_ids=position + t - s, cache=cache, use_cache=True).logits
-            logp = lm.log_policy(logits.flatten(0, 1), t.repeat(len(ids)), options)
+            logp = log_policy(logits.flatten(0, 1), t.repeat(len(ids)), options)
             place = at[:, None] * (T - s) + t - s                                     # (m, T - s)
             if options.temperature:
-                new = lm.draw(logp, place.flatten(), u[live, s:].flatten()).view(place.shape)
+                new = draw(logp, place.flatten(), u[live, s:].flatten()).view(place.shape)
             else:
                 new = logp.argmax(-1)[place]
             equal = (new == fed[live, s + 1:]).long().cumprod(1)                      # (m, T - s)

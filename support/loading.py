@@ -144,7 +144,8 @@ def settle(P, Q, lab, device, folder):
     nets = [net.to(device) for net in nets]
     if cfg.shard:
         nets = [parallel.shard(net) for net in nets]
-    return P.with_net(nets[0]), Q.with_net(nets[1])
+    P.net, Q.net = nets
+    return P, Q
 
 
 def shorten_all(tok, splits, longest):

@@ -4,11 +4,13 @@ begins.
 The steps go into config.json, and from there into a resumed run. So no result depends on the clock
 afterwards.
 """
+import copy
 import json
 import random
 import time
 from pathlib import Path
 
+import lm
 import sft
 import swirl_fwm
 import swirl_idm
@@ -64,11 +66,12 @@ def path(cfg, seconds, evaluation):
 def measure(P, Q, lab):
     """{stage: seconds of one step}, on copies of the models."""
     cfg, rng = lab.cfg, random.Random(lab.cfg.seed)
-    P, Q = (model.with_net(parallel.plain(model.net)) for model in (P, Q))
-    frozen_P, frozen_Q = P.frozen(), Q.frozen()
+    P, Q = copy.copy(P), copy.copy(Q)
+    P.net, Q.net = parallel.plain(P.net), parallel.plain(Q.net)
+    frozen_P, frozen_Q = lm.frozen(P), lm.frozen(Q)
     for_P, for_Q = (optim.make_optimizers(model.net, cfg.warmup_lr, cfg.muon) for model in (P, Q))
     rows_P = sft.shuffled(P.rows(lab.labelled), cfg.warmup_batch, rng)
-    rows_Q = sft.shuffled(Q.rows(lab.labelled, cfg.spoiled, rng), cfg.warmup_batch_idm, rng)
+    rows_Q = sft.shuffled(sft.rows_of(Q, lab), cfg.warmup_batch_idm, rng)
     pairs = sft.shuffled([(x, y) for x, y in lab.state_only if x != y], cfg.batch, rng)
     some = lab.test[:SOME]
 

@@ -11,6 +11,7 @@ import lm
 import sft
 from envs import records, tools
 from models import images, optim, pretrained, tiny
+from models.next_token import uniform
 from swirl_fwm import FWM
 from swirl_idm import IDM
 
@@ -99,11 +100,12 @@ def Q(tok):
 
 def sample(net, prefixes, n, longest, eos=EOS, temperature=1.0, generator=None, **options):
     """`lm.sample`; with `guess`, `images.settle`."""
-    guess, at_once = options.pop("guess", None), options.pop("at_once", True)
+    guess = options.pop("guess", None)
     options = lm.Options(eos, temperature, **options)
     if guess is not None:
-        return images.settle(net, prefixes, guess, n, longest, options, generator)
-    return lm.sample(net, prefixes, n, longest, options, generator, at_once)
+        u = uniform((len(prefixes), n, longest), net.device, generator)
+        return images.settle(net, prefixes, guess, n, u.flatten(0, 1), options)
+    return lm.sample(net, prefixes, n, longest, options, generator)
 
 
 def greedy(net, prefixes, longest, eos=EOS, **options):
@@ -117,7 +119,7 @@ def logprobs(net, prefixes, rows, owner, n_scored=None, temperature=1.0, **optio
 
 
 def frozen(net):
-    return lm.freeze(net, lm.Options(EOS))
+    return lm.frozen(Net(net)).net
 
 
 def score(net, prefixes, rows, owner=None, n_scored=None, temperature=1.0, **options):
@@ -181,9 +183,6 @@ class Net:
 
     def __init__(self, net, **options):
         self.net, self.options = net, lm.Options(EOS, **options)
-
-    def frozen(self):
-        return Net(lm.freeze(self.net, self.options))
 
 
 class Recorder:

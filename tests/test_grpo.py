@@ -565,11 +565,16 @@ def test_divided_by_std_a_kl_alone_teaches_nothing(monkeypatch, which):
 
 
 def test_floored_is_the_share_that_lies_on_the_floor():
-    R = grpo.shape(torch.tensor([-3.0, -30.0, -9.99, -10.0]), [1] * 4, settings(floor=10.0))
-    assert grpo.floored(R, 10.0) == 0.5 and grpo.floored(R[:1], 10.0) == 0
-    assert grpo.floored(R[1:2], 10.0) == 1
+    def floored(R, floor):
+        phase, rows = settings(floor=floor), [[1]] * len(R)
+        R = grpo.shape(torch.tensor(R), rows, phase)
+        rollouts = grpo.Rollouts([[0]], rows, [], lm.Options(EOS))
+        return grpo.summary(R[None], rollouts, phase)["floored"]
+
+    assert floored([-3.0, -30.0, -9.99, -10.0], 10.0) == 0.5
+    assert floored([-3.0, -4.0], 10.0) == 0 and floored([-30.0, -40.0], 10.0) == 1
     # No floor
-    assert grpo.floored(torch.tensor([-99.0]), 0) == 0
+    assert floored([-99.0, -98.0], 0) == 0
 
 
 @pytest.mark.parametrize("scale", ["mean", "std", "loo"])
@@ -605,7 +610,8 @@ def test_mean_times_length_is_the_sum_and_the_floor_comes_last():
     logp, lengths = torch.tensor([-3.0, -30.0, -0.5, -44.0]), [2, 5, 1, 4]
 
     def shaped(form, floor):
-        return grpo.shape(logp, lengths, settings(form=form, floor=floor))
+        rows = [[0] * length for length in lengths]
+        return grpo.shape(logp, rows, settings(form=form, floor=floor))
 
     assert torch.allclose(shaped("mean", 0) * torch.tensor([2., 5., 1., 4.]), logp)
     assert torch.equal(shaped("sum", 0), logp)

@@ -10,6 +10,7 @@ import torch
 from conftest import (
     EOS,
     MAKERS,
+    frozen,
     grads,
     greedy,
     logprobs,
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 import lm
-from models import batches, optim, pretrained
+from models import batches, next_token, optim, pretrained
 from models.cache import Room
 from models.text import decode, encode
 
@@ -293,7 +294,7 @@ def test_greedy_is_a_loop_without_cache_token_by_token(model, eos):
     nothing."""
     truth = [naive_greedy(model, p, 8, eos) for p in RAGGED]
     assert greedy(model, RAGGED, 8, eos) == truth
-    assert greedy(model, RAGGED, 8, eos, tokens=2, at_once=False) == truth
+    assert greedy(model, RAGGED, 8, eos, tokens=2) == truth
     rows, logps = sample(model, RAGGED, 2, 8, eos, temperature=0)
     assert rows == [r for r in truth for _ in range(2)]
     for n, row in enumerate(rows):
@@ -358,21 +359,21 @@ def test_a_draw_is_the_inverse_of_the_distribution_function():
     )
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     for row, count in ((0, [125, 0, 375, 500, 0]), (1, [0, 1000, 0, 0, 0])):
-        drawn = lm.draw(p.log(), torch.full((1000,), row), grid)
+        drawn = next_token.draw(p.log(), torch.full((1000,), row), grid)
         assert torch.bincount(drawn, minlength=5).tolist() == count
     grid = torch.tensor([0.0, 1 - 2e-9, 1 - 5e-10], dtype=torch.float64)
-    assert lm.draw(p.log(), torch.tensor([2, 2, 2]), grid).tolist() == [0, 0, 4]
+    assert next_token.draw(p.log(), torch.tensor([2, 2, 2]), grid).tolist() == [0, 0, 4]
     # on the edge of a token of probability 0
     grid = torch.tensor([0.125, 0.0], dtype=torch.float64)
-    assert lm.draw(p.log(), torch.tensor([0, 1]), grid).tolist() == [2, 1]
-    assert lm.draw(
+    assert next_token.draw(p.log(), torch.tensor([0, 1]), grid).tolist() == [2, 1]
+    assert next_token.draw(
         torch.tensor([[0.25, 0.25, 0.0]] * 3).log(),
         torch.tensor([0, 1, 1]),
         torch.tensor([0.4, 0.6, 0.999]),
     ).tolist() == [0, 1, 1]
     # the largest random number stays in its row
     most = torch.full((10**5,), 1 - 2**-53, dtype=torch.float64)
-    assert (lm.draw(p.log()[[1]].repeat(10**5, 1), torch.arange(10**5), most) == 1).all()
+    assert (next_token.draw(p.log()[[1]].repeat(10**5, 1), torch.arange(10**5), most) == 1).all()
 
 
 def test_a_cache_with_room_holds_what_one_that_copies_holds():
@@ -467,7 +468,7 @@ def smallest_set(p, top_p):
 
 
 def kept(p, top_p):
-    out = lm.nucleus(torch.tensor([p]).log(), top_p)[0]
+    out = next_token.nucleus(torch.tensor([p]).log(), top_p)[0]
     return {i for i, v in enumerate(out.tolist()) if v > -1e9}
 
 
@@ -529,8 +530,8 @@ def test_rows_are_scored_under_the_temperature_and_top_p_that_drew_them(model):
 
 def test_a_token_that_was_drawn_keeps_a_finite_log_prob_when_the_policy_has_moved():
     logits = torch.tensor([[0.0, -9.0, -1.0]], requires_grad=True)
-    out = lm.drop_unlikely(logits, 0.1, torch.tensor([1]))
-    assert out[0].tolist() == [0, -9, -1] and lm.drop_unlikely(logits, 0.1)[0].tolist() == [
+    out = next_token.drop_unlikely(logits, 0.1, torch.tensor([1]))
+    assert out[0].tolist() == [0, -9, -1] and next_token.drop_unlikely(logits, 0.1)[0].tolist() == [
         0,
         -float("inf"),
         -1,
@@ -594,15 +595,14 @@ def test_the_trainer_scores_what_the_sampler_may_emit(model):
 
 
 def test_in_several_batches_rows_are_those_of_their_prompts(model):
-    """Greedily, so that no draw depends on the batch; and with the draws of shorter prompts
-    first."""
-    assert greedy(model, RAGGED, 6, tokens=2, at_once=False) == greedy(model, RAGGED, 6)
-    gen, order = torch.Generator().manual_seed(0), sorted(range(5), key=lambda b: len(RAGGED[b]))
-    parts = {b: sample(model, [RAGGED[b]], 3, 6, generator=gen)[0] for b in order}
-    rows, _ = sample(
-        model, RAGGED, 3, 6, generator=torch.Generator().manual_seed(0), tokens=2, at_once=False
-    )
-    assert rows == sum((parts[b] for b in range(5)), [])
+    """Greedy or drawn: the random numbers of a row do not depend on the batch."""
+    assert greedy(model, RAGGED, 6, tokens=2) == greedy(model, RAGGED, 6)
+    gen = torch.Generator().manual_seed(0)
+    parts = [sample(model, [prefix], 3, 6, generator=gen)[0] for prefix in RAGGED]
+    for tokens in (0, 2):
+        gen = torch.Generator().manual_seed(0)
+        rows, _ = sample(model, RAGGED, 3, 6, generator=gen, tokens=tokens)
+        assert rows == sum(parts, [])
 
 
 # --- tokenizer ------------------------------------------------------------------------------------
@@ -704,7 +704,7 @@ def test_optimizer_step_clips_the_whole_norm_steps_and_clears(model):
 
 
 def test_a_frozen_copy_stays_behind(model):
-    ref, before = lm.freeze(model, lm.Options(EOS)), weights(model)
+    ref, before = frozen(model), weights(model)
     assert not any(p.requires_grad for p in ref.parameters())
     assert all(p.requires_grad for p in model.parameters())
     logprobs(model, RAGGED, [[1, 2]], [1]).sum().backward()
@@ -742,5 +742,5 @@ def test_rows_sampled_together_keep_to_the_tokens_and_change_nothing(model, monk
     monkeypatch.setattr(
         lm, "sample_batch", lambda net, part, *a: sizes.append(len(part)) or batch(net, part, *a)
     )
-    assert greedy(model, prompts, 8, tokens=4, at_once=False) == truth
+    assert greedy(model, prompts, 8, tokens=4) == truth
     assert max(sizes) == 16 * 4 // (max(map(len, prompts)) + 8) < len(prompts)

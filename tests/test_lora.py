@@ -386,6 +386,7 @@ def test_the_allowance_for_activations_is_what_autograd_keeps(r, half, monkeypat
 
 PEAK = """
 import gc, sys, torch, lm
+from conftest import Net
 from models import adapters, optim
 from test_lora import config
 from transformers import AutoModelForCausalLM
@@ -399,7 +400,7 @@ def phase(shape, r, half, T):
     dtype = torch.bfloat16 if half and r else torch.float32
     make = lambda: AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
     P, Q = adapters.pair(make(), r) if r else (make(), make())
-    ref = lm.freeze(P, options)
+    ref = lm.frozen(Net(P, half=bool(half))).net
     optimizers = optim.make_optimizers(P, 1e-4, muon=False)
     for _ in range(2):
         for _ in range(2):

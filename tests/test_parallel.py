@@ -65,7 +65,7 @@ class Recorder:
             p.grad = None
 
 
-def drawn_by_prompt(net, prefixes, n, longest, options, generator=None, at_once=True):
+def drawn_by_prompt(net, prefixes, n, longest, options, generator=None):
     """`lm.sample` with a generator for each prompt: which process draws for it then makes no
     difference."""
     out = [sample(net, [prefix], n, longest, options, torch.Generator().manual_seed(sum(prefix)))

@@ -293,7 +293,7 @@ def shifted(codes, r, c):
 
 def changes(x, y):
     """What Q reads."""
-    return image_models.ImageIDM(None, None, options=object()).changes(x, y)
+    return image_models.ImageIDM.changes(None, x, y)
 
 
 def test_q_reads_the_patches_that_change_and_those_that_touch_them(rows):
@@ -501,7 +501,8 @@ def test_images_begin_as_a_guess_and_end_as_without(rows, pixel_tok, monkeypatch
                         guesses.append((prefixes, guess)) or settle(net, prefixes, guess, *rest))
     assert P.predict(xs, zs) == [P.read(row) for row in greedy]
     swirl_fwm.best_of_n(P, Q, xs, zs, 2, torch.Generator().manual_seed(0))
-    monkeypatch.setattr(Q, "label", lambda *_: [Q.target(zs[0]), None, *map(Q.target, zs[2:])])
+    named = [(xs[i], Q.target(zs[i]), ys[i]) for i in (0, 2, 3)]
+    monkeypatch.setattr(Q, "label", lambda *_: named)
     swirl_fwm.phase1_step(
         P,
         Q,

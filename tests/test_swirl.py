@@ -16,7 +16,7 @@ import lm
 import swirl_fwm
 import swirl_idm
 from envs import tools
-from models import optim
+from models import optim, refusals
 from models.text import decode
 from support import evaluate
 from swirl_idm import IDM
@@ -88,8 +88,8 @@ def shaped(logp, length, form, floor):
     return max(value, -floor) if floor else value
 
 
-def take_step(which, P, Q, phase, pairs=PAIRS, optimizers=None, ref=None, seed=0):
-    """One step of Phase `which`: (log, examples)."""
+def take_step(which, P, Q, phase, pairs=PAIRS, optimizers=None, ref=None, seed=2):
+    """One step of Phase `which`: (log, examples). With seed 2 Q names an action in every pair."""
     policy, frozen = (P, Q) if which == 1 else (Q, P)
     step = swirl_fwm.phase1_step if which == 1 else swirl_idm.phase2_step
     optimizers = optimizers or optim.make_optimizers(policy.net, 1e-2)
@@ -232,7 +232,7 @@ def test_a_spoiled_future_is_wrong_in_exactly_one_line():
     rng, seen = random.Random(0), set()
     for _ in range(1000):
         x, y, other = states(rng, rng.randint(1, 5))
-        bad = swirl_idm.spoil("\n".join(x), "\n".join(y), "\n".join(other), rng)
+        bad = refusals.spoil("\n".join(x), "\n".join(y), "\n".join(other), rng)
         if bad is not None:
             bad = bad.split("\n")
             i, = (i for i, pair in enumerate(zip(y, bad, strict=True)) if pair[0] != pair[1])
@@ -252,7 +252,7 @@ def test_a_spoiled_future_is_wrong_in_exactly_one_line():
 
 def test_a_quarter_of_the_spoiled_futures_lacks_a_change_and_a_quarter_has_another_one():
     x, y, other = "a 1\nb 1\nc 1", "a 2\nb 2\nc 1", "a 3\nb 3\nc 3"
-    drawn = [swirl_idm.spoil(x, y, other, random.Random(seed)) for seed in range(2000)]
+    drawn = [refusals.spoil(x, y, other, random.Random(seed)) for seed in range(2000)]
     for kind, share in (
         ({"a 1\nb 2\nc 1", "a 2\nb 1\nc 1"}, 0.25),
         ({"a 3\nb 2\nc 1", "a 2\nb 3\nc 1"}, 0.25),
@@ -269,7 +269,7 @@ def test_nothing_to_spoil():
                         # nor differs in the other
                         ("a 1\nb 1", "b 1", "a 2\nb 1"),
                         ("a 1\nb 1", "a 2\nb 1", "a 3\nb 1"), ("a 1\nb 1", "a 2\nb 1", "c 1")]:
-        assert {swirl_idm.spoil(x, y, other, random.Random(seed)) for seed in range(20)} == {None}
+        assert {refusals.spoil(x, y, other, random.Random(seed)) for seed in range(20)} == {None}
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -296,12 +296,12 @@ def test_warmup_rows_are_the_labelled_ones_and_spoiled_ones_without_action(Q, vi
         ("\n".join(x), f"do {n}", "\n".join(y)) for n in range(40) for x, y, _ in [states(rng)]
     ]
     true = [(Q.prompt(x, y), Q.target(z)) for x, z, y in triples]
+    assert Q.rows(triples) == true
     counts, refusal = [], Q.target(swirl_idm.REFUSAL)
     for share in (0, 0.5, 1):
-        rows = Q.rows(triples, share, random.Random(1), times=3)
+        rows = refusals.rows(Q, triples, share, random.Random(1), times=3)
         bad = [p for p, row in rows if row == refusal]
-        copies = 3 if share else 1
-        assert [r for r in rows if r[1] != refusal] == [row for row in true for _ in range(copies)]
+        assert [r for r in rows if r[1] != refusal] == [row for row in true for _ in range(3)]
         # a true change is not refused
         assert not [p for p in bad if p in [q for q, _ in true]]
         # another one each time
@@ -325,7 +325,7 @@ def test_hardly_any_spoiled_future_of_the_tools_world_is_what_another_call_does(
                 copied.step(z)
                 after[z] = copied.text()
             for z, y in after.items():
-                bad = swirl_idm.spoil(x, y, rng.choice(triples)[0], rng)
+                bad = refusals.spoil(x, y, rng.choice(triples)[0], rng)
                 if bad is not None and tuple(swirl_idm.line_diff(x, bad)) not in real:
                     rows, true = rows + 1, true + (bad in after.values())
             world.step(world.propose(rng))
@@ -491,7 +491,7 @@ def test_phase_2_reward_is_log_p_of_the_observed_y(monkeypatch, tok, P, Q, form,
 @pytest.mark.parametrize("kl", ["reward", "loss"])
 def test_a_phase_moves_one_model_and_only_that(P, Q, which, kl):
     policy, frozen = (P, Q) if which == 1 else (Q, P)
-    ref, opt = policy.frozen(), optim.make_optimizers(policy.net, 1e-2)
+    ref, opt = lm.frozen(policy), optim.make_optimizers(policy.net, 1e-2)
     before = weights(policy.net), weights(frozen.net), weights(ref.net)
     for seed in range(3):
         log, _ = take_step(
@@ -591,7 +591,10 @@ def test_best_of_n_is_the_likeliest_under_the_opposite(tok, P, Q, view):
 def small(net, allowed=None):
     """An IDM of nine tokens."""
     class Tok:
-        eos_token_id = EOS
+        eos_token_id, chat_template = EOS, None
+
+        def encode(self, text):
+            return []
 
     return IDM(net, Tok(), lm.Options(EOS, allowed=allowed))
 
@@ -674,7 +677,7 @@ def test_phase_2_never_draws_a_refusal_and_scores_as_it_draws(monkeypatch, tok, 
     """Neither does the reference: the KL is 0 as the phase begins."""
     drawn, real = [], lm.sample
     monkeypatch.setattr(lm, "sample", lambda *args: drawn.append(real(*args)) or drawn[-1])
-    log, _ = take_step(2, P, Q, settings(group_size=30, beta=0.1, kl=kl), ref=Q.frozen())
+    log, _ = take_step(2, P, Q, settings(group_size=30, beta=0.1, kl=kl), ref=lm.frozen(Q))
     (rows, _), = drawn
     assert [tok.eos_token_id] not in rows and any(row[-1] == tok.eos_token_id for row in rows)
     assert log["gap"] < 1e-4 and abs(log["kl"]) < 1e-4
