@@ -1,15 +1,15 @@
-"""Pictures as strings: an image is cut into patches, each patch is a code, each code one token
-between two marks.
+"""Pictures as strings: an image is cut into patches, each patch becomes a code, each code is one
+token, and the codes stand between two marks.
 
     <image><c12><c12><c7>..</image>          row by row, as many rows as columns
 
-Claim: so P and Q stay the language models that they are, and the same functions serve text and
-pictures. `encode` takes frames (N, H, W, 3) of uint8 to codes (N, side, side), `decode` takes them
-back; whatever has these two calls can stand behind a world of frames.
+Claim: P and Q remain language models, and the same functions serve text and pictures. `encode`
+turns frames (N, H, W, 3) of uint8 into codes (N, side, side), and `decode` turns codes into frames.
+Anything with these two calls can serve a world of frames.
 
-Departure from the paper: its codes are those of a VQ model learnt on a great many pictures
+Departure from the paper: its codes come from a VQ model that was trained on very many pictures
 (Liquid's, 1,024 a picture). `Codebook` is k-means on the patches of the run's own training frames.
-Where these hold no more than `size` different ones, as in `pixels.py`, it is exact on them.
+It is exact on them if they hold at most `size` different patches, as in `pixels.py`.
 """
 import re
 
@@ -68,11 +68,12 @@ def neighbours(i, side):
 
 
 def diff(x, y):
-    """What Q reads, two lines, column by column: place, code before, code after of each patch that
-    changes; place and code of those above, below and beside them: what a toy was put on does not
-    change. If a shift of the whole of x by one patch (its border repeated) leaves less than half of
-    that list, as when a camera moves, the line begins with two places, from where to where, and x
-    is taken as shifted: a video's codec does the same. A function of x and y alone."""
+    """What Q reads: two lines, each column by column. The first has place, code before and code
+    after of each patch that changes. The second has place and code of the patches above, below,
+    left and right of these, since a toy's support does not change. Where a camera moves, the first
+    line would be long. If a shift of the whole of x by one patch (its border repeated) leaves less
+    than half of it, x is taken as shifted, as in a video codec. The line then begins with two
+    places, from where to where. It depends only on x and y."""
     before, after = patches(x), patches(y)
     if before is None or after is None or len(before) != len(after):
         # no picture is predicted: the whole of both
@@ -87,10 +88,10 @@ def diff(x, y):
         way: sum(old != new for old, new in zip(moved, after)) * (1 if any(way) else 0.5)
         for way, moved in shifts.items()
     }
-    # of equals the first
+    # min takes the first of equals
     r, c = min(left, key=left.get)
     before = shifts[r, c]
-    # left and right are what most sentences tell
+    # most sentences tell left from right
     columns = sorted(range(n), key=lambda i: (i % side, i))
     changed = [i for i in columns if before[i] != after[i]]
     beside = {j for i in changed for j in neighbours(i, side)} - set(changed)
@@ -100,9 +101,9 @@ def diff(x, y):
 
 
 def spoil(x, y, other, rng):
-    """The image y as a careless P would draw it: one that should have stayed or one that changes
-    has another code, of x, y or `other`; one that changes stays as it was; or one that changes and
-    one beside it are exchanged. None if nothing changes or that cannot be done."""
+    """The image y as a careless P would draw it. Either a patch has a wrong code, from x, y or
+    `other`; or a patch that should change keeps the code of x; or a patch that changes is exchanged
+    with a neighbour. None if nothing changes or that cannot be done."""
     before, after = patches(x), patches(y)
     n, side = len(after), round(len(after) ** 0.5)
     changed = [i for i in range(n) if before[i] != after[i]]
@@ -215,13 +216,13 @@ class Codebook:
             centres, far = np.vstack([centres, new]), np.minimum(far, ((values - new) ** 2).sum(1))
         for _ in range(rounds):
             nearest = cls(centres).nearest(values)
-            # a centre without points stays where it is
+            # a centre without points does not move
             for k in np.unique(nearest):
                 centres[k] = np.average(values[nearest == k], axis=0, weights=count[nearest == k])
         return cls(np.rint(centres).astype(np.uint8))
 
     def features(self, n=32):
-        """(K, n) what each centre looks like: the n chief directions in which their 4x4 thumbnails
+        """(K, n) appearance of each centre: the n chief directions in which their 4x4 thumbnails
         differ."""
         size = self.patch // 4
         small = (

@@ -1,8 +1,8 @@
 """Household physics in the spirit of ScienceWorld: heat and phases, vessels and devices, all in
 sight.
 
-A drawn transition: x on the left; z = `wait`; y is x with the lines on the right in place of
-theirs.
+An example: x on the left; z = `wait`; in y the lines on the right replace those of x next to
+them.
     stove: on
     freezer: on, shut
     chest: shut
@@ -12,24 +12,25 @@ theirs.
     jar: liquid water, 60 C, on the stove               jar: boiling water, 100 C, on the stove
 
 The rules:
- 1. Time passes only on `wait`. What a wait does follows from the state before it. An action whose
+ 1. Time passes only on `wait`. The state before a wait decides its effect. An action whose
     condition fails changes nothing.
- 2. Heat, on a wait: on the stove, if it is on, what a vessel holds warms by 40 C, to 120 C at most
-    and never past a boiling point. In the freezer, on and shut, it cools by 40 C, to -20 C. In the
-    shut chest, lined with cork, it stays as it is. Anywhere else it moves 20 C towards the room's
-    20 C.
+ 2. A wait changes the temperature of a vessel's contents. On a stove that is on they warm by 40 C,
+    to 120 C at most and never past a boiling point. In a freezer that is on and shut they cool by
+    40 C, to -20 C. In the shut chest, lined with cork, they keep their temperature. Anywhere else
+    they move 20 C towards the room's 20 C.
  3. Phase: solid at or below the melting point, boiling at or above the boiling point, else liquid.
- 4. What boils on a stove that is on is gone after the next wait; brine leaves salt, syrup leaves
-    sugar.
- 5. A vessel holds at most two substances, each once. What comes in meets what is there halfway in
-    temperature (rounded down to a multiple of 20 C). The tap and the shelf give things at 20 C.
- 6. `pour` moves what is not solid, all or nothing. `fill` needs the vessel in the sink.
+ 4. A substance that boils on a stove that is on is gone after the next wait. Brine leaves salt,
+    syrup leaves sugar.
+ 5. A vessel holds at most two substances, each once. Mixing gives the mean of both temperatures
+    (rounded down to a multiple of 20 C). The tap and the shelf give things at 20 C.
+ 6. `pour` moves everything that is not solid, or nothing. `fill` needs the vessel in the sink.
  7. `stir` makes one substance of two if RECIPES has them and they are warm enough.
  8. Nothing in a shut freezer or chest can be reached. Stove, freezer, chest and sink take one
     vessel each.
 
 Departures from the benchmark:
- 1. One room, all of it in sight: no walking, no inventory, no looking; no task and no score.
+ 1. There is one room, and all of it is in sight: no walking, no inventory, no looking, no task, no
+    score.
  2. No amounts, no hot empty vessels; melting points are moved to fit (sugar melts above 100 C
     here).
  3. A failed action says nothing (ScienceWorld answers with a message). No plants, circuits or
@@ -75,7 +76,7 @@ RECIPES = {
 RESIDUE = {"brine": "salt", "syrup": "sugar"}       # what stays when it boils away
 STOCK = ["milk", "oil", "butter", "chocolate", "wax", "sugar", "salt", "mint"]
 VESSELS = ["pot", "cup", "jar"]
-# for a vessel, besides the bench
+# where a vessel can stand, in addition to the bench
 PLACES = {"stove": "on", "freezer": "in", "chest": "in", "sink": "in"}
 
 
@@ -190,7 +191,7 @@ class World:
             self.heat[v] += 20 if heat < 20 else -20 if heat > 20 else 0
 
     def propose(self, rng):
-        """Mostly what changes something, and sooner what leads somewhere; at times a careless
+        """An action. Most change something, and useful ones are likelier; at times a careless
         try."""
         careless = rng.random() < 0.17
         while True:
@@ -202,7 +203,7 @@ class World:
                 f"close the {door}", f"fill the {v}", f"pour the {v} into the {w}",
                 f"empty the {v}", f"stir the {v}",
                 f"add the {rng.choice(self.shelf or STOCK)} to the {v}", "wait"]
-            if not careless:                        # what leads somewhere comes up more often
+            if not careless:                        # useful actions are likelier
                 if self.holds[v]:
                     options += [f"pour the {v} into the {w}", f"put the {v} on the stove"] * 2
                     options += [f"stir the {v}"] * 24

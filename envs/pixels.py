@@ -3,9 +3,8 @@ change in a picture?
 
 A frame is an array (128, 128, 3) of uint8, an action is a sentence, and the next frame is the room
 after it. `images.py` turns frames into codes, so that P and Q read and write pictures as they do
-text. The room has four columns. Toys stand in them in piles, one column is a figure's with joints
-in its arms and knees, half of the rooms have a curtain that hides a column, and above there is a
-window.
+text. The room has four columns. Toys stand in piles. One column holds a figure that can bend its
+arms and knees. Half of the rooms have a curtain that hides a column. A window is above.
 
     zoom in                  pan left                  tilt up        (camera zoom, camera motion)
     move the red ball left   rotate the yellow cone    remove the blue box
@@ -15,32 +14,31 @@ window.
     pick up the red ball     put it down left          push the blue box right     (interaction)
 
 Rules
- 1. Toys fall: one that is moved, put or added comes to rest on top of its column's pile, and what
-    stood on a toy that left comes down by one. A pile holds three. "left" and "right" are the
-    viewer's. One that is added comes to the leftmost column that has room.
- 2. "put A left of B" (right of, on, under): the column beside B's, the top of B's pile, or below B,
-    which lifts all above.
- 3. The figure walks to a free column beside it. It pushes a single toy beside it if that finds
-    room, and follows. It picks up the top toy of a pile beside it and holds it over its head; then
-    its arms are up, and it neither kneels nor lowers them.
- 4. What stands behind the curtain is not seen, but named it can be moved: it comes out. Nothing is
-    put beside it by name. The figure does not go there.
- 5. "zoom in" shows the four columns at twice the size, "zoom out" all of the wall with them in its
-    middle. A camera that is out can pan by a cell to each side of where it began and tilt down by
-    one: all that is seen moves the other way.
- 6. No two toys look the same, up to a turn. What cannot be done (moving a ball against the figure)
-    changes nothing. "rotate" lays a cone down or stands it up.
- 7. What a sentence does is said in one way: "move A left", not "put A on B" of the B that stands
-    there. Else nobody could read which.
+ 1. Toys fall. A toy that is moved, put or added rests on top of its column's pile. When a toy
+    leaves, the toys on it come down by one. A pile holds three. "left" and "right" are the
+    viewer's. An added toy goes to the leftmost column that has room.
+ 2. "put A left of B" (or right of) means the column next to B's. "on" needs B at the top of its
+    pile. "under" means below B; B and the toys on it are lifted.
+ 3. The figure walks to a free column next to it. It pushes a single toy next to it if there is room
+    behind, and follows. It picks up the top toy of a pile next to it and holds it over its head.
+    Then its arms are up, and it neither kneels nor lowers them.
+ 4. A toy behind the curtain is hidden. A sentence that names it can move it, and it comes out.
+    Nothing is put next to it by name. The figure does not go there.
+ 5. "zoom in" shows the four columns at twice the size. "zoom out" shows the whole wall with the
+    columns in its middle. When zoomed out, the camera can pan by a cell to each side of where it
+    began and tilt down by one. The picture then moves the other way.
+ 6. No two toys look the same, up to a turn. "rotate" lays a cone down or stands it up. A sentence
+    that cannot be done (moving a ball against the figure) changes nothing.
+ 7. Each change has one sentence: "move A left", not "put A on B" where B stands there. Otherwise
+    nobody could read which sentence it was.
 
 To add an action: a case in `step`, and its sentence with its kind in `sentences`.
 
 Departures from the benchmarks
  1. ByteMorph and AURORA are photographs and renderings; these are flat drawings, whose patches (16
     pixels) repeat, so that a codebook of 256 holds them all.
- 2. x tells everything that y depends on, but for a toy behind the curtain, which the sentence
-    names.
- 3. Their actions are free text, five words to fifty; these follow one form each.
+ 2. x shows everything that y depends on, except a toy behind the curtain, which the sentence names.
+ 3. Their actions are free text of 5 to 50 words; these follow one form each.
 """
 
 import copy
@@ -51,12 +49,11 @@ from typing import NamedTuple
 import numpy as np
 
 STEPS = 10
-EPISODES = 82       # to train on, unless --episodes says else: half of these keep their actions
-# episodes without actions for each of that half: pictures are plenty, what was done between them is
-# seldom told
+EPISODES = 82       # for training, unless --episodes says else; half of them keep their actions
+# episodes without actions for each labelled one: pictures are plenty, actions are seldom known
 STATE_ONLY = 5
-# Settings of this world. P is so sure of what it draws that at temperature 1 a third of the groups
-# have no spread
+# Settings of this world. P is so sure of its pictures that a third of the groups have no spread at
+# temperature 1
 PRESET = {
     "busy": 0.0, "scale": "mean", "group_size": 16, "lr_idm": 2e-4, "muon": True,
     "warmup_lr": 4e-3, "warmup_steps": 2400, "warmup_steps_idm": 500, "warmup_batch_idm": 32,
@@ -90,7 +87,7 @@ MOTION = ("camera zoom", "camera motion", "object motion", "human motion", "inte
 class Toy(NamedTuple):
     colour: str
     shape: str
-    # of cones alone: 1 lies
+    # only for cones: 1 lies
     turn: int = 0
 
     @property
@@ -99,7 +96,7 @@ class Toy(NamedTuple):
 
 
 class Room:
-    """Where everything is. Two rooms that look the same may differ behind the curtain alone."""
+    """Where everything is. Two rooms that look the same may differ only behind the curtain."""
 
     def __init__(self, rng):
         # the stage's place in the picture, when out
@@ -301,8 +298,8 @@ def sentences(room):
 
 
 def propose(room, x, rng):
-    """(sentence, room after it, its frame): a kind by its habit, of it a sentence that changes the
-    picture x in a way that none before it does (`move` is before `put`); now and then any."""
+    """(sentence, room after it, its frame). HABITS choose the kind. The sentence changes the
+    picture x in a way that no earlier one does (`move` is before `put`); now and then it is any."""
     said, slip = sentences(room), rng.random() < SLIP
     if room.near and rng.random() < BACK:
         said = {kind: ["zoom out"] if kind == "camera zoom" else [] for kind in said}

@@ -1,7 +1,7 @@
 """A small web shop as text, in the spirit of Mind2Web: which page does a click, a word or a choice
 lead to?
 
-A drawn transition: x, the action z, and of y the lines that are new.
+An example: x, the action z, and the lines of y that are new.
 
     view: list                                z = [button] add red-lamp -> CLICK
     search: none
@@ -23,11 +23,12 @@ Rules
  1. The rows are the items of the catalogue (PRICES) that match the printed search and colour, in
     the printed sort (equal prices: a to z), three a page. Prices are not printed: they are the same
     in all episodes. Next and previous turn pages as far as there are any.
- 2. A new search, colour or sort leads to page 1; one that is chosen already changes nothing.
+ 2. A new search, colour or sort leads to page 1. Choosing the current one changes nothing.
  3. Add puts an item that is on the page into the cart. The cart holds 4 things; one more is an
     error dialog.
  4. An amount, 1 or 2, can be typed for an item in the cart, with the same limit. Remove takes out a
-    single thing at once, and asks first if there are two or more of it. Both work in both views.
+    single thing at once. If there are two or more of it, remove asks first. Typing and removing
+    work in both views.
  5. Search, filter, order, pages, add, checkout work in view list; name, street, time, delivery,
     coupon, apply, pay, back in view checkout. Checkout wants something in the cart, else an error
     dialog.
@@ -36,22 +37,23 @@ Rules
  7. Pay wants something in the cart, a name, a street, a time, a delivery, and the courier for a
     chair. The first one missing is an error dialog; otherwise a dialog asks whether to send.
     Sending empties cart, time, delivery and code.
- 8. A dialog stands in the place of the note and blocks the rest. Yes agrees to a question, close
-    ends any.
- 9. What is not on offer (other view, item not on the page or not in the cart) changes nothing.
+ 8. A dialog replaces the note and blocks everything else. Yes agrees to a question; close ends any
+    dialog.
+ 9. An action that is not on offer (other view, item not on the page or not in the cart) changes
+    nothing.
 
 Departures from the benchmark
  1. Mind2Web has real pages, HTML of thousands of elements; this is one shop of 15 lines without
     markup.
- 2. Mind2Web asks for the action that serves a goal; here it is given, or to be read from the
-    change.
+ 2. Mind2Web asks for the action that serves a goal. Here the action is given, or Q reads it from
+    the change.
  3. Actions keep its form, `[role] name -> CLICK / TYPE: word / SELECT: word`, but a visitor with
     simple habits draws them (`propose`), not a person with a task.
  4. The page answers at once and in full: nothing loads, no hidden server state, nothing random.
 
 Busy logs (`--busy`): in training episodes the same account is open on a second device. After our
-action somebody changes the cart, the form or the code there (OTHERS). z does not name that. View,
-search, colour, sort, page and message are ours.
+action somebody changes the cart, the form or the code there (OTHERS). z does not name that change.
+Only our actions change view, search, colour, sort, page and message.
 
 To add an action: a line in ACTIONS (each string with its argument), a weight in HABITS, an `elif
 kind == ...` in `step`. Whatever the rule needs must be printed by `text`, or be the same in every
@@ -122,7 +124,7 @@ EPISODES = 240    # to train on, unless --episodes says else
 STATE_ONLY = 1
 PRESET = {}         # settings of this world, where they differ from settings.py's
 CARELESS = 0.16   # share of actions drawn without a look at the page: most of these change nothing
-BOLD = 0.3        # share of errors that a visitor who looks at the page runs into all the same
+BOLD = 0.3        # share of errors that even a visitor who looks at the page makes
 
 
 def read(z):
