@@ -238,7 +238,7 @@ def work_disc_edit(args, embedder, ask):
 
 
 def distance(kind, embedder, image, source):
-    """Of a sample from its source, by note 2."""
+    """The distance of a sample from its source, by note 2."""
     if kind == "embedder":
         return 1 - cosine(*embedder.images([image, source]))
     source = visual.resize(source, image.shape[1], image.shape[0], "LANCZOS")

@@ -10,21 +10,21 @@ order is (prediction, reference), as everywhere here.
     F       = 2 P R / (P + R)
 
 Notes:
-  1. The start and end tokens (CLS, SEP) have weight 0 in both means, and yet another token may
-     match them.
+  1. The start and end tokens (CLS, SEP) have weight 0 in both means. Other tokens may still match
+     them.
   2. Texts are stripped and cut to what the encoder takes (roberta-large: 512 tokens, 510 of them
-     text). Of a long page the score sees the beginning only: `cut` counts such texts, and the
-     scorers print it.
+     text). The score sees only the beginning of a long page. `cut` counts such texts, and the
+     scorers print the count.
   3. An empty side scores 0; so does a text of nothing but start and end tokens.
-  4. Another encoder or layer gives another score: print both beside the number. The paper's are not
-     released; its figures (92 to 96) fit roberta-large without rescaling, which is therefore off by
-     default.
+  4. Another encoder or layer gives another score: print both with the number. The paper does not
+     name its own. Its figures (92 to 96) fit roberta-large without rescaling, so rescaling is off
+     by default.
   5. RoBERTa and GPT-2 tokenizers read a text with a space before it, as bert-score asks of them;
      transformers 5 drops that request, so bert-score on top of it reads the first word otherwise
      (unless the tokenizer's own file adds the space).
-  6. bert-score pads a batch of pairs with zeros, so there a token whose best cosine is negative
-     counts 0 or not by its batch. Here nothing is padded in the matching, and it counts as it is.
-     Trained encoders have no such tokens.
+  6. bert-score pads a batch of pairs with zeros. So a token whose best cosine is negative may count
+     as 0 there, depending on its batch. Here nothing is padded in the matching, and the cosine
+     counts. Trained encoders have no such tokens.
 """
 
 import functools

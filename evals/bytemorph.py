@@ -22,8 +22,8 @@ instruction; GEN holds TYPE/NAME.png, source and generated image side by side.
 Notes:
   1. A direction of nothing (g = s, or c_t = c_s) has no cosine: no number, counted; so copy x has
      no directions. In the released scripts one such image makes the mean NaN.
-  2. Layout bm brings the generated half to the target's size by Lanczos for clip_dir_img, and for
-     that alone; its other scores take s from the generated file.
+  2. Layout bm brings the generated half to the target's size by Lanczos, only for clip_dir_img. Its
+     other scores take s from the generated file.
   3. The released SWIRL scorers look an image up under its id in lower case, other characters than
      a-z 0-9 . _ - replaced by -, and only what stands after its last _. Its generator writes the
      plain id, so such images are not found: --released does the same. The two names are never

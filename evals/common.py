@@ -1,9 +1,9 @@
 """What the scorers of the text benchmarks share: reading pairs, scoring them by split, the table
 and the JSON file.
 
-Claim: every pair that can be scored is scored once, every other row is counted and never scored as
-0, and each number stands beside the same number of the model that copies x, and of the changed
-pairs (reference != x) alone.
+Claim: every pair that can be scored is scored once; every other row is counted and never scored as
+0. Each number comes with the same number of the model that copies x, and with both for only the
+changed pairs (reference != x).
 
 Pairs come from one of
     --pairs FILE ..   JSONL, plain or .gz: {"prediction": str, "reference": str, "x": str or absent,
@@ -42,7 +42,7 @@ NAMES = {"prediction": ("prediction", "predict"), "reference": ("reference", "la
 
 
 class Pair(typing.NamedTuple):
-    """One prediction beside its reference; x and split are None if they are not known."""
+    """One prediction with its reference; x and split are None if they are not known."""
     prediction: str
     reference: str
     x: str | None = None
@@ -452,7 +452,7 @@ TITLES = {"bleu": "BLEU", "rouge_l": "ROUGE-L", "bertscore": "BERTScore", "exact
 
 
 def print_table(result, columns):
-    """A row a split, and beneath it the changed pairs alone and the model that copies x."""
+    """A row a split; beneath it the model that copies x, and both for only the changed pairs."""
     notes = [f"BLEU: {result['bleu']}"] if "bleu" in columns else []
     notes += (
         [f"ROUGE-L: rouge_score, {'Porter' if result['stemmer'] else 'no'} stemmer"]

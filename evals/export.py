@@ -11,8 +11,8 @@ scorers read it as they read the real ones.
         --embedder pixels
 
 Claim: every test transition of the run is in AURORA's form (its kinds of edits) or in ByteMorph's
-(its kinds of motion), every test episode of six steps or more in WorldPrediction's, each beside
-what P makes of it: of the true x, or, in WorldPrediction, of its own last picture.
+(its kinds of motion), every test episode of six steps or more in WorldPrediction's. Each comes
+with P's prediction: from the true x or, in WorldPrediction, from its own last picture.
 
 Departures from the benchmarks
 1. Tasks are this world's kinds (add, remove, recolour, put, rotate), none of AURORA's five: give
@@ -42,8 +42,8 @@ def write_image(path, frame):
 
 
 def write_edits(rows, out, prefix=""):
-    """The pictures that AURORA and ByteMorph both want, of rows [(x, z, y, y_hat)], pictures but
-    for z: images/ and generated/fullset/KIND/. Yields (name, kind, z, path of x, path of y), the
+    """The pictures that AURORA and ByteMorph both want, of rows [(x, z, y, y_hat)], pictures
+    except z: images/ and generated/fullset/KIND/. Yields (name, kind, z, path of x, path of y), the
     paths from `out`."""
     for i, (x, z, y, y_hat) in enumerate(rows):
         name, kind = f"{prefix}{i:05d}", pixels.kind(z)

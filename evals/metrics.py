@@ -16,7 +16,7 @@ Notes:
   1. Smoothing is nltk's method3: without one matching unigram BLEU is 0; otherwise each order n
      without a match counts 1 / (2^k * its denominator), k = 1, 2, .. over such orders in turn. A
      text of fewer than 4 tokens therefore scores below 1 against itself ("ab": .59): read `exact`
-     beside BLEU.
+     together with BLEU.
   2. `bleu(level="char", agg="mean")` is the preset `mirrorapi` of StableToolBench: n-grams of
      characters, one BLEU a pair, plain mean. `rounding=True` adds its rounding, 4 decimals a pair
      and 2 on the mean. level="word" splits on white space. Presets differ hugely on the same texts:
@@ -182,8 +182,8 @@ def exact_changed(xs, predictions, references):
 
 
 def right_patches(predictions, references, xs=None):
-    """Share of patches of the reference images that are right, pooled, in [0, 1]; with xs, of those
-    alone that differ from x (None if there are none). A prediction that is no image of the same
+    """Share of patches of the reference images that are right, pooled, in [0, 1]; with xs, only
+    of those that differ from x (None if there are none). A prediction that is no image of the same
     size has none right."""
     right = []
     for x, p, r in zip(xs or predictions, predictions, references):

@@ -1,5 +1,5 @@
-"""Mind2Web: predict the next page of a web site as HTML. ROUGE-L, BERTScore and exact match, beside
-copying x.
+"""Mind2Web: predict the next page of a web site as HTML. ROUGE-L, BERTScore and exact match, next
+to the scores of copying x.
 
     python -m evals.mind2web --pairs predictions.jsonl --encoder roberta-large --json scores.json
     python -m evals.mind2web --pairs test_task=task.jsonl test_website=website.jsonl \\
@@ -13,8 +13,8 @@ before the next action; a task's last action has no y.
 
 Notes:
   1. Pages have 10^4 to 10^6 characters and must be pruned before a model reads them. The paper's
-     pruning is not released, and the scores depend on it: these are of the texts as the pairs file
-     holds them. Say beside them how you pruned.
+     pruning is not released, and the scores depend on it. Texts are scored as the pairs file holds
+     them. Say with every score how you pruned.
   2. BERTScore reads the first 510 tokens of a page with roberta-large, which is often its head; the
      line above the table says how many texts are longer. ROUGE-L reads everything.
   3. Element accuracy, operation F1 and step success are scores of agents that choose z, not of a

@@ -8,13 +8,13 @@ truth; each is scored against the true state of its step. T = 1 is the ordinary 
 transitions.
 
 Notes
-1. A score is ROUGE-L for texts and the share of right patches for images, in [0, 100]; much of a
-   state stays as it is, so it is high for the copy of the first state too, which stands beside it.
-   `exact` is the share of states that are right as a whole, and `changed`, for images, the share of
+1. A score is ROUGE-L for texts and the share of right patches for images, in [0, 100]. Much of a
+   state does not change, so the copy of the first state scores high, too; the table shows it.
+   `exact` is the share of states that are right as a whole. `changed`, for images, is the share of
    right patches among those that differ from the first frame.
-2. One window an episode: its first T steps, of which each begins where the last one ended. Shorter
-   episodes are left out. (train.py takes windows that begin at later steps, too, where it wants
-   more: they overlap.)
+2. One window an episode: its first T steps, each of which begins where the last one ended. Shorter
+   episodes are left out. (Where train.py wants more windows, it also takes overlapping ones that
+   begin at later steps.)
 """
 
 import argparse

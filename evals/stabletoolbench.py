@@ -15,11 +15,11 @@ x = system prompt and API documentation, z = the request, y = the server's JSON 
 text.
 
 Notes:
-  1. --preset word is the same on words between white space. The two differ several times over on
-     the same texts. The paper does not say which its table shows: its figures are far below those
-     of characters. Neither is claimed to be the paper's.
-  2. ROUGE-L is that of rouge_score, as in the other tables here; the benchmark's script prints
-     rouge_chinese's, another number.
+  1. --preset word does the same on words between white space. On the same texts the two differ
+     several times over. The paper does not say which one its table shows. Its figures are far below
+     those of characters. Neither preset claims to be the paper's.
+  2. ROUGE-L is that of rouge_score, as in the other tables here. The benchmark's script prints
+     rouge_chinese's, which is another number.
   3. id_high, id_medium, id_low: APIs seen in training, by how many samples they had; ood,
      ood_failure: unseen ones.
   4. The average is over the splits that were given, with a warning unless they are all five.

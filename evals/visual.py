@@ -2,8 +2,8 @@
 file (judge.py: judges).
 
 Claim: every image that can be scored is scored once, every other one is counted with one line that
-says why and never scores 0, and each number stands beside the same number of the model that copies
-x and the names of what it depends on.
+says why and never scores 0. Each number comes with the same number of the model that copies x, and
+with the names of everything it depends on.
 
 An embedder has `.name`, `images(list of (H, W, 3) uint8) -> (N, D) float32 unit rows` and
 `texts(list of str) -> the same, or None`.
@@ -187,8 +187,8 @@ class CLIP:
 
 
 class Pixels:
-    """The picture itself, 32 x 32. Cosines of it are high between any two pictures; read them
-    beside copy x."""
+    """The picture itself, 32 x 32. Its cosines are high between any two pictures; compare them
+    with those of the copy of x."""
     name = "pixels, 32 x 32"
 
     def images(self, images):
@@ -204,7 +204,7 @@ class Pixels:
 
 
 def cosine(a, b):
-    """Of two vectors; None if one is absent or has no direction, where the released scripts have
+    """Of two vectors. None if one is absent or has no direction; the released scripts then have
     NaN."""
     if a is None or b is None:
         return None

@@ -17,7 +17,7 @@ or the samples in a list or one flat object. OUT/UID/metadata.json holds "candid
 (steps from 1).
 
 A frame is the path under its segment_uid in --frame-map (JSON), else frames/ or images/ in
---frames, UID.png, .jpg or .jpeg, with "|" as it is, as _ or as /. Cut frames out of videos
+--frames, UID.png, .jpg or .jpeg, where "|" stays, or is _ or /. Cut frames out of videos
 beforehand (the released code takes the middle of a segment).
 
 Notes:
