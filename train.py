@@ -30,7 +30,7 @@ import swirl_idm
 from envs import records
 from models import optim, parallel
 from settings import parse
-from support import aside, loading, plan, rundir
+from support import aside, loading, plan, rundir, tables
 from support.evaluate import best_of_8, evaluate_P, evaluate_Q
 from support.results import end_stage, finish
 
@@ -49,13 +49,14 @@ def train(cfg):
     """Algorithm 1: warm up on labels, then Phase I and Phase II in turn on pairs (x, y)."""
     started = time.monotonic()
     if not cfg.fresh and (Path(cfg.out) / "results.json").is_file():
-        return rundir.report(rundir.Run(cfg, started).load("results.json"))
+        return tables.report(rundir.Run(cfg, started).load("results.json"))
     device = begin(cfg)
     P, Q, lab = loading.open_lab(cfg, device)
     plan.fix_steps(cfg, P, Q, lab)                         # only with --minutes
     run = lab.run = rundir.Run(cfg, started)               # nothing is written before this
     P, Q = loading.settle(P, Q, lab, device, run.progress["folder"])
-    rundir.introduce(P, lab)
+    run.save_codebook(lab.book)                            # only of images
+    tables.introduce(P, lab)
 
     # Warm-up: SFT of both directions on the labelled half, side by side
     stage = Stage("sft")
@@ -97,8 +98,7 @@ def alternate(P, Q, lab, iterations):
 
 
 def share_of(pairs, i, iterations, phase):
-    """The pairs of iteration i: its own share, or all where a share is less than the phase
-    takes."""
+    """The pairs of iteration i: its own share, or all if that is less than the phase takes."""
     size = len(pairs) // iterations
     return pairs[(i - 1) * size:i * size] if size >= phase.steps * phase.batch else pairs
 
@@ -132,7 +132,7 @@ def run_phase(step, policy, frozen, pairs, phase, stage, lab):
             run.log("samples.jsonl", stage=stage.name, **example)
     bar.close()
     assert all(map(torch.equal, before, weights(frozen))), "the frozen model moved"
-    rundir.warn(stage.name, logs)
+    tables.warn(stage.name, logs)
 
 
 def weights(model):

@@ -1,6 +1,7 @@
 """The end of a stage and the end of a run: scores, saved models, results.json, the table."""
 import platform
 import random
+import sys
 import time
 
 import torch
@@ -8,7 +9,7 @@ import torch
 import mi_bounds
 from evals import metrics
 from models import parallel
-from support import rundir
+from support import tables
 from support.evaluate import evaluate
 
 # What a stage moves (by default both sides); the other side keeps its scores
@@ -21,39 +22,71 @@ def end_stage(stage, P, Q, lab, since, steps):
     seconds = time.monotonic() - since
     run.spend("warmup" if stage.kind == "sft" else stage.kind, since)
     since = time.monotonic()
-    scores, sample = evaluate(P, Q, lab, name, MOVED.get(stage.kind, ("fwm", "idm")))
+    moved = MOVED.get(stage.kind, ("fwm", "idm"))
+    scores, sample = evaluate(P, Q, lab, name, moved)
     run.log("metrics.jsonl", phase="eval", stage=name, iteration=stage.iteration, step=0,
             seconds=run.elapsed(), **scores)
     run.spend("eval", since)
     row = {"name": name, **scores, "steps": steps, "seconds": seconds}
     run.finish_stage(row, P, Q)
-    minutes = run.elapsed() / 60
-    print(f"{run.label}{name}: {rundir.show(scores)}  [{minutes:.1f} min]", flush=True)
-    print(rundir.show_sample(sample, Q.changes), flush=True)
+    tables.show_scores(run.label + name, scores, run.elapsed() / 60)
+    tables.show_sample(sample, Q.changes)
 
 
 def finish(P, Q, lab, beside):
     """Both bounds by sampling, results.json, the last models in fwm/ and idm/, the table."""
     cfg, run = lab.cfg, lab.run
-    stages, seconds = run.progress["stages"], run.progress["seconds"]
-    xs, ys = [x for x, _, _ in lab.test], [y for _, _, y in lab.test]
-    spent = {name: seconds.get(name, 0.0) for name in ("warmup", "phase1", "phase2", "eval")}
-    baselines = {"copy_x": metrics.copy_x(xs, ys)} | rundir.rivals_of(beside)
+    stages = run.progress["stages"]
     results = {
-        "version": 2, "env": cfg.data or cfg.env, "model": cfg.model, "seed": cfg.seed,
+        "version": 2,
+        "env": cfg.data or cfg.env,
+        "model": cfg.model,
+        "seed": cfg.seed,
         "hardware": hardware(P.net.device),
-        "seconds": {"total": run.elapsed()} | spent,
-        "splits": {"labelled": len(lab.labelled), "state_only": len(lab.state_only),
-                   "test": len(lab.test)},
-        "baselines": baselines,
+        "seconds": spent(run),
+        "splits": {
+            "labelled": len(lab.labelled),
+            "state_only": len(lab.state_only),
+            "test": len(lab.test),
+        },
+        "baselines": baselines(lab, beside),
         "stages": stages + [stages[-1] | {"name": "swirl"}],
         **bounds(P, Q, lab),
-        "presets": {"bleu": "mirrorapi (characters, method3, mean)",
-                    "rouge_l": "rouge_score, no stemmer",
-                    "sampled": "temperature .75, top-p .96: the chance of y"},
-        "sizes": sizes(P.net)}
+        "presets": {
+            "bleu": "mirrorapi (characters, method3, mean)",
+            "rouge_l": "rouge_score, no stemmer",
+            "sampled": "temperature .75, top-p .96: the chance of y",
+        },
+        "sizes": sizes(P.net),
+    }
     run.finish(results)
-    return rundir.report(results)
+    return tables.report(results)
+
+
+def spent(run):
+    """{"total", "warmup", "phase1", "phase2", "eval"}: seconds of the whole run and of its
+    parts."""
+    seconds = {"total": run.elapsed()}
+    for part in ("warmup", "phase1", "phase2", "eval"):
+        seconds[part] = run.progress["seconds"].get(part, 0.0)
+    return seconds
+
+
+def baselines(lab, beside):
+    """The copy of x and, from the rows of `train.rivals`, best of 8 and Bootstrap."""
+    xs = [x for x, _, _ in lab.test]
+    ys = [y for _, _, y in lab.test]
+    copy_x = metrics.copy_x(xs, ys)
+    if not beside:
+        return {"copy_x": copy_x}
+    first, *then = beside["stages"]
+    last = then[-1]
+    return {
+        "copy_x": copy_x,
+        **beside["baselines"],
+        "bootstrap": {key: first[key] for key in ("fwm", "steps", "seconds")},
+        "bootstrap_swirl": {"fwm": last["fwm"], "idm": last["idm"], "stages": then},
+    }
 
 
 def bounds(P, Q, lab):
@@ -67,16 +100,19 @@ def bounds(P, Q, lab):
     zs = Q.sample(xs, ys, 1, generator)
     y_hats = P.sample(xs, zs, 1, generator)
     logq = Q.logp(xs, zs, y_hats).cpu()
-    # As Phase I takes them
-    changed = [i for i in range(n) if xs[i] != ys[i]] or list(range(n))
-    eq3 = mi_bounds.barber_agakov_from_samples(logq[changed])
-    return {"bounds": {"eq3": eq3.mean, "eq3_standard_error": eq3.standard_error,
-                       "eq5_reward": P.logp(xs, zs, ys).mean().item()},
-            "collapse": mi_bounds.collapse(zs, true)}
+    # Like Phase I, without pairs in which nothing changes
+    changed = [i for i in range(n) if xs[i] != ys[i]]
+    eq3 = mi_bounds.barber_agakov_from_samples(logq[changed] if changed else logq)
+    found = {
+        "eq3": eq3.mean,
+        "eq3_standard_error": eq3.standard_error,
+        "eq5_reward": P.logp(xs, zs, ys).mean().item(),
+    }
+    return {"bounds": found, "collapse": mi_bounds.collapse(zs, true)}
 
 
 def hardware(device):
-    """What computed, in words."""
+    """The hardware of the run, in words."""
     many = f"{parallel.world()} processes, " if parallel.world() > 1 else ""
     if device.type == "cuda":
         return many + torch.cuda.get_device_name()
@@ -85,7 +121,22 @@ def hardware(device):
 
 
 def sizes(net):
-    """Parameters of a model and the memory at the peak."""
-    on_gpu = net.device.type == "cuda"
-    return {"parameters": net.num_parameters(), "peak_rss_mb": rundir.peak_rss_mb(),
-            "peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None}
+    """Parameters of a model and the peak of memory, in MB."""
+    peak_gpu = None
+    if net.device.type == "cuda":
+        peak_gpu = torch.cuda.max_memory_allocated() / 2**20
+    return {
+        "parameters": net.num_parameters(),
+        "peak_rss_mb": peak_rss_mb(),
+        "peak_gpu_mb": peak_gpu,
+    }
+
+
+def peak_rss_mb():
+    """The most memory that the process held; None if the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    units_a_mb = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_a_mb

@@ -1,9 +1,8 @@
-"""A run's folder, its clock and its tables: what `train.py` writes and prints, so that it holds the
-algorithm alone.
+"""A run's folder and its clock: what `train.py` writes.
 
 DIR/config.json, metrics.jsonl, samples.jsonl, results.json, fwm/, idm/. A stage that ends is saved
 whole (both models, then progress.json, which names them), so that a cut loses one stage at most and
-nothing half-written is ever read. Of several processes rank 0 alone writes.
+nothing half-written is ever read. Of several processes only rank 0 writes.
 """
 import dataclasses
 import json
@@ -12,7 +11,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import transformers
 
 from envs import records
 from models import parallel, pretrained
-from support import aside, progress
+from support import progress
 
 OURS = {
     "config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm",
@@ -165,11 +163,18 @@ class Run:
 
     def picture(self, draw, name, rows):
         """DIR/name by a function of `pictures`."""
-        if parallel.rank() == 0:
-            try:
-                draw(rows, self.dir / name)
-            except ImportError:
-                print(f"  {name} is not drawn: pip install pillow")
+        if parallel.rank():
+            return
+        try:
+            draw(rows, self.dir / name)
+        except ImportError:
+            print(f"  {name} is not drawn: pip install pillow")
+
+    def save_codebook(self, book):
+        """codebook.npz: which patches the codes of images stand for."""
+        if book and parallel.rank() == 0:
+            with records.whole(self.dir / "codebook.npz") as file:
+                book.save(file)
 
     def bar(self, name, steps):
         """The progress of a stage, on rank 0."""
@@ -220,144 +225,3 @@ class Run:
         self.write("results.json", results)
         for rest in ("checkpoint-a", "checkpoint-b"):
             shutil.rmtree(self.dir / rest, ignore_errors=True)
-
-
-def introduce(P, lab):
-    """Print in three lines what the run is about to do; save the codebook of images."""
-    cfg = lab.cfg
-    print(f"SWIRL on {cfg.data or cfg.env}: {len(lab.labelled)} labelled, {len(lab.validation)} "
-          f"validation, {len(lab.state_only)} state-only, {len(lab.test)} test transitions")
-    two = ", two processes where stages are independent" if aside.possible(cfg) else ""
-    print(f"  {P.net.num_parameters() / 1e6:.2f}M parameters a model; "
-          f"{torch.get_num_threads()} thread(s) a process{two}; {lab.run.dir}")
-    rivals = f"; Bootstrap {cfg.bootstrap_steps}" if cfg.rivals else ""
-    print(
-        f"  steps: warm-up {cfg.warmup_steps} (FWM) and {cfg.warmup_steps_idm} (IDM), then "
-        f"{cfg.iterations} times Phase I {cfg.phase1_steps} and Phase II {cfg.phase2_steps}{rivals}"
-    )
-    if lab.book and parallel.rank() == 0:
-        with records.whole(lab.run.dir / "codebook.npz") as file:
-            lab.book.save(file)
-
-
-def warn(name, logs):
-    """Print one line if a phase could learn nothing, or lost most of its rewards to the floor."""
-    floored = sum(log["floored"] for log in logs) / max(1, len(logs))
-    if all(log["zero_std_groups"] == 1 for log in logs):
-        print(
-            f"warning: {name} could learn nothing: in no step did the rollouts of a group differ "
-            "in "
-            "reward"
-        )
-    elif floored > 0.5:
-        print(
-            f"warning: {name}: {floored:.0%} of the rewards lie on the floor; give --reward-form "
-            "mean "
-            "or --floor 0"
-        )
-
-
-def peak_rss_mb():
-    """The most memory that the process held, or None where the system does not say (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
-
-
-def show(scores):
-    fwm, idm = scores["fwm"], scores["idm"]
-    return (
-        f"FWM exact {fwm['exact']:.3f}, of changed {fwm['exact_changed'] or 0:.3f}, sampled "
-        f"{fwm['sampled'] or 0:.3f}, "
-        f"logp {fwm['logp']:.2f} | IDM exact {idm['exact']:.3f}, logp {idm['logp']:.3f}, refused "
-        f"{idm['refused']:.3f}"
-    )
-
-
-def rivals_of(beside):
-    """The rows of `train.rivals` as results.json has them, under `baselines`."""
-    if not beside:
-        return {}
-    first, *then = beside["stages"]
-    return beside["baselines"] | {
-        "bootstrap": {"fwm": first["fwm"], "steps": first["steps"], "seconds": first["seconds"]},
-        "bootstrap_swirl": {"fwm": then[-1]["fwm"], "idm": then[-1]["idm"], "stages": then}}
-
-
-def show_sample(s, changes):
-    """One transition as a person reads it: what changed, what P predicts, what Q reads. changes(x,
-    y) -> lines: `IDM.changes`."""
-    def lines(y):
-        text = " / ".join(changes(s["x"], y)) or "(nothing changes)"
-        return text if len(text) <= 400 else text[:400] + " ..."
-
-    return (
-        f"    z     {s['z']}\n    y     {lines(s['y'])}\n    y_hat "
-        f"{'= y' if s['y_hat'] == s['y'] else lines(s['y_hat'])}"
-        f"\n    z_hat {'= z' if s['z_hat'] == s['z'] else s['z_hat']}"
-    )
-
-
-def report(results):
-    """The final table: a row a stage, FWM and IDM side by side."""
-    base = results["baselines"]
-    rows = [
-        (s["name"], s["fwm"], s["idm"], s["steps"], s["seconds"]) for s in results["stages"][:-1]
-    ]
-    if "bootstrap" in base:
-        boot, then = base["bootstrap"], base["bootstrap_swirl"]
-        rows.append(("bootstrap", boot["fwm"], None, boot["steps"], boot["seconds"]))
-        rows += [
-            ("  + " + s["name"], s["fwm"], s["idm"], s["steps"], s["seconds"])
-            for s in then["stages"]
-        ]
-        best, same = base["best_of_8"], base["best_of_8"]["sft"]
-        rows.append((f"sft, the first {best['fwm']['n']}", same["fwm"], same["idm"], None, None))
-        rows.append(("  best of 8 of these", best["fwm"], best["idm"], None, None))
-    rows.append(("copy x", base["copy_x"], None, None, None))
-    middle = [("BLEU", lambda fwm: fwm["bleu"], 1), ("ROUGE-L", lambda fwm: fwm["rouge_l"], 1)]
-    # images: right patches of those that change, also of motion kinds and at T = 6
-    if "patches_changed" in rows[0][1]:
-        middle = [
-            ("patches %", lambda fwm: fwm["patches_changed"], 100),
-            (
-                "motion %",
-                lambda fwm: fwm.get("kinds", {}).get("motion", {}).get("exact_changed"),
-                100,
-            ),
-            ("T = 6 %", lambda fwm: fwm.get("rollout_exact", [None])[-1], 100),
-        ]
-    columns = [
-        (0, lambda fwm: fwm["exact"], 100), (0, lambda fwm: fwm["exact_changed"], 100),
-        (0, lambda fwm: fwm.get("sampled"), 100), *((0, *column[1:]) for column in middle),
-        (0, lambda fwm: fwm["logp"], 1), (1, lambda idm: idm["exact"], 100),
-        (1, lambda idm: idm["logp"], 1), (1, lambda idm: idm.get("refused"), 100)]
-    heads = [
-        "FWM: exact", "changed", "sampled", *(head for head, _, _ in middle), "logp", "IDM: exact",
-        "logp", "refused", "steps", "seconds"]
-    cell = lambda value, scale=1, digits=2: (
-        f"{value * scale:11.{digits}f}" if value is not None else "          -"
-    )
-    print(
-        f"\n{results['env']}, seed {results['seed']}: {results['splits']['test']} held-out "
-        "transitions, "
-        f"{results['seconds']['total'] / 60:.1f} minutes on {results['hardware']}"
-    )
-    print(
-        "exact: y_hat = y, greedily; changed: the same where y != x; sampled: the chance, where y "
-        "!= x, that a future drawn is y; in %"
-    )
-    print(f"{'':22}" + "".join(f"{head:>11}" for head in heads))
-    for name, fwm, idm, steps, seconds in rows:
-        sides = fwm, idm
-        print(
-            f"{name:22}"
-            + "".join(cell(sides[i] and get(sides[i]), scale) for i, get, scale in columns)
-            + cell(steps, digits=0)
-            + cell(seconds, digits=0)
-        )
-    return 0

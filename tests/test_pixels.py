@@ -23,7 +23,7 @@ from evals import aurora, bytemorph, export, metrics, rollout, visual, worldpred
 from grpo import Phase
 from models import images as image_models
 from models import optim, tiny
-from support import evaluate, loading, pictures, rundir
+from support import evaluate, loading, pictures, tables
 
 
 def room(piles=((), (), (), ()), figure=0, curtain=None, near=True, **more):
@@ -857,7 +857,7 @@ def test_the_table_of_a_run_of_pixels_holds_its_own_columns(done, capsys):
     result["stages"][-2]["fwm"].update(patches_changed=0.1234,
                                        kinds={"motion": {"exact_changed": 0.2345}},
                                        rollout_exact=[0.9] * 5 + [0.3456])
-    rundir.report(result)
+    tables.report(result)
     lines = capsys.readouterr().out.splitlines()
     head, last = (next(line for line in lines if line.startswith(begin))
                   for begin in (" " * 22, "iteration1/phase2"))
