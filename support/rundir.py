@@ -22,8 +22,10 @@ from models import parallel, pretrained
 from support import progress
 
 OURS = {
-    "config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json", "fwm", "idm",
-    "sft", "rivals", "checkpoint-a", "checkpoint-b", "rollout.png", "rollout.gif", "codebook.npz"}
+    "config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json",
+    "fwm", "idm", "sft", "rivals", "checkpoint-a", "checkpoint-b",
+    "rollout.png", "rollout.gif", "codebook.npz",
+}
 OURS |= {name + ".new" for name in OURS}
 FOLDERS = {"fwm", "idm", "adapter", "sft", "rivals", "checkpoint-a", "checkpoint-b"}
 PICTURE = re.compile(r"picture-(sft|bootstrap|iteration\d+-phase[12])\.png")
@@ -32,11 +34,15 @@ MODEL_FILE = re.compile(
     r"added_tokens|vocab|chat_template)[\w.-]*\.(json|safetensors|jinja|model)|merges\.txt|"
     r"README\.md"
 )
+# Settings that may differ when a run resumes
+FREE = ("tokens", "preset")
 
 
 def fail(message):
     """`records.fail`; under torchrun it says on which rank."""
-    records.fail(f"rank {parallel.rank()}: {message}" if parallel.world() > 1 else message)
+    if parallel.world() > 1:
+        message = f"rank {parallel.rank()}: {message}"
+    records.fail(message)
 
 
 class Run:
@@ -46,13 +52,12 @@ class Run:
     def __init__(self, cfg, started, label=""):
         # label: before the names of stages in what is printed
         self.dir, self.label = Path(cfg.out), label
-        config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "fresh")}
         try:
             if parallel.rank() == 0:
-                self.prepare(cfg, config)
+                self.prepare(cfg)
         except OSError as e:
             fail(f"--out {cfg.out}: {e.strerror or e}; give a folder that can be written")
-        # the others read when the folder is ready
+        # The others read when the folder is ready
         parallel.agree(None)
         self.progress = self.load("progress.json") or {
             "stages": [],
@@ -60,85 +65,69 @@ class Run:
             "baselines": {},
             "folder": None,
             "elapsed": 0.0,
-            "eval_seconds": 0.0,
             "bytes": {},
         }
         self.begin = started - self.progress["elapsed"]
-        # forget the lines of a stage that was cut
+        if parallel.rank() == 0:
+            self.forget_cut_stage()
+
+    def prepare(self, cfg):
+        """Make the folder, with its config.json; or check that it holds the same run."""
+        settings = dataclasses.asdict(cfg)
+        del settings["out"], settings["fresh"]
+        data = records.sha256(cfg.data)
+        old = self.read_config(cfg.out)
+        if old and cfg.fresh:
+            self.clear(cfg.out)
+            old = None
+        if old:
+            check_settings(old["settings"], settings, cfg.out)
+            check_data(old.get("data_sha256"), data, cfg)
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        config = {
+            "settings": settings,
+            "data_sha256": data,
+            "git": git_revision(),
+            "versions": versions,
+        }
+        self.write("config.json", config)
+
+    def read_config(self, out):
+        """config.json of the run that is in the folder; None if the folder is new or empty."""
+        found = os.listdir(self.dir) if self.dir.exists() else []
+        if found in ([], ["config.json.new"]):      # the second: of a run that was cut as it began
+            return None
+        if "config.json" not in found:
+            fail(f"--out {out} holds files that no run wrote; give another folder")
+        config = self.load("config.json")
+        if not isinstance(config, dict) or not config.get("settings"):
+            fail(f"--out {out} holds a config.json that no run wrote; give another folder")
+        return config
+
+    def clear(self, out):
+        """Delete the earlier run; fails if the folder holds a file that no run wrote."""
+        # Fails if it is damaged: then it may be somebody else's
+        self.load("progress.json")
+        others = foreign(self.dir)
+        if others:
+            fail(
+                f"--fresh: {out} holds {others[0].relative_to(self.dir)}, which no run "
+                "wrote; move it away first"
+            )
+        shutil.rmtree(self.dir)
+
+    def forget_cut_stage(self):
+        """Delete the lines that an unfinished stage has logged."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path, size = self.dir / name, self.progress["bytes"].get(name, 0)
-            if parallel.rank() == 0 and path.exists() and path.stat().st_size > size:
+            if path.exists() and path.stat().st_size > size:
                 os.truncate(path, size)
-
-    def prepare(self, cfg, config):
-        found = {p.name for p in self.dir.iterdir()} if self.dir.exists() else set()
-        data = records.sha256(cfg.data)
-        try:
-            before = self.load("config.json") if "config.json" in found else {"settings": {}}
-            old = before["settings"]
-        except (KeyError, TypeError):
-            fail(f"--out {cfg.out} holds a config.json that no run wrote; give another folder")
-        if found - {"config.json.new"} and not old:
-            fail(f"--out {cfg.out} holds files that no run wrote; give another folder")
-        if cfg.fresh and found:
-            # one that is damaged is no run's, perhaps
-            self.load("progress.json")
-            foreign = self.foreign(self.dir)
-            if foreign:
-                fail(
-                    f"--fresh: {cfg.out} holds {foreign[0].relative_to(self.dir)}, which no run "
-                    "wrote; move it away first"
-                )
-            shutil.rmtree(self.dir)
-            old = {}
-        for k in config:
-            if k not in ("tokens", "preset") and old and old.get(k) != config[k]:
-                fail(
-                    f"--out {cfg.out} holds a run with {k}={old.get(k)}, this one has "
-                    f"{k}={config[k]}; "
-                    "give another --out, or --fresh to start over"
-                )
-        if old and before.get("data_sha256") != data:
-            fail(
-                f"{cfg.data} has changed since the run in {cfg.out} began; give back the old file, "
-                "or --fresh to start over"
-            )
-        self.dir.mkdir(parents=True, exist_ok=True)
-        if not old:
-            git = (
-                subprocess.run(
-                    ["git", "rev-parse", "HEAD"],
-                    capture_output=True,
-                    text=True,
-                    cwd=Path(__file__).parent,
-                ).stdout.strip()
-                if shutil.which("git")
-                else None
-            )
-            self.write(
-                "config.json",
-                {
-                    "settings": config,
-                    "data_sha256": data,
-                    "git": git or None,
-                    "versions": {
-                        "python": platform.python_version(),
-                        "torch": torch.__version__,
-                        "transformers": transformers.__version__,
-                    },
-                },
-            )
-
-    def foreign(self, folder):
-        """Files in a run's folder that no run wrote."""
-        out = []
-        for path in sorted(folder.iterdir()):
-            if path.is_dir() and path.name in FOLDERS:
-                out += self.foreign(path)
-            elif not (path.name in OURS or PICTURE.fullmatch(path.name) or
-                      folder.name in ("fwm", "idm", "adapter") and MODEL_FILE.fullmatch(path.name)):
-                out.append(path)
-        return out
 
     def load(self, name):
         path = self.dir / name
@@ -184,12 +173,12 @@ class Run:
         return time.monotonic() - self.begin
 
     def spend(self, what, since):
-        self.progress["seconds"][what] = (
-            self.progress["seconds"].get(what, 0.0) + time.monotonic() - since
-        )
+        """Add the seconds since `since` to those of `what`."""
+        seconds = self.progress["seconds"]
+        seconds[what] = seconds.get(what, 0.0) + time.monotonic() - since
 
     def done(self, stage):
-        return any(s["name"] == stage for s in self.progress["stages"])
+        return any(row["name"] == stage for row in self.progress["stages"])
 
     def keep(self, name, P, Q):
         """Both models in DIR/name, to stay."""
@@ -211,7 +200,8 @@ class Run:
 
     def save_progress(self):
         self.progress["elapsed"] = self.elapsed()
-        self.progress["bytes"] = {p.name: p.stat().st_size for p in self.dir.glob("*.jsonl")}
+        logs = self.dir.glob("*.jsonl")
+        self.progress["bytes"] = {path.name: path.stat().st_size for path in logs}
         self.write("progress.json", self.progress)
 
     def finish(self, results):
@@ -225,3 +215,53 @@ class Run:
         self.write("results.json", results)
         for rest in ("checkpoint-a", "checkpoint-b"):
             shutil.rmtree(self.dir / rest, ignore_errors=True)
+
+
+# --- checks of a folder -----------------------------------------------------------------------
+
+def check_settings(old, new, out):
+    """Fails if the run in the folder `out` has other settings."""
+    for name, value in new.items():
+        if name not in FREE and old.get(name) != value:
+            fail(
+                f"--out {out} holds a run with {name}={old.get(name)}, this one has "
+                f"{name}={value}; give another --out, or --fresh to start over"
+            )
+
+
+def check_data(old, new, cfg):
+    """Fails if the transitions file is not the one that the run began with; by its SHA-256."""
+    if old != new:
+        fail(
+            f"{cfg.data} has changed since the run in {cfg.out} began; give back the old file, "
+            "or --fresh to start over"
+        )
+
+
+def foreign(folder):
+    """Files in a run's folder that no run wrote."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name in FOLDERS:
+            found += foreign(path)
+        elif not is_ours(path):
+            found.append(path)
+    return found
+
+
+def is_ours(path):
+    """Whether a run may have written this file, by its name."""
+    if path.name in OURS or PICTURE.fullmatch(path.name):
+        return True
+    in_model = path.parent.name in ("fwm", "idm", "adapter")
+    return in_model and MODEL_FILE.fullmatch(path.name) is not None
+
+
+def git_revision():
+    """The commit of this code; None without git."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "rev-parse", "HEAD"]
+    here = Path(__file__).parent
+    said = subprocess.run(command, capture_output=True, text=True, cwd=here)
+    return said.stdout.strip() or None
