@@ -27,22 +27,46 @@ def evaluate(P, Q, lab, name, moved=("fwm", "idm")):
         lab.held_out["fwm"] = scores, y_hats
     if "idm" in moved or "idm" not in lab.held_out:
         lab.held_out["idm"] = evaluate_Q(Q, lab.test)
-    (fwm, y_hats), (idm, z_hats) = lab.held_out["fwm"], lab.held_out["idm"]
-    samples = [dict(x=x, z=z, y=y, y_hat=y_hat, z_hat=z_hat)
-               for (x, z, y), y_hat, z_hat in zip(lab.test[:20], y_hats, z_hats)]
-    xs, zs, some = ([sample[key] for sample in samples] for key in ("x", "z", "y_hat"))
-    R = swirl_fwm.phase1_reward(Q, xs, [Q.target(z) for z in zs], some)
-    for sample, r in zip(samples, R.tolist()):
-        lab.run.log("samples.jsonl", stage=name, **sample, reward=r)
+    fwm, y_hats = lab.held_out["fwm"]
+    idm, z_hats = lab.held_out["idm"]
+    samples = log_samples(Q, lab, name, y_hats, z_hats)
     return {"fwm": fwm, "idm": idm}, samples[0]
+
+
+def log_samples(Q, lab, name, y_hats, z_hats, n=20):
+    """The first n test transitions beside what P and Q predict, also written to samples.jsonl with
+    the reward of y_hat in Phase I."""
+    xs, zs, ys = columns(lab.test[:n])
+    y_hats, z_hats = y_hats[:n], z_hats[:n]
+    z_rows = [Q.target(z) for z in zs]
+    rewards = swirl_fwm.phase1_reward(Q, xs, z_rows, y_hats).tolist()
+    named = {"x": xs, "z": zs, "y": ys, "y_hat": y_hats, "z_hat": z_hats}
+    samples = [dict(zip(named, row)) for row in zip(*named.values())]
+    for sample, reward in zip(samples, rewards):
+        lab.run.log("samples.jsonl", stage=name, **sample, reward=reward)
+    return samples
+
+
+# --- scores -----------------------------------------------------------------------------------
+
+def columns(triples):
+    """(xs, zs, ys) of [(x, z, y)]."""
+    return tuple(map(list, zip(*triples)))
+
+
+def logp_of(model, data, options=None):
+    """[log-probability of the true y, or z] of each (x, z, y), in nats."""
+    def logp(xs, zs, ys):
+        return model.logp(xs, zs, ys, options).tolist()
+
+    return parallel.divide(logp, *columns(data))
 
 
 def evaluate_P(P, data):
     """(FWM scores, greedy y_hat) on held-out (x, z, y)."""
-    xs, zs, ys = map(list, zip(*data))
+    xs, zs, ys = columns(data)
     y_hats = parallel.divide(P.predict, xs, zs)
-    logp = parallel.divide(lambda *rows: P.logp(*rows).tolist(), xs, zs, ys)
-    scores = metrics.fwm_scores(xs, y_hats, ys, logp)
+    scores = metrics.fwm_scores(xs, y_hats, ys, logp_of(P, data))
     return scores | {"sampled": sampled(P, data)}, y_hats
 
 
@@ -54,24 +78,41 @@ def sampled(P, data):
     if not changed:
         return None
     options = dataclasses.replace(P.options, **PAPER)
-    logp = parallel.divide(lambda *rows: P.logp(*rows, options).tolist(),
-                           *map(list, zip(*changed)))
+    logp = logp_of(P, changed, options)
     return sum(map(math.exp, logp)) / len(logp)
 
 
 def evaluate_Q(Q, data):
     """(IDM scores, greedy z_hat). Q may not refuse; `refused` is the share in which it would."""
-    xs, zs, ys = map(list, zip(*data))
-    options = Q.no_refusal()
+    xs, zs, ys = columns(data)
     z_hats = parallel.divide(Q.predict, xs, ys)
-    logp = parallel.divide(lambda *rows: Q.logp(*rows, options).tolist(), xs, zs, ys)
     refused = parallel.divide(Q.refuses, xs, ys)
+    logp = logp_of(Q, data, Q.no_refusal())
     scores = metrics.idm_scores(z_hats, zs, logp)
     return scores | {"refused": sum(refused) / len(refused)}, z_hats
 
 
+def best_of_8(P, Q, data, seed):
+    """Test-time verification with the warm-up's models, in both directions."""
+    xs, zs, ys = columns(data)
+    generator = torch.Generator(P.net.device)
+    generator.manual_seed(seed + parallel.rank())
+
+    def best_futures(xs, zs):
+        return swirl_fwm.best_of_n(P, Q, xs, zs, 8, generator)
+
+    def best_actions(xs, ys):
+        return swirl_idm.best_of_n(Q, P, xs, ys, 8, generator)
+
+    y_hats = parallel.divide(best_futures, xs, zs)
+    z_hats = parallel.divide(best_actions, xs, ys)
+    fwm = metrics.fwm_scores(xs, y_hats, ys)
+    return {"fwm": fwm, "idm": metrics.idm_scores(z_hats, zs)}
+
+
 def roll_out(P, lab):
-    """What P makes of some windows when it reads its own output: the scores of T = 1..6."""
+    """Scores of P at T = 1..6 when it reads its own output, from some windows; pictures of
+    frames."""
     if not lab.windows:
         return {}
 
@@ -80,43 +121,57 @@ def roll_out(P, lab):
 
     y_hats = rollout.rollout(step, lab.windows, 6)
     if lab.book:
-        rows = []
-        for i, window in enumerate(lab.windows[:3]):
-            truth = [window[0][0], *(y for _, _, y in window)]
-            predicted = [row[i] for row in y_hats]
-            rows.append(([z for _, z, _ in window], images.frames(lab.book, truth),
-                         images.frames(lab.book, predicted)))
-        lab.run.picture(pictures.rollouts, "rollout.png", rows)
-        lab.run.picture(pictures.animation, "rollout.gif", [rows[0][1][0], *rows[0][2]])
+        draw_rollouts(lab, y_hats)
     scores = rollout.score(y_hats, lab.windows)
-    return {"rollout": [at_T["score"] for at_T in scores],
-            "rollout_exact": [at_T["exact"] for at_T in scores],
-            "rollout_changed": [at_T["changed"] for at_T in scores]}
+    return {
+        "rollout": [at_T["score"] for at_T in scores],
+        "rollout_exact": [at_T["exact"] for at_T in scores],
+        "rollout_changed": [at_T["changed"] for at_T in scores],
+    }
+
+
+# --- frames -----------------------------------------------------------------------------------
+
+def draw_rollouts(lab, y_hats):
+    """Pictures of the first three windows, true and predicted; the first one as a film, too."""
+    rows = []
+    for i, window in enumerate(lab.windows[:3]):
+        _, zs, ys = columns(window)
+        truth = images.frames(lab.book, [window[0][0], *ys])
+        predicted = images.frames(lab.book, [states[i] for states in y_hats])
+        rows.append((zs, truth, predicted))
+    lab.run.picture(pictures.rollouts, "rollout.png", rows)
+    _, truth, predicted = rows[0]
+    lab.run.picture(pictures.animation, "rollout.gif", [truth[0], *predicted])
 
 
 def look(lab, name, y_hats):
     """Draw some predictions of frames. Returns {"kinds": scores by kind of sentence}, and those of
     the kinds of motion together."""
-    xs, zs, ys = map(list, zip(*lab.test))
-    some = [i for i in range(len(xs)) if xs[i] != ys[i]][:6]
-    x, y, predicted = (images.frames(lab.book, [states[i] for i in some])
-                       for states in (xs, ys, y_hats))
-    file = f"picture-{name.replace('/', '-')}.png"
-    lab.run.picture(pictures.predictions, file, list(zip(x, [zs[i] for i in some], y, predicted)))
+    xs, zs, ys = columns(lab.test)
+    draw_predictions(lab, name, y_hats)
     kinds = [pixels.kind(z) for z in zs]
     groups = ["motion" if kind in pixels.MOTION else "edits" for kind in kinds]
     by_kind = metrics.by_group(kinds, xs, y_hats, ys)
     return {"kinds": by_kind | metrics.by_group(groups, xs, y_hats, ys)}
 
 
-def best_of_8(P, Q, data, seed):
-    """Test-time verification with the warm-up's models, in both directions."""
-    xs, zs, ys = map(list, zip(*data))
-    generator = torch.Generator(P.net.device).manual_seed(seed + parallel.rank())
-    y_hats = parallel.divide(lambda xs, zs: swirl_fwm.best_of_n(P, Q, xs, zs, 8, generator), xs, zs)
-    z_hats = parallel.divide(lambda xs, ys: swirl_idm.best_of_n(Q, P, xs, ys, 8, generator), xs, ys)
-    return {"fwm": metrics.fwm_scores(xs, y_hats, ys), "idm": metrics.idm_scores(z_hats, zs)}
+def draw_predictions(lab, name, y_hats):
+    """A picture of the first six transitions that change something."""
+    xs, zs, ys = columns(lab.test)
+    changed = [i for i in range(len(xs)) if xs[i] != ys[i]]
+    some = changed[:6]
 
+    def frames(states):
+        return images.frames(lab.book, [states[i] for i in some])
+
+    actions = [zs[i] for i in some]
+    rows = list(zip(frames(xs), actions, frames(ys), frames(y_hats)))
+    file = f"picture-{name.replace('/', '-')}.png"
+    lab.run.picture(pictures.predictions, file, rows)
+
+
+# --- which transitions ------------------------------------------------------------------------
 
 def affordable(tok, test):
     """The first of the test transitions: as many as hold 60,000 tokens of y, at least 20."""
