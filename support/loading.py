@@ -3,6 +3,7 @@
 Bad input ends in one line and exit code 2 (`rundir.fail`).
 """
 import dataclasses
+import itertools
 import typing
 
 import torch
@@ -36,21 +37,38 @@ class Lab:
 def open_lab(cfg, device):
     """(P, Q, lab): data and models as the run begins, checked."""
     splits = load_splits(cfg)
-    states = [s for rows in (splits[0], splits[2]) for row in rows for s in (row[0], row[-1])]
+    states = states_of([splits[0], splits[2]])             # those of training
     book = codebook(cfg)
     half = in_half(cfg, device)
     net_P, net_Q, tok = load_nets(cfg, states, book, half)
     splits = shorten_all(tok, splits, cfg.max_state)
     longest = check_data(net_P, tok, splits, cfg)
-    P, Q = wrap(net_P.to(device), net_Q.to(device), tok, cfg, half, longest, states[0])
+    nets = net_P.to(device), net_Q.to(device)
+    P, Q = wrap(*nets, tok, cfg, half, longest, states[0])
     labelled, validation, state_only, test = splits
     test = affordable(tok, test)
-    windows = []
-    if book or cfg.model == "tiny":            # for real models on text see evals/rollout.py
-        episodes = shorten_all(tok, test_episodes(cfg), cfg.max_state)
-        windows = rollout.windows(episodes, 6, every=1)
-        windows = windows[:max(4, len(test) * 2 // 3 if book else len(test) // 20)]
+    windows = windows_of(cfg, tok, book, len(test))
     return P, Q, Lab(cfg, labelled, validation, state_only, test, windows, book)
+
+
+def states_of(splits):
+    """Every x and y of splits of (x, z, y) or (x, y): each once, in their order."""
+    states = {}
+    for rows in splits:
+        for row in rows:
+            states[row[0]] = None
+            states[row[-1]] = None
+    return list(states)
+
+
+def windows_of(cfg, tok, book, tests):
+    """Six steps [(x, z, y)] each, to roll out; their number depends on that of test
+    transitions. None of text for a real model: that is what evals/rollout.py is for."""
+    if not book and cfg.model != "tiny":
+        return []
+    episodes = shorten_all(tok, test_episodes(cfg), cfg.max_state)
+    most = tests * 2 // 3 if book else tests // 20
+    return rollout.windows(episodes, 6, every=1)[:max(4, most)]
 
 
 def in_half(cfg, device):
@@ -81,7 +99,8 @@ def load_nets(cfg, states, book, half):
         else:
             nets = net, parallel.plain(net).eval()
         # Says now if its layers cannot do what `lm` does with them
-        lm.score(nets[0], [[0, 0]] * 2, [[0], [1]], lm.Options(eos=0))
+        prefix, rows = [0, 0], [[0], [1]]
+        lm.score(nets[0], [prefix, prefix], rows, lm.Options(eos=0))
     except Exception as e:  # whatever a damaged file makes the loaders raise
         rundir.fail(
             f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, smollm2, a Hub id, "
@@ -101,28 +120,25 @@ def wrap(net_P, net_Q, tok, cfg, half, longest, state):
     """(P, Q) as FWM and IDM. longest: tokens of the longest y and z. For images, P may emit only
     codes and Q only words. Elsewhere neither may emit ids beyond the tokenizer, which decode to
     nothing."""
-    longest_y, longest_z = longest
     size = net_P.config.vocab_size
     for_P = for_Q = None
-    kinds = FWM, IDM
+    kind_P, kind_Q = FWM, IDM
     if images.is_image(state):
-        kinds = image_models.ImageFWM, image_models.ImageIDM
+        kind_P, kind_Q = image_models.ImageFWM, image_models.ImageIDM
         for_P = image_models.codes_only(tok, size, state)
         for_Q = image_models.words_only(tok, size)
     elif len(tok) < size:
-        for_P = for_Q = (torch.arange(size) < len(tok))[None]              # (1, V)
-    eos, device = tok.eos_token_id, net_P.device
-    for_P, for_Q = (None if allowed is None else allowed.to(device) for allowed in (for_P, for_Q))
-    P = kinds[0](
-        net_P, tok, lm.Options(eos, allowed=for_P, half=half, tokens=cfg.tokens), longest_y
-    )
-    Q = kinds[1](
-        net_Q,
-        tok,
-        lm.Options(eos, allowed=for_Q, half=half, tokens=cfg.tokens),
-        longest_z,
-        cfg.view,
-    )
+        known = torch.arange(size) < len(tok)
+        for_P = for_Q = known[None]                                        # (1, V)
+
+    def options(allowed):
+        if allowed is not None:
+            allowed = allowed.to(net_P.device)
+        return lm.Options(tok.eos_token_id, allowed=allowed, half=half, tokens=cfg.tokens)
+
+    longest_y, longest_z = longest
+    P = kind_P(net_P, tok, options(for_P), longest_y)
+    Q = kind_Q(net_Q, tok, options(for_Q), longest_z, cfg.view)
     return P, Q
 
 
@@ -131,9 +147,7 @@ def settle(P, Q, lab, device, folder):
     --shard, divided among the processes."""
     cfg, nets = lab.cfg, [P.net, Q.net]
     if folder:
-        last = lab.run.dir / folder
-        folders = [last / side if (last / side).exists() else lab.run.dir / side
-                   for side in ("fwm", "idm")]
+        folders = [saved_model(lab.run.dir, folder, side) for side in ("fwm", "idm")]
         if cfg.lora:
             for net, saved in zip(nets, folders):
                 net.load(saved)                            # on the base that `load_nets` has loaded
@@ -148,22 +162,36 @@ def settle(P, Q, lab, device, folder):
     return P, Q
 
 
+def saved_model(run_dir, folder, side):
+    """Where a run has one side's model: in `folder`, or in its own if the run was cut at its very
+    end, when the models had moved."""
+    last = run_dir / folder / side
+    return last if last.exists() else run_dir / side
+
+
 def shorten_all(tok, splits, longest):
     """The splits with `text.shorten` applied to every state; says how many it cut."""
     if not longest:
         return splits
-    states = {s for rows in splits for row in rows for s in (row[0], row[-1])}
-    short = {s: shorten(tok, s, longest) for s in states}
-    cut = sum(short[s] != s for s in states)
+    states = states_of(splits)
+    short = {state: shorten(tok, state, longest) for state in states}
+
+    def loses_its_change(row):
+        return row[0] != row[-1] and short[row[0]] == short[row[-1]]
+
+    def shortened(row):
+        return short[row[0]], *row[1:-1], short[row[-1]]
+
+    cut = sum(short[state] != state for state in states)
     if cut:
-        lost = sum(row[0] != row[-1] and short[row[0]] == short[row[-1]]
-                   for rows in splits for row in rows)
+        rows = list(itertools.chain(*splits))
+        lost = sum(map(loses_its_change, rows))
         print(
             f"{cut} of {len(states)} states have more than {longest} tokens: the middle of each is "
-            f"left out (--max-state), and with it all that changes in {lost} of "
-            f"{sum(map(len, splits))} transitions"
+            f"left out (--max-state), and with it all that changes in {lost} of {len(rows)} "
+            "transitions"
         )
-    return tuple([(short[row[0]], *row[1:-1], short[row[-1]]) for row in rows] for rows in splits)
+    return tuple(list(map(shortened, rows)) for rows in splits)
 
 
 def check_processes(cfg, device):
@@ -188,33 +216,48 @@ def check_processes(cfg, device):
 def check_data(net, tok, splits, cfg):
     """(longest y, longest z) to draw, in tokens: the longest in training and a margin. Fails if a
     split has nothing to learn from, or a prompt and its reply do not fit the model."""
-    labelled, validation, state_only, test = splits
+    labelled, _, state_only, _ = splits
     name = cfg.data or cfg.env
-    few = "no"
-    if parallel.world() > 1:
-        few = f"fewer than {parallel.world()} (one a process)"
-    for what, rows in zip(("labelled", "validation", "state-only", "test"), splits):
-        if sum(row[0] != row[-1] for row in rows) < parallel.world():
-            rundir.fail(f"{name}: {few} {what} transition with y != x; give more episodes")
-    states = {s: None for rows in splits for row in rows for s in (row[0], row[-1])}
-    sizes = {s: len(encode(tok, "\n" + s)) for s in states}
-    some_image = check_images(tok, states, name)
-    trained = [s for rows in (labelled, state_only) for row in rows for s in (row[0], row[-1])]
-    longest_y = max(sizes[s] for s in trained) + (1 if some_image else 16)  # images are of one size
+    check_changes(splits, name)
+    states = states_of(splits)
+    sizes = {state: len(encode(tok, "\n" + state)) for state in states}
+    margin = 1 if check_images(tok, states, name) else 16  # images are of one size
+    longest_y = margin + max(sizes[state] for state in states_of([labelled, state_only]))
     longest_z = longest_action(tok, labelled)
     check_context(net, tok, splits, sizes, longest_y, cfg)
-    lost = sum(tok.decode(encode(tok, frame(tok).line + s)).removeprefix(frame(tok).line) != s
-               for s in states)
+    warn_of_lossy(tok, states, name)
+    return longest_y, longest_z
+
+
+def check_changes(splits, name):
+    """Fails if a split has nothing to learn from."""
+    processes = parallel.world()
+    few = "no" if processes == 1 else f"fewer than {processes} (one a process)"
+    kinds = "labelled", "validation", "state-only", "test"
+    for kind, rows in zip(kinds, splits):
+        changed = [row for row in rows if row[0] != row[-1]]
+        if len(changed) < processes:
+            rundir.fail(f"{name}: {few} {kind} transition with y != x; give more episodes")
+
+
+def warn_of_lossy(tok, states, name):
+    """Print one line if the tokenizer spells some states in another way."""
+    line = frame(tok).line
+    lost = 0
+    for state in states:
+        ids = encode(tok, line + state)
+        lost += tok.decode(ids).removeprefix(line) != state
     if lost:
         print(
             f"warning: {name}: the tokenizer does not give {lost} of {len(states)} states back as "
             "they are; P cannot predict these exactly"
         )
-    return longest_y, longest_z
 
 
 def longest_action(tok, rows):
-    return max(len(encode(tok, " " + z)) for _, z, _ in rows) + 8
+    """Tokens of the longest z, and a margin."""
+    sizes = [len(encode(tok, " " + z)) for _, z, _ in rows]
+    return max(sizes) + 8
 
 
 def check_images(tok, states, name):
@@ -222,8 +265,10 @@ def check_images(tok, states, name):
     shown = [images.patches(s) or [] for s in states if images.is_image(s)]
     if not shown:
         return False
-    one_size = all(shown) and len(shown) == len(states) and len(set(map(len, shown))) == 1
-    if not one_size or not set().union(*shown) <= set(tok.get_added_vocab()):
+    whole = all(shown) and len(shown) == len(states)
+    one_size = len(set(map(len, shown))) == 1
+    known = set(itertools.chain(*shown)) <= set(tok.get_added_vocab())
+    if not (whole and one_size and known):
         example = images.spell([["0", "1"], ["2", "3"]])
         rundir.fail(
             f"{name}: where a state is an image, all are: {example}, rows as long as columns, all "
@@ -236,14 +281,16 @@ def check_context(net, tok, splits, sizes, longest_y, cfg):
     """Fails if x, z and y together are longer than the model takes."""
     labelled, validation, _, test = splits
     longest = max(sizes, key=sizes.get)
-    # What Q reads beside codes and lines
-    marks = 6 * (1 + longest.count("\n")) + longest.count("<c") if cfg.view == "diff" else 0
+    size = sizes[longest]
+    marks = 0
+    if cfg.view == "diff":                                 # what Q reads besides codes and lines
+        marks = 6 * (1 + longest.count("\n")) + longest.count("<c")
     around = len(frame(tok).head) + len(frame(tok).tail) + 16
     z = longest_action(tok, labelled + validation + test)
-    needed = sizes[longest] + max(longest_y, sizes[longest]) + marks + 2 * z + around
+    needed = size + max(longest_y, size) + marks + 2 * z + around
     if needed > pretrained.context(net):
         rundir.fail(
-            f"{cfg.data or cfg.env}: a state of {sizes[longest]} tokens ({longest[:40]!r}...) is "
+            f"{cfg.data or cfg.env}: a state of {size} tokens ({longest[:40]!r}...) is "
             f"longer than the model takes ({pretrained.context(net)} tokens for x, z and y "
             "together); give --max-state, shorten the states or choose another --model"
         )

@@ -55,7 +55,8 @@ def open_run(folder):
             f"{len(test)}; give it back its data, or train it again"
         )
     half = loading.in_half(cfg, device)
-    P, Q = loading.wrap(net_P.to(device), net_Q.to(device), tok, cfg, half, longest, test[0][0])
+    nets = net_P.to(device), net_Q.to(device)
+    P, Q = loading.wrap(*nets, tok, cfg, half, longest, test[0][0])
     episodes = loading.shorten_all(tok, test_episodes(cfg), cfg.max_state)
     return Opened(cfg, test, uncut[3][:n], episodes, P, Q)
 
