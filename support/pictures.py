@@ -4,56 +4,59 @@ GIF. Needs Pillow (optional).
 Claim: a picture shows what a score cannot. Arrays (H, W, 3) of uint8 in, one file out, written
 whole or not at all.
 """
+import itertools
 import textwrap
 
 import numpy as np
 
 from envs import records
 
-# pixels between cells, of a line of text
-GAP, LINE = 6, 12
+GAP = 6         # pixels between cells
+LINE = 12       # pixels of a line of text
 
 
 def sheet(rows, path, heads=()):
     """A PNG of rows of cells, each a frame or a text; heads: a text over each column."""
     from PIL import Image, ImageDraw
-    H, W = next(cell.shape[:2] for row in rows for cell in row if not isinstance(cell, str))
+    cells = itertools.chain(*rows)
+    frame = next(cell for cell in cells if not isinstance(cell, str))
+    H, W, _ = frame.shape
     top = (LINE + GAP) if heads else GAP
-    size = (max(map(len, rows)) * (W + GAP) + GAP, top + len(rows) * (H + GAP))
-    picture = Image.new("RGB", size, "white")
+    width = GAP + max(map(len, rows)) * (W + GAP)
+    height = top + len(rows) * (H + GAP)
+    picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     for c, head in enumerate(heads):
-        draw.text((GAP + c * (W + GAP), GAP / 2), head, "black")
+        left = GAP + c * (W + GAP)
+        draw.text((left, GAP / 2), head, "black")
     for r, row in enumerate(rows):
         for c, cell in enumerate(row):
-            at = GAP + c * (W + GAP), top + r * (H + GAP)
+            left = GAP + c * (W + GAP)
+            upper = top + r * (H + GAP)
             if isinstance(cell, str):
-                draw.multiline_text(
-                    (at[0], at[1] + H // 3),
-                    "\n".join(textwrap.wrap(cell, W // 7)),
-                    "black",
-                    spacing=2,
-                )
+                text = "\n".join(textwrap.wrap(cell, W // 7))
+                draw.multiline_text((left, upper + H // 3), text, "black", spacing=2)
             else:
-                picture.paste(Image.fromarray(cell), at)
+                picture.paste(Image.fromarray(cell), (left, upper))
     save(path, picture, "PNG")
 
 
 def difference(y, y_hat):
     """y in pale grey, and red where y_hat differs."""
-    wrong = (y.astype(int) != y_hat).any(-1)                                       # (H, W)
-    pale = (200 + y.mean(-1) / 5).astype(np.uint8)[..., None].repeat(3, -1)
-    pale[wrong] = (220, 40, 40)
-    return pale
+    wrong = (y.astype(int) != y_hat).any(-1)               # (H, W)
+    grey = (200 + y.mean(-1) / 5).astype(np.uint8)         # (H, W)
+    shown = np.stack([grey] * 3, axis=-1)                  # (H, W, 3)
+    shown[wrong] = (220, 40, 40)
+    return shown
 
 
 def predictions(rows, path):
     """The grid of a stage; rows: [(x, z, y, y_hat)] with frames."""
-    sheet(
-        [[x, z, y, y_hat, difference(y, y_hat)] for x, z, y, y_hat in rows],
-        path,
-        ("x", "z", "y, true", "y_hat, of P", "difference"),
-    )
+    heads = "x", "z", "y, true", "y_hat, of P", "difference"
+    cells = []
+    for x, z, y, y_hat in rows:
+        cells.append([x, z, y, y_hat, difference(y, y_hat)])
+    sheet(cells, path, heads)
 
 
 def rollouts(rows, path):
@@ -61,20 +64,22 @@ def rollouts(rows, path):
     actions and two of pictures."""
     cells = []
     for zs, truth, y_hats in rows:
-        cells += [["", *zs], list(truth), [truth[0], *y_hats]]
-    sheet(
-        cells, path, ["above true, below P", *(f"T = {t}" for t in range(1, len(rows[0][0]) + 1))]
-    )
+        cells.append(["", *zs])
+        cells.append(truth)
+        cells.append([truth[0], *y_hats])
+    steps = len(rows[0][0])
+    heads = [f"T = {t}" for t in range(1, steps + 1)]
+    sheet(cells, path, ["above true, below P", *heads])
 
 
 def animation(frames, path):
     """A GIF of what P simulates: a frame every .7 seconds."""
     from PIL import Image
 
-    first, *rest = [
-        Image.fromarray(frame).resize((2 * frame.shape[1], 2 * frame.shape[0]), Image.NEAREST)
-        for frame in frames
-    ]
+    height, width, _ = frames[0].shape
+    size = 2 * width, 2 * height
+    film = [Image.fromarray(frame) for frame in frames]
+    first, *rest = [picture.resize(size, Image.NEAREST) for picture in film]
     save(path, first, "GIF", save_all=True, append_images=rest, duration=700, loop=0)
 
 

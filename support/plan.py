@@ -41,8 +41,7 @@ def scaled(cfg, seconds, tests):
     factor = parallel.agree(max(0.0, cfg.minutes * 60 - scores) / steps)
     print(
         f"--minutes {cfg.minutes:g}: about {scores / 60:.1f} go to scores, {steps / 60:.1f} would "
-        "go "
-        f"to the steps as set; now {factor:.2f} times as many"
+        f"go to the steps as set; now {factor:.2f} times as many"
     )
     return {name: max(1, round(getattr(cfg, name) * factor)) for name in STEPS}
 
@@ -69,10 +68,12 @@ def measure(P, Q, lab):
     P, Q = copy.copy(P), copy.copy(Q)
     P.net, Q.net = parallel.plain(P.net), parallel.plain(Q.net)
     frozen_P, frozen_Q = lm.frozen(P), lm.frozen(Q)
-    for_P, for_Q = (optim.make_optimizers(model.net, cfg.warmup_lr, cfg.muon) for model in (P, Q))
+    for_P = optim.make_optimizers(P.net, cfg.warmup_lr, cfg.muon)
+    for_Q = optim.make_optimizers(Q.net, cfg.warmup_lr, cfg.muon)
     rows_P = sft.shuffled(P.rows(lab.labelled), cfg.warmup_batch, rng)
     rows_Q = sft.shuffled(sft.rows_of(Q, lab), cfg.warmup_batch_idm, rng)
-    pairs = sft.shuffled([(x, y) for x, y in lab.state_only if x != y], cfg.batch, rng)
+    changed = [(x, y) for x, y in lab.state_only if x != y]
+    pairs = sft.shuffled(changed, cfg.batch, rng)
     some = lab.test[:SOME]
 
     def warm_up_P():
@@ -94,8 +95,14 @@ def measure(P, Q, lab):
         evaluate_P(P, some)
         evaluate_Q(Q, some)
 
-    stages = dict(warmup_steps=warm_up_P, bootstrap_steps=warm_up_P, warmup_steps_idm=warm_up_Q,
-                  phase1_steps=phase1, phase2_steps=phase2, evaluate=evaluate)
+    stages = {
+        "warmup_steps": warm_up_P,
+        "bootstrap_steps": warm_up_P,
+        "warmup_steps_idm": warm_up_Q,
+        "phase1_steps": phase1,
+        "phase2_steps": phase2,
+        "evaluate": evaluate,
+    }
     return {name: seconds_of(f) for name, f in stages.items()}
 
 
@@ -113,7 +120,8 @@ def seconds_of(f, times=3):
 def saved(cfg):
     """The steps that an unfinished run of this folder was planned with; None without one."""
     try:
-        old = json.loads((Path(cfg.out) / "config.json").read_text())["settings"]
+        config = (Path(cfg.out) / "config.json").read_text()
+        old = json.loads(config)["settings"]
         same = old["minutes"] == cfg.minutes and not cfg.fresh
         return {name: old[name] for name in STEPS} if same else None
     except (OSError, ValueError, KeyError, TypeError):
