@@ -37,12 +37,18 @@ def log_samples(Q, lab, name, y_hats, z_hats, n=20):
     """The first n test transitions beside what P and Q predict, also written to samples.jsonl with
     the reward of y_hat in Phase I."""
     xs, zs, ys = columns(lab.test[:n])
-    y_hats, z_hats = y_hats[:n], z_hats[:n]
     z_rows = [Q.target(z) for z in zs]
-    rewards = swirl_fwm.phase1_reward(Q, xs, z_rows, y_hats).tolist()
-    named = {"x": xs, "z": zs, "y": ys, "y_hat": y_hats, "z_hat": z_hats}
-    samples = [dict(zip(named, row)) for row in zip(*named.values())]
-    for sample, reward in zip(samples, rewards):
+    rewards = swirl_fwm.phase1_reward(Q, xs, z_rows, y_hats[:n])
+    samples = []
+    for i, reward in enumerate(rewards.tolist()):
+        sample = {
+            "x": xs[i],
+            "z": zs[i],
+            "y": ys[i],
+            "y_hat": y_hats[i],
+            "z_hat": z_hats[i],
+        }
+        samples.append(sample)
         lab.run.log("samples.jsonl", stage=name, **sample, reward=reward)
     return samples
 
@@ -106,8 +112,10 @@ def best_of_8(P, Q, data, seed):
 
     y_hats = parallel.divide(best_futures, xs, zs)
     z_hats = parallel.divide(best_actions, xs, ys)
-    fwm = metrics.fwm_scores(xs, y_hats, ys)
-    return {"fwm": fwm, "idm": metrics.idm_scores(z_hats, zs)}
+    return {
+        "fwm": metrics.fwm_scores(xs, y_hats, ys),
+        "idm": metrics.idm_scores(z_hats, zs),
+    }
 
 
 def roll_out(P, lab):
