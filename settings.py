@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import grpo
+import methods
 from envs import WORLDS, records
 from models import adapters, pretrained
 from support import rundir
@@ -25,8 +26,9 @@ def setting(default, text, choices=None, group=None):
 @dataclasses.dataclass
 class Config:
     """Every setting, in the groups of --help."""
-    iterations: int = setting(2, "times that both phases alternate; paper: up to 3",
-                              group="Algorithm 1")
+    method: str = setting("swirl", "what follows the warm-up (methods.py)",
+                          choices=list(methods.METHODS), group="Algorithm 1")
+    iterations: int = setting(2, "times that both phases alternate; paper: up to 3")
     phase1_steps: int = setting(50, "steps of each Phase I")
     phase2_steps: int = setting(40, "steps of each Phase II")
     batch: int = setting(8, "pairs (x, y) a step, B; paper: 64 to 128")
@@ -57,7 +59,7 @@ class Config:
     muon: bool = setting(True, "Muon on weight matrices, and weight decay .1; paper: AdamW")
     spoiled: float = setting(0.0, "share of Q's pairs with a wrong y and no action; paper: 0")
     rivals: bool = setting(True, "best of 8, Bootstrap, and Bootstrap followed by SWIRL, too")
-    bootstrap_steps: int = setting(450, "steps of Bootstrap: the seconds of both Phases I")
+    bootstrap_steps: int = setting(450, "of Bootstrap and other likelihood: as long as Phases I")
 
     env: str = setting("tools", "built-in world", choices=sorted(WORLDS), group="data")
     data: str = setting("", "transitions file (JSONL, .gz) instead of a world")
@@ -68,6 +70,7 @@ class Config:
     max_state: int = setting(0, "a longer state loses its middle; in tokens (0: none does)")
 
     model: str = setting("tiny", "tiny, smollm2, a Hub id, a folder or a .gguf file", group="model")
+    start: str = setting("", "a run whose SFT models take the place of the warm-up")
     lora: int = setting(0, "rank of LoRA adapters on one frozen base (0: all weights learn)")
 
     seed: int = setting(0, "everything that is random", group="run and machine")
@@ -124,7 +127,8 @@ def parse(argv=None):
         cfg.temperature_fwm = cfg.temperature
     cfg.episodes = cfg.episodes or WORLDS[cfg.env].EPISODES
     name = Path(cfg.data).name.split(".")[0] or cfg.env
-    cfg.out = cfg.out or f"runs/{name}-{Path(cfg.model).name}-{cfg.seed}"
+    method = "" if cfg.method == "swirl" else f"-{cfg.method}"
+    cfg.out = cfg.out or f"runs/{name}-{Path(cfg.model).name}-{cfg.seed}{method}"
     return cfg
 
 
@@ -167,6 +171,8 @@ def check(cfg):
     for name, ok in fine.items():
         if not ok:
             rundir.fail(f"--{name.replace('_', '-')} cannot be {getattr(cfg, name)}; see --help")
+    if cfg.method == "oracle" and cfg.data:
+        rundir.fail("--method oracle needs the true actions of the state-only half; take a world")
     if cfg.busy and cfg.env == "pixels" and not cfg.data:
         rundir.fail("--busy is for the text worlds; leave it out with --env pixels")
     if cfg.device == "cuda" and not torch.cuda.is_available():

@@ -56,18 +56,16 @@ def step(model, rows, optimizers, lr):
     return parallel.total(loss), norm
 
 
-def fit(model, name, rows, size, steps, validate, lab):
-    """SFT of an FWM or IDM on rows [(prompt, target)], `size` a step. validate(model, lab) ->
-    share right, called four times on the way."""
+def fit(model, name, batches, steps, validate, lab):
+    """SFT of an FWM or IDM on batches of rows [(prompt, target)]. validate(model, lab) -> share
+    right, called four times on the way."""
     cfg, run = lab.cfg, lab.run
-    batch = shuffled(rows, size, random.Random(f"{cfg.seed} {name}"))
     decay = 0.1 if cfg.muon else 0.0
     optimizers = optim.make_optimizers(model.net, cfg.warmup_lr, cfg.muon, decay)
-    bar = run.bar(name if name == "Bootstrap" else f"warm-up of the {name}", steps)
-    every = max(1, steps // 4)
+    bar, every = run.bar(name, steps), max(1, steps // 4)
     for t in range(1, steps + 1):
         lr = rate(t, steps, cfg.warmup_lr)
-        loss, norm = step(model, next(batch), optimizers, lr)
+        loss, norm = step(model, next(batches), optimizers, lr)
         share = validate(model, lab) if t % every == 0 else None
         run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=t,
                 seconds=run.elapsed(), loss=loss, grad_norm=norm, validation=share)
@@ -78,16 +76,16 @@ def fit(model, name, rows, size, steps, validate, lab):
 
 def warm_up_P(P, lab):
     """SFT of P on the labelled transitions."""
-    cfg = lab.cfg
-    return fit(P, "FWM", P.rows(lab.labelled), cfg.warmup_batch, cfg.warmup_steps,
-               validate_P, lab)
+    cfg, rng = lab.cfg, random.Random(f"{lab.cfg.seed} FWM")
+    rows = shuffled(P.rows(lab.labelled), cfg.warmup_batch, rng)
+    return fit(P, "FWM", rows, cfg.warmup_steps, validate_P, lab)
 
 
 def warm_up_Q(Q, lab):
     """SFT of Q on the labelled transitions."""
-    cfg = lab.cfg
-    return fit(Q, "IDM", rows_of(Q, lab), cfg.warmup_batch_idm, cfg.warmup_steps_idm,
-               validate_Q, lab)
+    cfg, rng = lab.cfg, random.Random(f"{lab.cfg.seed} IDM")
+    rows = shuffled(rows_of(Q, lab), cfg.warmup_batch_idm, rng)
+    return fit(Q, "IDM", rows, cfg.warmup_steps_idm, validate_Q, lab)
 
 
 def rows_of(Q, lab):
@@ -96,16 +94,6 @@ def rows_of(Q, lab):
     if lab.cfg.spoiled:
         return refusals.rows(Q, lab.labelled, lab.cfg.spoiled, rng)
     return Q.rows(lab.labelled)
-
-
-def bootstrap(P, Q, lab):
-    """Bootstrap: Q labels the state-only pairs once, P goes on with labels and pseudo-labels."""
-    cfg = lab.cfg
-    xs, ys = columns(lab.state_only)
-    zs = parallel.divide(Q.predict, xs, ys)
-    rows = P.rows(lab.labelled + list(zip(xs, zs, ys)))
-    return fit(P, "Bootstrap", rows, cfg.warmup_batch, cfg.bootstrap_steps,
-               validate_P, lab)
 
 
 def validate_P(P, lab):

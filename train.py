@@ -24,6 +24,7 @@ import torch
 import transformers
 
 import lm
+import methods
 import sft
 import swirl_fwm
 import swirl_idm
@@ -31,18 +32,8 @@ from envs import records
 from models import optim, parallel
 from settings import parse
 from support import aside, loading, plan, rundir, tables
-from support.evaluate import best_of_8, evaluate_P, evaluate_Q
+from support.evaluate import best_of_8
 from support.results import end_stage, finish
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One row of the final table."""
-    kind: str               # sft, bootstrap, phase1, phase2
-    iteration: int = 0      # 1, 2, .. for phases
-    @property
-    def name(self):
-        return f"iteration{self.iteration}/{self.kind}" if self.iteration else self.kind
 
 
 def train(cfg):
@@ -58,58 +49,72 @@ def train(cfg):
     run.save_codebook(lab.book)                            # only of images
     tables.introduce(P, lab)
 
-    # Warm-up: SFT of both directions on the labelled half, side by side
-    stage = Stage("sft")
-    if not run.done(stage.name):
-        since = time.monotonic()
-        beside = aside.start(cfg, sft.warm_up_Q, Q, lab)
-        P = sft.warm_up_P(P, lab)
-        Q = beside.result()
-        end_stage(stage, P, Q, lab, since, cfg.warmup_steps)
+    if not run.done("sft"):
+        if cfg.start:
+            P, Q = loading.begin_with_sft(P, Q, lab, device)
+        else:
+            P, Q = warm_up(P, Q, lab)
         run.keep("sft", P, Q)
 
     # The rivals start from the same P and Q, beside Algorithm 1
-    beside = aside.start(cfg, rivals, cfg) if cfg.rivals else None
-    P, Q = alternate(P, Q, lab, cfg.iterations)
+    with_rivals = cfg.rivals and cfg.method == "swirl"
+    beside = aside.start(cfg, rivals, cfg) if with_rivals else None
+    P, Q = alternate(P, Q, lab, cfg.method, cfg.iterations)
     rows = beside.result() if beside else {}
     return finish(P, Q, lab, rows) if parallel.rank() == 0 else 0
 
 
-def alternate(P, Q, lab, iterations):
-    """Phase I and Phase II in turn, each iteration on pairs of its own where there are enough."""
-    cfg, run = lab.cfg, lab.run
-    pairs = [(x, y) for x, y in lab.state_only if x != y or not cfg.skip_unchanged]
-    for i in range(1, iterations + 1):
-        # Phase I: theta moves, phi is frozen (Eq. 3, Theorem 3.1)
-        stage, phase = Stage("phase1", i), cfg.phase1(i)
-        if not run.done(stage.name):
-            since = time.monotonic()
-            fresh = share_of(pairs, i, cfg.iterations, phase)
-            run_phase(swirl_fwm.phase1_step, P, Q, fresh, phase, stage, lab)
-            end_stage(stage, P, Q, lab, since, phase.steps)
-        # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
-        stage, phase = Stage("phase2", i), cfg.phase2(i)
-        if not run.done(stage.name):
-            since = time.monotonic()
-            fresh = share_of(pairs, i, cfg.iterations, phase)
-            run_phase(swirl_idm.phase2_step, Q, P, fresh, phase, stage, lab)
-            end_stage(stage, P, Q, lab, since, phase.steps)
+def warm_up(P, Q, lab):
+    """SFT of both directions on the labelled half, side by side."""
+    since = time.monotonic()
+    beside = aside.start(lab.cfg, sft.warm_up_Q, Q, lab)
+    P = sft.warm_up_P(P, lab)
+    Q = beside.result()
+    end_stage(methods.Stage("sft"), P, Q, lab, since, lab.cfg.warmup_steps)
     return P, Q
 
 
-def share_of(pairs, i, iterations, phase):
-    """The pairs of iteration i: its own share, or all if that is less than the phase takes."""
-    size = len(pairs) // iterations
-    return pairs[(i - 1) * size:i * size] if size >= phase.steps * phase.batch else pairs
+def alternate(P, Q, lab, method, iterations):
+    """Phase I and Phase II in turn. Other methods have other stages; see `methods.py`."""
+    once, in_turn = methods.METHODS[method]                # SWIRL: (), ("phase1", "phase2")
+    for kind in once:
+        P, Q = run_stage(methods.Stage(kind), P, Q, lab)
+    for i in range(1, iterations + 1):
+        for kind in in_turn:
+            P, Q = run_stage(methods.Stage(kind, i), P, Q, lab)
+    return P, Q
 
 
-def run_phase(step, policy, frozen, pairs, phase, stage, lab):
+def run_stage(stage, P, Q, lab):
+    """One stage, then its scores; nothing if it is done. Returns (P, Q)."""
+    cfg, since = lab.cfg, time.monotonic()
+    if lab.run.done(stage.name):
+        return P, Q
+    if stage.kind == "phase1":
+        # Phase I: theta moves, phi is frozen (Eq. 3, Theorem 3.1)
+        phase = cfg.phase1(stage.iteration)
+        run_phase(swirl_fwm.phase1_step, P, Q, phase, stage, lab)
+        steps = phase.steps
+    elif stage.kind == "phase2":
+        # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
+        phase = cfg.phase2(stage.iteration)
+        run_phase(swirl_idm.phase2_step, Q, P, phase, stage, lab)
+        steps = phase.steps
+    else:
+        P, Q, steps = methods.LIKELIHOOD[stage.kind](P, Q, lab, stage)
+    end_stage(stage, P, Q, lab, since, steps)
+    return P, Q
+
+
+def run_phase(step, policy, frozen, phase, stage, lab):
     """GRPO steps of `policy` against `frozen` on pairs (x, y)."""
     run, rng = lab.run, random.Random(f"{lab.cfg.seed} {stage.name}")
-    batch = sft.shuffled(pairs, phase.batch, rng)
+    batch = sft.shuffled(methods.pairs_of(stage, phase, lab), phase.batch, rng)
     generator = torch.Generator(policy.net.device)
     generator.manual_seed(rng.randrange(2**31) + parallel.rank())
     ref = lm.frozen(policy)                                # pi_ref: pi as the phase begins
+    if frozen.net is policy.net:                           # --method share: theta = phi
+        frozen = lm.frozen(frozen)
     optimizers = optim.make_optimizers(policy.net, phase.peak, muon=False)
     before = weights(frozen)
     bar, logs = run.bar(run.label + stage.name, phase.steps), []
@@ -118,9 +123,8 @@ def run_phase(step, policy, frozen, pairs, phase, stage, lab):
         lr = phase.rate(t)
         # Without beta the KL is only logged, now and then
         some_ref = ref if phase.beta or t % 10 == 1 else None
-        log, examples = step(
-            policy, frozen, some_ref, optimizers, parallel.share(next(batch)), phase, lr, generator
-        )
+        pairs = parallel.share(next(batch))
+        log, examples = step(policy, frozen, some_ref, optimizers, pairs, phase, lr, generator)
         log = log or {"reward": None, "kl": None}          # Q read no action: nothing to learn
         if "tokens" in log:
             log["tokens_per_second"] = log.pop("tokens") / (time.monotonic() - since)
@@ -151,18 +155,10 @@ def rivals(cfg):
     run = lab.run = rundir.Run(own, started, "bootstrap, ")
     P, Q = loading.settle(P, Q, lab, device, run.progress["folder"] or "../sft")
 
-    if "best_of_8" not in run.progress["baselines"]:
-        few = lab.test[:60]                                # drawing 8 is dear
-        same = {"fwm": evaluate_P(P, few)[0], "idm": evaluate_Q(Q, few)[0]}
-        best = best_of_8(P, Q, few, cfg.seed)
-        run.progress["baselines"] = {"best_of_8": best | {"sft": same}}
+    if not run.progress["baselines"]:
+        run.progress["baselines"] = {"best_of_8": best_of_8(P, Q, lab)}
         run.save_progress()
-    stage = Stage("bootstrap")
-    if not run.done(stage.name):
-        since = time.monotonic()
-        P = sft.bootstrap(P, Q, lab)
-        end_stage(stage, P, Q, lab, since, cfg.bootstrap_steps)
-    alternate(P, Q, lab, iterations=1)
+    alternate(P, Q, lab, "bootstrap+swirl", iterations=1)
     return {"baselines": run.progress["baselines"], "stages": run.progress["stages"]}
 
 

@@ -13,15 +13,15 @@ TEST = 60
 
 
 @functools.lru_cache(maxsize=8)
-def draw(episode, seed, split, n, busy=0.0):
-    """[episode]: n of them, lists of (x, z, y); z is None in those that are state-only, so that no
-    code can peek."""
-    # nobody else acts in the others
+def draw(episode, seed, split, n, busy=0.0, peek=False):
+    """[episode]: n of them, lists of (x, z, y). Without `peek` z is None in those that are
+    state-only."""
+    # Nobody else acts in validation and test
     some = {"busy": busy} if busy and split in ("labelled", "state-only") else {}
     drawn = [episode(random.Random(f"{seed} {split} {i}"), **some) for i in range(n)]
-    return (
-        drawn if split != "state-only" else [[(x, None, y) for x, _, y in steps] for steps in drawn]
-    )
+    if split == "state-only" and not peek:
+        drawn = [[(x, None, y) for x, _, y in steps] for steps in drawn]
+    return drawn
 
 
 def shares(cfg):
@@ -57,17 +57,22 @@ def codebook(cfg):
     )
 
 
-def episodes(cfg, split):
+def episodes(cfg, split, peek=False):
     """[episode] of a world, with its states as strings."""
-    drawn, book = (
-        draw(WORLDS[cfg.env].episode, cfg.seed, split, shares(cfg)[split], cfg.busy),
-        codebook(cfg))
+    episode, n = WORLDS[cfg.env].episode, shares(cfg)[split]
+    drawn = draw(episode, cfg.seed, split, n, cfg.busy, peek)
+    book = codebook(cfg)
     if book is None:
         return drawn
     return [
         list(zip(images.strings(book, xs), zs, images.strings(book, ys)))
         for xs, zs, ys in (zip(*steps) for steps in drawn)
     ]
+
+
+def with_actions(cfg):
+    """[(x, z, y)]: the state-only half of a world with its actions, for the method `oracle`."""
+    return [t for steps in episodes(cfg, "state-only", peek=True) for t in steps]
 
 
 def load_splits(cfg):

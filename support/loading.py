@@ -4,7 +4,9 @@ Bad input ends in one line and exit code 2 (`rundir.fail`).
 """
 import dataclasses
 import itertools
+import json
 import typing
+from pathlib import Path
 
 import torch
 
@@ -159,6 +161,20 @@ def settle(P, Q, lab, device, folder):
     if cfg.shard:
         nets = [parallel.shard(net) for net in nets]
     P.net, Q.net = nets
+    if lab.run.done("joint"):
+        Q.net = P.net                                      # --method share
+    return P, Q
+
+
+def begin_with_sft(P, Q, lab, device):
+    """P and Q as --start left them after its warm-up, with the scores that they had there."""
+    folder = Path(lab.cfg.start)
+    try:
+        scores = json.loads((folder / "results.json").read_text())["stages"][0]
+        P, Q = settle(P, Q, lab, device, (folder / "sft").resolve())
+    except (OSError, ValueError, LookupError) as error:
+        rundir.fail(f"--start {folder}: no finished run with sft/ is there ({error}); give one")
+    lab.run.finish_stage(scores, P, Q)
     return P, Q
 
 

@@ -12,9 +12,6 @@ from models import parallel
 from support import tables
 from support.evaluate import evaluate
 
-# What a stage moves (by default both sides); the other side keeps its scores
-MOVED = {"phase1": ("fwm",), "phase2": ("idm",), "bootstrap": ("fwm",)}
-
 
 def end_stage(stage, P, Q, lab, since, steps):
     """Score the stage on held-out transitions, save it, print it."""
@@ -22,8 +19,7 @@ def end_stage(stage, P, Q, lab, since, steps):
     seconds = time.monotonic() - since
     run.spend("warmup" if stage.kind == "sft" else stage.kind, since)
     since = time.monotonic()
-    moved = MOVED.get(stage.kind, ("fwm", "idm"))
-    scores, sample = evaluate(P, Q, lab, name, moved)
+    scores, sample = evaluate(P, Q, lab, name, moved(stage, P, Q))
     run.log("metrics.jsonl", phase="eval", stage=name, iteration=stage.iteration, step=0,
             seconds=run.elapsed(), **scores)
     run.spend("eval", since)
@@ -31,6 +27,13 @@ def end_stage(stage, P, Q, lab, since, steps):
     run.finish_stage(row, P, Q)
     tables.show_scores(run.label + name, scores, run.elapsed() / 60)
     tables.show_sample(sample, Q.changes)
+
+
+def moved(stage, P, Q):
+    """The sides that a stage moves; the other one keeps its scores."""
+    if stage.kind == "sft" or P.net is Q.net:
+        return "fwm", "idm"
+    return ("idm",) if stage.kind == "phase2" else ("fwm",)
 
 
 def finish(P, Q, lab, beside):
@@ -50,7 +53,7 @@ def finish(P, Q, lab, beside):
             "test": len(lab.test),
         },
         "baselines": baselines(lab, beside),
-        "stages": stages + [stages[-1] | {"name": "swirl"}],
+        "stages": stages + [stages[-1] | {"name": cfg.method}],
         **bounds(P, Q, lab),
         "presets": {
             "bleu": "mirrorapi (characters, method3, mean)",

@@ -107,7 +107,7 @@ def test_best_of_8_draws_eight_in_both_directions(monkeypatch):
     monkeypatch.setattr(swirl_fwm, "best_of_n", forward)
     monkeypatch.setattr(swirl_idm, "best_of_n", inverse)
     P, Q = Model(), Model()
-    scores = evaluate.best_of_8(P, Q, DATA, seed=3)
+    scores = evaluate.verify(P, Q, DATA, 8, seed=3)
     assert asked == [(P, Q, 8, 3)] * 2
     assert (scores["fwm"]["exact"], scores["idm"]["exact"]) == (0.25, 0.75)
 
