@@ -67,7 +67,7 @@ def test_a_race_in_small(tmp_path):
     assert (case["trl"] is None) == (case["ratio_trl"] is None)
 
 
-def test_the_operations_that_a_forward_pass_needs_are_those_that_torch_counts():
+def test_forward_flop_agrees_with_torch():
     # so short that attention, which torch does not count, is little
     B, P, T, G, width, layers, V = 2, 8, 8, 16, 128, 2, 500
     model, (prompts, _) = bench.make_model(width, layers, V), bench.make_work(B, P, V)

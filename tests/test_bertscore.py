@@ -199,7 +199,7 @@ def test_empty_identical_and_cut_texts(roberta):
     assert len(ids) == LIMIT and bertscore.cut([long, fits, "", fits + " water"], roberta, 2) == 2
 
 
-def test_a_tokenizer_that_knows_no_limit_is_cut_to_the_encoders_positions(roberta, bert, tmp_path):
+def test_encoder_positions_limit_the_tokens(roberta, bert, tmp_path):
     # RoBERTa's positions begin at 2
     for folder in (roberta, bert):
         model, tok, limit = bertscore.load(folder, 1)
@@ -210,7 +210,7 @@ def test_a_tokenizer_that_knows_no_limit_is_cut_to_the_encoders_positions(robert
         bertscore.load.cache_clear()
 
 
-def test_a_text_is_read_with_a_space_before_it_whatever_the_tokenizers_file_says(roberta, tmp_path):
+def test_texts_are_encoded_with_a_leading_space(roberta, tmp_path):
     tok = RobertaTokenizer.from_pretrained(roberta, add_prefix_space=False)
     assert tok.encode("the cat") != tok.encode(" the cat")
     tok.save_pretrained(tmp_path)

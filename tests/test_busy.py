@@ -65,7 +65,7 @@ def test_others_act_in_the_share_that_is_asked(monkeypatch, world, busy):
     assert sum(a != b for a, b in seen) > 0.8 * len(seen)  # what they do is mostly seen
 
 
-def test_episodes_stay_chains_and_functions_of_the_seed(world):
+def test_busy_episodes_are_chains_fixed_by_the_seed(world):
     assert episodes(world, 10, 0.5) == episodes(world, 10, 0.5)
     assert all(a[2] == b[0] for steps in episodes(world, 10, 0.5) for a, b in zip(steps, steps[1:]))
 
@@ -105,7 +105,7 @@ def test_y_is_what_z_and_then_the_others_make_of_x(monkeypatch, world):
         copies.clear(), seen.clear()
 
 
-def test_of_physics_all_that_z_does_not_explain_is_the_housemate_s(monkeypatch):
+def test_housemate_explains_what_z_does_not_in_physics(monkeypatch):
     """By the rules alone, from the text."""
     seen = watch(monkeypatch, physics)
     rows = [row for steps in episodes(physics, 60, 0.4) for row in steps]
@@ -188,14 +188,14 @@ def test_validation_and_test_do_not_depend_on_busy(env):
 
 
 @pytest.mark.parametrize("env", WORLDS)
-def test_the_test_draw_does_not_depend_on_how_many_validate(env):
+def test_validation_size_does_not_change_the_test_draw(env):
     few, many = (envs.load_splits(parse(["--env", env, "--validation-size", n]))
                  for n in ("20", "160"))
     assert len(few[1]) == 20 and len(many[1]) == 160 and few[3] == many[3]
 
 
 @pytest.mark.parametrize("env", WORLDS)
-def test_the_validation_draw_does_not_depend_on_how_many_are_tested(env):
+def test_eval_size_does_not_change_the_validation_draw(env):
     few, many = (envs.load_splits(config("--env", env, "--eval-size", n)) for n in ("20", "160"))
     assert len(few[3]) == 20 and len(many[3]) == 160 and few[1] == many[1]
 

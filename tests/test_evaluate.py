@@ -40,14 +40,14 @@ class Model:
         return torch.arange(float(len(xs))) if self.answer is None else self.answer
 
 
-def test_sampled_is_the_mean_chance_of_y_where_something_changes():
+def test_sampled_is_the_mean_chance_of_changed_y():
     P = Model(torch.tensor([0.5, 0.25, 0.0]).log())  # a y that top-p leaves out has no chance
     assert evaluate.sampled(P, DATA) == pytest.approx(0.25)
     options = lm.Options(eos=0, temperature=0.75, top_p=0.96)
     assert P.asked == [(["a", "d", "f"], ["go"] * 3, ["b", "e", "g"], options)]
 
 
-def test_the_chance_of_y_is_that_of_its_tokens_where_p_draws_as_the_paper_does(P):
+def test_chance_of_y_follows_the_sampling_options(P):
     xs, zs, ys = zip(*DATA)
     options = lm.Options(P.tok.eos_token_id, temperature=0.75, top_p=0.99)
     logp = lm.score(
@@ -85,7 +85,7 @@ def test_a_side_that_did_not_move_keeps_its_scores(counted):
     assert counted[3:] == ["fwm", "idm"]
 
 
-def test_samples_hold_the_truth_the_forecast_and_the_reward(counted):
+def test_samples_hold_truth_forecast_and_reward(counted):
     lab = lab_of()
     _, sample = evaluate.evaluate(None, Model(), lab, "sft")
     assert sample == dict(x="a", z="go", y="b", y_hat="y", z_hat="z")
@@ -112,7 +112,7 @@ def test_best_of_8_draws_eight_in_both_directions(monkeypatch):
     assert (scores["fwm"]["exact"], scores["idm"]["exact"]) == (0.25, 0.75)
 
 
-def test_of_long_states_fewer_are_scored_but_never_under_20(tok):
+def test_long_states_cut_the_rows_scored_down_to_20(tok):
     short, long = [("a", "z", "b")] * 300, [("a", "z", "lamp " * 2000)] * 300
     assert evaluate.affordable(tok, short) == short
     tokens = len(encode(tok, "\n" + long[0][2]))
@@ -120,5 +120,5 @@ def test_of_long_states_fewer_are_scored_but_never_under_20(tok):
     assert len(evaluate.affordable(tok, [("a", "z", "lamp " * 9000)] * 300)) == 20
 
 
-def test_where_nothing_changes_there_is_no_share_sampled():
+def test_sampled_is_none_where_nothing_changes():
     assert evaluate.sampled(Model(), [("c", "stay", "c")]) is None

@@ -102,14 +102,14 @@ def exact_gradient(theta, J):
 
 @pytest.mark.parametrize("G", [2, 3, 4])
 @pytest.mark.parametrize("scale", ["mean", "loo"])
-def test_expected_update_is_the_gradient_of_the_expected_reward(G, scale):
+def test_expected_update_is_the_reward_gradient(G, scale):
     """Eq. 4: over all K^G groups, (1 - 1/G) of it with R - mean, all of it with leave-one-out."""
     update = expected_update(THETA, G, lambda logp: REWARDS, settings(scale=scale))
     truth = exact_gradient(THETA, lambda theta: (theta.softmax(-1) * REWARDS).sum())
     assert torch.allclose(update, truth * (1 if scale == "loo" else 1 - 1 / G), rtol=1e-10)
 
 
-def test_dividing_by_the_deviation_is_another_direction():
+def test_std_scale_changes_direction():
     """scale="std" climbs, but not along the gradient, and without unit: ten times the rewards, same
     step."""
     update = expected_update(THETA, 3, lambda logp: REWARDS, settings(scale="std"))
@@ -177,7 +177,7 @@ def sequence_table(theta):
     return torch.stack([torch.stack([at(r, t) for t in range(3)]) for r in SEQUENCES])
 
 
-def test_sequence_update_is_the_gradient_of_the_sequence_elbo():
+def test_sequence_update_is_the_elbo_gradient():
     """V = 3, up to 3 tokens, early ends. The SUM over tokens is exact; a KL per token is not."""
     gen = torch.Generator().manual_seed(1)
     theta, other = (
@@ -201,7 +201,7 @@ def test_sequence_update_is_the_gradient_of_the_sequence_elbo():
 
 @pytest.mark.parametrize("scale", ["mean", "loo"])
 @pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_whole_step_on_a_model_averages_to_the_exact_gradient(scale, beta):
+def test_whole_step_averages_to_the_exact_gradient(scale, beta):
     """`step` itself, fed with all groups of two of the 7 rows of V = 3, T <= 2, weighed by
     probability."""
     policy, ref, rows = tiny_llama(3, 1), tiny_llama(3, 2), sequences(3, 2)
@@ -258,7 +258,7 @@ def test_advantages_are_relative_to_the_group(scale):
         assert A[b].argmax() == R[b].argmax()
 
 
-def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others():
+def test_loo_subtracts_the_mean_of_the_others():
     R = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     A = grpo.advantages(R, "loo")
     for b, k in itertools.product(range(3), range(4)):
@@ -275,7 +275,7 @@ def kl(a, b):
     return (a.exp() * (a - b)).sum()
 
 
-def test_k1_and_k3_are_unbiased_values_of_the_kl_to_the_reference():
+def test_k1_and_k3_are_unbiased_kl_estimates():
     pi = THETA.log_softmax(-1)
     for k in (grpo.k1, grpo.k3):
         assert (pi.exp() * k(pi, REF)).sum().item() == pytest.approx(kl(pi, REF).item(), rel=1e-12)
@@ -295,7 +295,7 @@ def test_k1_as_a_loss_has_no_expected_gradient():
     assert g.abs().max() < 1e-15
 
 
-def test_k3_as_a_loss_descends_the_forward_kl_for_one_token():
+def test_k3_loss_descends_the_forward_kl_of_one_token():
     g = exact_gradient(
         THETA, lambda theta: (THETA.softmax(-1) * grpo.k3(theta.log_softmax(-1), REF)).sum()
     )
@@ -312,7 +312,7 @@ def test_k3_does_not_overflow():
 
 @pytest.mark.parametrize("A", [2.0, -3.0])
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0])
-def test_clip_acts_only_where_the_ratio_left_the_range_on_the_advantage_s_side(A, ratio):
+def test_clip_acts_only_on_the_side_of_the_advantage(A, ratio):
     old = torch.tensor(-1.3)
     logp = (old + math.log(ratio)).requires_grad_()
     value = grpo.surrogate(logp, old, torch.tensor(A), 0.2)
@@ -382,7 +382,7 @@ def naive_loss(policy, ref, prompts, rows, cfg, old=None):
 @pytest.mark.parametrize("kl, min_p", [("reward", 0.0), ("loss", 0.0), ("reward", 0.02)])
 @pytest.mark.parametrize("scale", ["mean", "std", "loo"])
 @pytest.mark.parametrize("kind", list(MAKERS))
-def test_gradient_equals_a_naive_loop_for_every_micro_batch(kind, scale, kl, min_p):
+def test_gradient_equals_a_naive_loop_at_any_budget(kind, scale, kl, min_p):
     """Unequal lengths, duplicates within and across groups, T = 0.7, pad == eos, any budget."""
     policy, ref = MAKERS[kind](4, 1, 14.0), MAKERS[kind](4, 2, 14.0)
     prompts = [[t % 4 for t in p] for p in PROMPTS]
@@ -418,7 +418,7 @@ def test_gradient_equals_a_naive_loop_for_every_micro_batch(kind, scale, kl, min
 
 
 @pytest.mark.parametrize("kl, min_p", [("reward", 0.0), ("loss", 0.0), ("reward", 0.02)])
-def test_several_updates_keep_the_first_log_probs_and_clip(kl, min_p):
+def test_later_updates_clip_against_first_log_probs(kl, min_p):
     """Three SGD steps, far enough for the clip to act, end where the naive loop ends."""
     cfg = settings(
         group_size=5, kl=kl, min_p=min_p, beta=0.2, updates=3, lr=0.1, clip=0.1, tokens=25
@@ -488,7 +488,7 @@ def test_the_kl_with_min_p_is_what_it_leaves_out():
     )
 
 
-def test_a_sampler_that_is_not_the_trainer_stops_the_step():
+def test_sampler_trainer_gap_stops_the_step():
     """Drawn at another temperature than the one that is scored."""
     policy = tiny_llama()
     log, *_ = take_step(policy, None, [Recorder(policy)], PROMPTS, reward, settings())
@@ -606,7 +606,7 @@ def test_rewards_stay_with_their_group():
 
 # --- reward shape, duplicates ---------------------------------------------------------------------
 
-def test_mean_times_length_is_the_sum_and_the_floor_comes_last():
+def test_floor_is_applied_after_dividing_by_length():
     logp, lengths = torch.tensor([-3.0, -30.0, -0.5, -44.0]), [2, 5, 1, 4]
 
     def shaped(form, floor):
@@ -626,7 +626,7 @@ def first_token(model, prefix=(5,)):
 
 
 @pytest.mark.parametrize("kl_form", ["reward", "loss"])
-def test_without_reward_a_kl_drives_the_policy_to_the_reference(kl_form):
+def test_kl_alone_draws_the_policy_to_the_reference(kl_form):
     policy, ref = tiny_llama(9, 1), tiny_llama(9, 2)
     cfg = settings(group_size=64, longest=1, beta=3.0, kl=kl_form, lr=0.01, max_norm=1.0)
     opt, gen = optim.make_optimizers(policy, cfg.lr, muon=False), torch.Generator().manual_seed(0)

@@ -45,7 +45,7 @@ def commands(script):
 
 
 @pytest.mark.parametrize("argv", commands("train.py"))
-def test_each_training_command_of_the_readme_is_understood(argv):
+def test_readme_training_commands_are_understood(argv):
     settings.parse(shlex.split(argv))
 
 

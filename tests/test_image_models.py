@@ -20,7 +20,7 @@ GUESSES = {
 # rows never end, end here and there, end early
 @pytest.mark.parametrize("bias", [-1e4, 0.0, 2.0])
 @pytest.mark.parametrize("guessed", GUESSES)
-def test_from_whatever_guess_rows_are_those_of_one_token_after_the_other(model, guessed, bias):
+def test_any_guess_gives_the_rows_of_sequential_draws(model, guessed, bias):
     """The sequential sampler of the same random numbers, by full passes: equal rows, equal
     log-probs. And the greedy ones."""
     model, rng, min_p, G, T = ending(model, EOS, bias), random.Random(0), 0.02, 4, 8
@@ -55,7 +55,7 @@ def test_from_whatever_guess_rows_are_those_of_one_token_after_the_other(model, 
 
 
 @pytest.mark.parametrize("G", [1, 3])
-def test_a_right_guess_takes_one_pass_and_what_is_right_is_not_computed_again(
+def test_right_part_of_a_guess_is_computed_once(
     model, monkeypatch, G
 ):
     model, passes, forward = ending(model, EOS, -1e4), [], model.forward

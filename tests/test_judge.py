@@ -215,7 +215,7 @@ def server(monkeypatch):
     httpd.server_close()
 
 
-def test_a_question_is_asked_once_and_a_cut_run_goes_on(server, tmp_path, capsys):
+def test_judge_is_asked_once_and_a_cut_run_resumes(server, tmp_path, capsys):
     argv, kept = make_aurora(tmp_path)
     file = tmp_path / "r.jsonl"
     argv += ["--embedder", "pixels", "--replies", file]

@@ -65,7 +65,7 @@ def test_sampler_and_trainer_agree_on_every_token(model, temperature, attention)
 
 
 @pytest.mark.parametrize("partial", [False, True])
-def test_shared_prefix_equals_each_row_alone_in_values_and_gradients(model, partial):
+def test_shared_prefix_equals_each_row_alone(model, partial):
     rows, owner = draw(1)
     rng = random.Random(2)
     k = [rng.randint(1, len(r)) for r in rows] if partial else None
@@ -105,7 +105,7 @@ ALONE = [[3, 1, 4], [1], [2, 6, EOS, 5, 3, 1, 7], [8, EOS], [5, 5, 5, 2]]
 @pytest.mark.parametrize("temperature, min_p, few", [(1.0, 0.0, False), (0.7, 0.0, False),
                                                      (1.5, 0.1, False), (0.7, 0.05, True)])
 @pytest.mark.parametrize("partial", [False, True])
-def test_a_prefix_a_row_is_one_pass_equal_to_each_row_alone(model, monkeypatch, partial,
+def test_one_row_per_prefix_is_a_single_exact_pass(model, monkeypatch, partial,
                                                             temperature, min_p, few):
     """Unlike lengths, prefixes in any order and one of them not asked: values, and gradients."""
     allowed = None
@@ -134,7 +134,7 @@ def test_a_prefix_a_row_is_one_pass_equal_to_each_row_alone(model, monkeypatch, 
     assert ours.norm() > 1e-2 and relative(ours, grads(model)) < 1e-4
 
 
-def test_one_pass_and_the_shared_prefix_give_the_same_numbers(model):
+def test_one_pass_agrees_with_the_shared_prefix(model):
     """The same rows with one of them twice, so that the prefixes are cached."""
     owner = [0, 1, 2, 3, 4]
     once = logprobs(model, RAGGED, ALONE, owner)
@@ -168,7 +168,7 @@ def test_score_without_owner_pairs_prompt_and_row(model):
 
 
 @pytest.mark.parametrize("budget", [1, 15, 40, 100, 10**6])
-def test_chunks_hold_every_row_once_and_keep_to_the_budget(budget):
+def test_chunks_hold_each_row_once_within_the_budget(budget):
     for seed in range(20):
         rows, owner = draw(seed, n=25)
         parts = batches.chunks(RAGGED, rows, owner, budget)
@@ -185,7 +185,7 @@ def test_chunks_hold_every_row_once_and_keep_to_the_budget(budget):
 
 
 @pytest.mark.parametrize("budget", [1, 15, 40, 10**6])
-def test_chunks_of_a_prefix_a_row_are_sorted_by_the_whole(budget):
+def test_one_row_per_prefix_chunks_sort_by_length(budget):
     rng = random.Random(0)
     prefixes, rows = ([[1] * rng.randint(1, 12) for _ in range(25)] for _ in range(2))
     owner = rng.sample(range(25), 25)
@@ -206,7 +206,7 @@ def test_rows_of_one_long_prompt_stay_together():
     assert batches.chunks([[1] * 100, [3] * 100], rows[:4], [0, 0, 1, 1], 40) == [[0, 1], [2, 3]]
 
 
-def test_equal_ids_of_which_unlike_parts_are_scored_are_not_equal(model):
+def test_equal_ids_with_unequal_scored_parts_differ(model):
     rows, owner = [[1, 2, 3], [1, 2, 3], [4]], [0, 0, 0]
     logp = logprobs(model, RAGGED, rows, owner, n_scored=[3, 1, 1])
     whole = naive(model, RAGGED[0], rows[0])
@@ -252,7 +252,7 @@ def test_take_keeps_each_row_with_its_own_prompt():
         assert len(few) == len({owner[n] for n in chosen})  # no prompt runs for nothing
 
 
-def test_end_token_is_learned_though_it_is_also_the_padding(model):
+def test_end_token_is_learned_though_it_pads(model):
     rows = [[3, EOS], [EOS], [1, 2, 4, 5, EOS]]
     logp = logprobs(model, RAGGED[:3], rows, [0, 1, 2])
     ends = torch.stack([logp[n, len(r) - 1] for n, r in enumerate(rows)])
@@ -266,7 +266,7 @@ def test_end_token_is_learned_though_it_is_also_the_padding(model):
 
 
 @pytest.mark.parametrize("how", ["checkpointing", "train"])
-def test_modes_that_would_change_the_numbers_are_refused(model, how):
+def test_modes_that_change_numbers_are_refused(model, how):
     if how == "checkpointing":
         model.gradient_checkpointing_enable()
     else:
@@ -339,7 +339,7 @@ def chi_square(tokens, p):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_first_token_follows_softmax_of_logits_over_temperature(model, temperature):
+def test_first_token_follows_the_tempered_softmax(model, temperature):
     """Chi-square of at most 8 degrees of freedom: 40 has p = 3e-6. The other temperature is told
     apart."""
     gen = torch.Generator().manual_seed(0)
@@ -351,7 +351,7 @@ def test_first_token_follows_softmax_of_logits_over_temperature(model, temperatu
         assert chi_square(tokens, (logits / (1.7 - temperature)).softmax(-1)) > 40
 
 
-def test_a_draw_is_the_inverse_of_the_distribution_function():
+def test_draw_inverts_the_distribution_function():
     """Each token as often as its probability says, one of probability 0 never, the rare ones not
     lost to rounding."""
     p = torch.tensor(
@@ -376,7 +376,7 @@ def test_a_draw_is_the_inverse_of_the_distribution_function():
     assert (next_token.draw(p.log()[[1]].repeat(10**5, 1), torch.arange(10**5), most) == 1).all()
 
 
-def test_a_cache_with_room_holds_what_one_that_copies_holds():
+def test_roomy_cache_holds_what_a_copying_one_holds():
     rng = random.Random(0)
     for _ in range(20):
         ours, plain, U = Room(), DynamicLayer(), 3
@@ -401,7 +401,7 @@ def test_a_cache_with_room_seldom_copies(width):
     assert sum(a != b for a, b in zip(places, places[1:])) < 16
 
 
-def test_a_sliding_window_that_holds_the_text_is_no_window():
+def test_sliding_window_wider_than_the_text_is_inert():
     """The tree of a group is longer than the window; each of its branches is not."""
     torch.manual_seed(0)
     model = sharpen(
@@ -472,14 +472,14 @@ def kept(p, top_p):
     return {i for i, v in enumerate(out.tolist()) if v > -1e9}
 
 
-def test_truncation_is_exact_on_a_distribution_made_by_hand():
+def test_top_p_keeps_the_right_sets_by_hand():
     p = [.2, .4, .1, .3]
     assert kept(p, .01) == kept(p, .35) == {1}                                     # never empty
     assert kept(p, .45) == kept(p, .65) == {1, 3} and kept(p, .75) == {0, 1, 3}
     assert kept(p, .95) == {0, 1, 2, 3}
 
 
-def test_top_p_is_the_smallest_set_that_reaches_the_mass():
+def test_top_p_is_the_smallest_set_with_enough_mass():
     gen = torch.Generator().manual_seed(0)
     for _ in range(50):
         p = torch.randn(6, generator=gen).mul(2).softmax(-1).tolist()
@@ -488,7 +488,7 @@ def test_top_p_is_the_smallest_set_that_reaches_the_mass():
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
-def test_min_p_leaves_the_likely_tokens_to_sampler_and_trainer_alike(model, temperature):
+def test_min_p_is_the_same_in_sampler_and_trainer(model, temperature):
     gen, min_p, left = torch.Generator().manual_seed(0), 0.3, set()
     rows, sampled = sample(model, RAGGED, 40, 6, EOS, temperature, generator=gen, min_p=min_p)
     owner = [b for b in range(len(RAGGED)) for _ in range(40)]
@@ -512,7 +512,7 @@ def test_min_p_leaves_the_likely_tokens_to_sampler_and_trainer_alike(model, temp
     assert len(left) > 2 and min(left) < 9
 
 
-def test_rows_are_scored_under_the_temperature_and_top_p_that_drew_them(model):
+def test_scores_use_the_sampling_temperature_and_top_p(model):
     gen, left = torch.Generator().manual_seed(0), []
     rows, sampled = sample(model, RAGGED, 20, 4, EOS, 0.75, top_p=0.8, generator=gen)
     owner = [b for b in range(len(RAGGED)) for _ in range(20)]
@@ -528,7 +528,7 @@ def test_rows_are_scored_under_the_temperature_and_top_p_that_drew_them(model):
     assert min(left) < 9
 
 
-def test_a_token_that_was_drawn_keeps_a_finite_log_prob_when_the_policy_has_moved():
+def test_drawn_token_keeps_a_finite_log_prob():
     logits = torch.tensor([[0.0, -9.0, -1.0]], requires_grad=True)
     out = next_token.drop_unlikely(logits, 0.1, torch.tensor([1]))
     assert out[0].tolist() == [0, -9, -1] and next_token.drop_unlikely(logits, 0.1)[0].tolist() == [
@@ -546,7 +546,7 @@ FEW[0, [3, 5]] = FEW[1, 7] = FEW[2, [EOS, 4, 6]] = True
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_only_allowed_tokens_are_emitted_and_their_mass_is_one(model, temperature):
+def test_allowed_tokens_have_mass_one(model, temperature):
     gen = torch.Generator().manual_seed(0)
     rows, logps = sample(model, RAGGED, 8, 6, EOS, temperature, gen, allowed=FEW)
     for t, emitted in enumerate(({3, 5}, {7}, {EOS, 4, 6})):
@@ -559,7 +559,7 @@ def test_only_allowed_tokens_are_emitted_and_their_mass_is_one(model, temperatur
             assert logps[n][t] == pytest.approx(truth, abs=1e-4)
 
 
-def test_min_p_is_of_the_likeliest_token_that_may_stand_there(model):
+def test_min_p_is_relative_to_the_likeliest_allowed(model):
     logits = model(torch.tensor([[5]])).logits[0, -1]
     # the two least likely ones
     a, b = logits.argsort()[:2].tolist()
@@ -594,7 +594,7 @@ def test_the_trainer_scores_what_the_sampler_may_emit(model):
     assert score(model, [RAGGED[0]], [[1]], allowed=FEW).item() == -torch.inf
 
 
-def test_in_several_batches_rows_are_those_of_their_prompts(model):
+def test_rows_match_their_prompts_across_batches(model):
     """Greedy or drawn: the random numbers of a row do not depend on the batch."""
     assert greedy(model, RAGGED, 6, tokens=2) == greedy(model, RAGGED, 6)
     gen = torch.Generator().manual_seed(0)
@@ -634,7 +634,7 @@ def test_text_that_spells_a_special_token_is_text(tok, text):
     assert decode(tok, ids) == text and not {tok.eos_token_id, tok.pad_token_id} & set(ids)
 
 
-def test_segments_that_start_with_white_space_join_by_ids_as_by_text(tok):
+def test_white_space_segments_join_by_ids_as_by_text(tok):
     rng = random.Random(0)
     for _ in range(100):
         a, b = odd_text(rng), rng.choice(" \n") + odd_text(rng)
@@ -660,7 +660,7 @@ def test_optimizers_hold_every_parameter_once(kind, muon):
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3)])
-def test_newton_schulz_moves_each_singular_value_by_its_polynomial(shape):
+def test_newton_schulz_maps_singular_values(shape):
     M = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
     U, s, V = torch.linalg.svd(M.double(), full_matrices=False)
     s = s / s.norm(dim=1, keepdim=True)
@@ -691,7 +691,7 @@ def test_muon_steps_as_torch_s_does():
         assert (p - q).norm() < 0.02 * (q - w).norm()
 
 
-def test_optimizer_step_clips_the_whole_norm_steps_and_clears(model):
+def test_optimizer_step_clips_the_joint_norm(model):
     before = weights(model)
     logprobs(model, RAGGED, [[1, 2]], [1]).sum().backward()
     g = grads(model)
@@ -729,14 +729,14 @@ def test_context_is_the_longest_text_the_model_takes(model):
     assert logprobs(model, [[1] * 250], [[2] * 6], [0]).isfinite().all()
 
 
-def test_tokens_at_a_time_are_the_user_s_or_the_device_s():
+def test_token_budget_is_the_users_or_the_devices():
     gpu, cpu = (types.SimpleNamespace(device=torch.device(kind)) for kind in ("cuda", "cpu"))
     plain, own = lm.Options(EOS), lm.Options(EOS, tokens=77)
     assert lm.budget(gpu, plain) > lm.budget(cpu, plain) > 0
     assert lm.budget(gpu, own) == lm.budget(cpu, own) == 77
 
 
-def test_rows_sampled_together_keep_to_the_tokens_and_change_nothing(model, monkeypatch):
+def test_sampling_batches_keep_to_the_token_budget(model, monkeypatch):
     prompts, sizes, batch = RAGGED * 5, [], lm.sample_batch
     truth = greedy(model, prompts, 8)
     monkeypatch.setattr(

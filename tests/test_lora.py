@@ -85,7 +85,7 @@ def same(a, b):
 
 # --- values and gradients -------------------------------------------------------------------------
 
-def test_values_and_gradients_are_those_of_the_merged_model(make):
+def test_adapter_equals_the_merged_model(make):
     P, Q = shaken(make())
     # P's last, with Q's in between
     for model in (Q, P):
@@ -100,7 +100,7 @@ def test_values_and_gradients_are_those_of_the_merged_model(make):
         assert relative(grads(model), torch.cat([p.grad.flatten() for p in leaves.values()])) < 1e-5
 
 
-def test_at_the_start_both_are_the_base_and_every_matrix_of_the_layers_is_adapted(make):
+def test_adapters_start_as_the_base_on_every_matrix(make):
     plain = make()
     P, Q = adapters.pair(make(), 3)
     assert torch.equal(logprobs(P, RAGGED, ROWS, OWNER), logprobs(plain, RAGGED, ROWS, OWNER))
@@ -115,7 +115,7 @@ def test_at_the_start_both_are_the_base_and_every_matrix_of_the_layers_is_adapte
     assert {n.partition(".lora_")[0] for n, _ in P.named_parameters()} == matrices
 
 
-def test_a_graph_of_one_adapter_runs_back_into_it_alone_though_others_ran_in_between(make):
+def test_backward_reaches_only_its_own_adapter(make):
     P, Q = shaken(make())
     base, ref = P.base, frozen(P)
     logprobs(P, RAGGED, ROWS, OWNER).sum().backward()
@@ -132,7 +132,7 @@ def test_a_graph_of_one_adapter_runs_back_into_it_alone_though_others_ran_in_bet
     assert not any(p.requires_grad for p in base.parameters())
 
 
-def test_sampler_and_trainer_agree_with_two_adapters_in_turn(make):
+def test_sampler_and_trainer_agree_on_two_adapters(make):
     P, Q = shaken(make())
     for model in (P, Q, P):
         rows, sampled = sample(model, RAGGED, 4, 6, EOS, generator=torch.Generator().manual_seed(0))
@@ -145,7 +145,7 @@ def test_sampler_and_trainer_agree_with_two_adapters_in_turn(make):
 
 # --- copies, optimizers, a phase ------------------------------------------------------------------
 
-def test_a_reference_is_an_exact_copy_that_does_not_move():
+def test_reference_is_an_exact_copy_that_stays():
     P, Q = shaken(tiny_llama())
     ref, before = frozen(P), bits(P)
     assert (
@@ -181,7 +181,7 @@ def test_what_would_change_the_numbers_is_refused():
 
 # --- files ----------------------------------------------------------------------------------------
 
-def test_a_saved_folder_is_a_plain_model_and_holds_the_adapter_for_peft(make, tmp_path):
+def test_saved_folder_is_a_plain_model_plus_adapter(make, tmp_path):
     P, Q = shaken(make())
     base, truth = bits(P.base), logprobs(P, RAGGED, ROWS, OWNER)
     P.save_pretrained(tmp_path / "fwm")
@@ -275,7 +275,7 @@ def test_a_cut_run_goes_on_with_its_adapters(short, tmp_path, monkeypatch, capsy
     assert [p.name for p in (tmp_path / "cut").iterdir()] == ["config.json"]
 
 
-def test_bad_ranks_and_a_missing_package_are_refused_in_one_line(
+def test_bad_ranks_and_missing_peft_are_refused(
     short, tmp_path, monkeypatch, capsys
 ):
     def refused(argv):
@@ -294,7 +294,7 @@ def test_bad_ranks_and_a_missing_package_are_refused_in_one_line(
     assert "pip install peft" in refused(short)
 
 
-def test_a_pretrained_model_learns_faster_with_adapters():
+def test_adapters_raise_the_rates_of_real_models():
     full, lora = (
         train.parse(["--model", "some/model"]),
         train.parse(["--model", "some/model", "--lora", "8"]))
@@ -319,7 +319,7 @@ def config(V=400, h=128, L=3, i=512, tied=True):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_arithmetic_counts_the_parameters_that_there_are(tied):
+def test_memory_counts_the_actual_parameters(tied):
     hidden, layers, heads, kv, intermediate = adapters.QWEN["0.5B"]
     real = Qwen2Config(
         vocab_size=151936,
@@ -346,7 +346,7 @@ def test_the_arithmetic_counts_the_parameters_that_there_are(tied):
 
 @pytest.mark.parametrize("r", [0, 4])
 @pytest.mark.parametrize("half", [False, True])
-def test_the_allowance_for_activations_is_what_autograd_keeps(r, half, monkeypatch):
+def test_activation_memory_is_what_autograd_keeps(r, half, monkeypatch):
 
     def kept(T, **shape):
         model = AutoModelForCausalLM.from_config(

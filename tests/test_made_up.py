@@ -151,7 +151,7 @@ def test_no_name_of_the_worlds_stands_in_the_source(world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_no_template_of_the_worlds_stands_in_the_source(world):
+def test_no_template_of_the_worlds_is_in_the_source(world):
     assert in_the_source(strings(WORLDS[world])) == set()
 
 

@@ -58,7 +58,7 @@ def test_find_sees_what_an_html_parser_sees(seed):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_cut_keeps_the_target_whole_tags_and_the_count(seed):
+def test_cut_keeps_the_target_whole_tags_and_the_count(seed):
     rng = random.Random(seed)
     html = page(rng)
     for node, at in Starts(html).at.items():

@@ -94,7 +94,7 @@ def test_a_list_that_was_cut_anywhere_is_refused(tmp_path, monkeypatch, chunk):
         assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_fault_early_in_a_large_list_is_told_without_reading_on(tmp_path, monkeypatch):
+def test_early_fault_stops_reading_a_large_list(tmp_path, monkeypatch):
     monkeypatch.setattr(official, "CHUNK", 100)
     path = tmp_path / "d.json"
     path.write_text('[{"a": 1},\n{"a" 2},\n' + '{"a": 3},\n' * 10**5 + '{"a": 3}]')

@@ -258,7 +258,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_see_the_gradient_and_the_log_of_one(ranks, alone, case, how):
+def test_two_processes_match_the_gradient_of_one(ranks, alone, case, how):
     log, seen = alone[0][case]
     for rank in ranks[0]:
         theirs, grad = rank[how][0][case]
@@ -271,7 +271,7 @@ def test_two_processes_see_the_gradient_and_the_log_of_one(ranks, alone, case, h
         assert rank[how][0]["unread"] is None
 
 
-def test_one_process_sees_the_gradient_of_the_naive_losses(alone):
+def test_one_process_matches_the_naive_losses(alone):
     """So that the test above is held against something that `grpo`, `sft` and `lm` did not
     compute."""
     policy, ref, cfg = tiny_llama(9, 1), tiny_llama(9, 2), settings(beta=0.3)
@@ -285,7 +285,7 @@ def test_one_process_sees_the_gradient_of_the_naive_losses(alone):
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
-def test_muon_of_two_processes_is_that_of_one_and_shards_go_one_at_a_time(ranks, alone, how):
+def test_muon_on_two_processes_matches_one(ranks, alone, how):
     truth, most = alone[4]
     for rank in ranks[0]:
         ours, n = rank[how][3]
@@ -295,7 +295,7 @@ def test_muon_of_two_processes_is_that_of_one_and_shards_go_one_at_a_time(ranks,
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
-def test_weights_after_three_steps_are_those_of_one_process_and_are_saved_alike(ranks, alone, how):
+def test_weights_on_two_processes_match_one(ranks, alone, how):
     found, folder = ranks
     start, other, saved = (
         weights(tiny_llama(9, 1)), weights(tiny_llama(9, 3)), pretrained.load(folder / how)[0])
@@ -327,7 +327,7 @@ def test_a_phase_cuts_one_batch_and_draws_apart(ranks, alone, how):
     assert torch.equal(other, end) and not torch.equal(end, start)
 
 
-def test_rows_are_gathered_in_their_order_and_rank_0_decides(ranks):
+def test_rows_gather_in_order_and_rank_0_decides(ranks):
     for rank in ranks[0]:
         assert rank["numbers"] == [[n * n for n in range(7)], 0, 3, [5]]
 
@@ -361,7 +361,7 @@ def one(tmp_path_factory, small_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["copies", "shards"])
-def test_torchrun_takes_a_run_to_its_end_and_resumes_a_cut_one(one, tmp_path, shard):
+def test_torchrun_finishes_a_run_and_resumes_a_cut_one(one, tmp_path, shard):
     """The same files as one process leaves; a run that was killed before Phase II ends as the one
     that was not."""
     argv, one = one

@@ -72,7 +72,7 @@ def test_the_freezer_must_be_on_and_shut():
         assert f"jar: {then} C, in the freezer" in after(world, "wait")
 
 
-def test_a_place_takes_one_vessel_and_shut_doors_keep_off():
+def test_places_hold_one_vessel_and_doors_shut_them():
     world = given("cup: liquid water, 80 C, in the chest")
     assert after(world) == after(
         world, "take the cup", "empty the cup", "pour the cup into the pot"
@@ -139,7 +139,7 @@ def test_next_state_follows_from_the_text_alone():
         assert read(x).text() == x and "\n".join(after(read(x), z)) == y
 
 
-def test_episodes_are_chains_by_seed_and_kinds_are_in_proportion():
+def test_episodes_are_chains_fixed_by_the_seed():
     assert all(len(e) == STEPS and all(a[2] == b[0] for a, b in zip(e, e[1:])) for e in EPISODES)
     assert episode(random.Random(7)) == EPISODES[7] != EPISODES[8]
     shares = Counter(next(k for k in KINDS if f"{z} ".startswith(k + " ")) for _, z, _ in DRAWN)
@@ -147,7 +147,7 @@ def test_episodes_are_chains_by_seed_and_kinds_are_in_proportion():
     assert 0.08 <= sum(x == y for x, _, y in DRAWN) / len(DRAWN) <= 0.15
 
 
-def test_states_are_short_and_varied_and_the_diff_tells_the_action():
+def test_states_are_short_and_of_few_words():
     words = [len(x.split()) for x, _, _ in DRAWN]
     assert (
         sum(words) >= 30 * len(words)

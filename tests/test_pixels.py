@@ -122,7 +122,7 @@ def test_the_curtain_hides_and_gives_back():
     assert {z.rpartition(" the ")[2] for z in pixels.sentences(both)["put"]} == {A}
 
 
-def test_every_room_of_an_episode_is_one_that_a_child_accepts():
+def test_every_room_of_an_episode_is_consistent():
     for seed in range(6):
         now, rng = Room(random.Random(seed)), random.Random(seed)
         for _ in range(12):
@@ -231,7 +231,7 @@ def test_frames_decode_to_what_was_encoded(episodes, book):
     assert np.mean(right) >= 0.99
 
 
-def test_k_means_takes_over_where_there_are_more_patches_than_codes(episodes):
+def test_k_means_fits_more_patches_than_codes(episodes):
     frames = np.stack([y for steps in episodes[:4] for _, _, y in steps])
     points, count = np.unique(images.cut(frames, 16).reshape(-1, 768), axis=0, return_counts=True)
     book = images.Codebook.fit(frames, 16, size=24, rounds=50)
@@ -296,7 +296,7 @@ def changes(x, y):
     return image_models.ImageIDM.changes(None, x, y)
 
 
-def test_q_reads_the_patches_that_change_and_those_that_touch_them(rows):
+def test_q_reads_changed_patches_and_their_neighbours(rows):
     moved = 0
     for x, z, y in rows:
         now, then = images.patches(x), images.patches(y)
@@ -359,7 +359,7 @@ def test_q_reads_the_patches_that_change_and_those_that_touch_them(rows):
         ("tilt down", "<1,1><0,1>"),
     ],
 )
-def test_q_reads_a_moved_camera_as_a_shift_and_what_is_wrong_beside_it(book, z, shift):
+def test_q_reads_a_moved_camera_as_a_shift(book, z, shift):
     out = room([[], [A, B], [], []], figure=3, curtain=0, near=False)
     if z == "tilt up":
         out.camera = 2, 2
@@ -376,7 +376,7 @@ def test_q_reads_a_moved_camera_as_a_shift_and_what_is_wrong_beside_it(book, z, 
     assert changes(x, "<image>" + "".join(codes) + "</image>")[0].startswith(f"{shift}<0,0>")
 
 
-def test_a_spoiled_image_has_a_wrong_patch_or_two_exchanged(rows):
+def test_spoiled_image_has_one_or_two_wrong_patches(rows):
     rng, seen = random.Random(0), set()
     for x, _, y in rows * 3:
         other = rng.choice(rows)[0]
@@ -429,7 +429,7 @@ def models_of(tok, x, net, other=None):
     return loading.wrap(net, other or copy.deepcopy(net), tok, cfg, False, (68, 16), x)
 
 
-def test_a_patch_is_one_token_and_y_stands_a_fixed_way_behind_x(rows, pixel_tok):
+def test_y_stands_at_a_fixed_distance_behind_x(rows, pixel_tok):
     P = image_models.ImageFWM(None, pixel_tok)
     for x, z, y in rows[:20]:
         row = [*P.prompt(x, z), *P.target(y)]
@@ -439,7 +439,7 @@ def test_a_patch_is_one_token_and_y_stands_a_fixed_way_behind_x(rows, pixel_tok)
         assert P.read(P.target(y)) == y
 
 
-def test_codes_and_places_are_embedded_by_their_meaning(pixel_tok, book):
+def test_embeddings_reflect_places_and_looks(pixel_tok, book):
     P = copying(pixel_tok, torch.tensor(book.features()))
     E = torch.nn.functional.normalize(P.get_input_embeddings().weight.detach(), dim=1)
     at = lambda *tokens: E[pixel_tok.convert_tokens_to_ids(list(tokens))]
@@ -455,7 +455,7 @@ def test_codes_and_places_are_embedded_by_their_meaning(pixel_tok, book):
     assert (codes @ codes.T)[i, j].max() < 0.99
 
 
-def test_p_draws_an_image_and_q_words_whatever_the_weights(rows, pixel_tok):
+def test_random_p_draws_images_and_random_q_words(rows, pixel_tok):
     x, z, y = rows[0]
     # random: it knows nothing
     P, Q = models_of(pixel_tok, x, tiny.make_model(pixel_tok, width=32, layers=2))
@@ -534,7 +534,7 @@ def copying(tok, features=None):
     return P
 
 
-def test_logp_is_the_same_whatever_else_is_in_the_batch(rows, pixel_tok):
+def test_logp_does_not_depend_on_the_batch(rows, pixel_tok):
     P, _ = models_of(pixel_tok, rows[0][0], copying(pixel_tok))
     xs, zs, ys = map(list, zip(*rows[:6]))
     alone = [P.logp([x], [z], [y]).item() for x, z, y in rows[:6]]
@@ -553,7 +553,7 @@ def test_heads_that_copy_by_place(rows, pixel_tok, book, known):
     assert right > 0.9 > metrics.right_patches(P.predict(xs, zs), xs)
 
 
-def test_the_heads_look_at_the_patch_and_at_those_around_it(rows, pixel_tok):
+def test_heads_attend_to_the_patch_and_its_neighbours(rows, pixel_tok):
     net = copying(pixel_tok)
     net.set_attn_implementation("eager")
     P, (x, z, y) = image_models.ImageFWM(net, pixel_tok), rows[0]
@@ -655,7 +655,7 @@ def test_changes_are_counted_from_the_first_frame():
 # ---- What is drawn -------------------------------------------------------------------------------
 
 
-def test_a_sheet_holds_the_frames_as_they_are_and_red_where_they_differ(episodes, tmp_path):
+def test_sheet_shows_frames_and_marks_differences_red(episodes, tmp_path):
     Image = pytest.importorskip("PIL.Image")
     (x, z, y), (_, _, other) = episodes[0][0], episodes[1][0]
     pictures.predictions([(x, z, y, other), (x, z, y, y)], tmp_path / "a.png")
@@ -678,7 +678,7 @@ def test_a_sheet_holds_the_frames_as_they_are_and_red_where_they_differ(episodes
 # ---- Real tokenizers of images -------------------------------------------------------------------
 
 
-def test_the_vocabulary_holds_every_code_of_the_book_and_those_that_are_there():
+def test_vocabulary_holds_all_codes_of_book_and_images():
     image = images.spell([["0", "7"], ["2", "3"]])
     for size, top in ((0, 7), (5, 7), (12, 11)):
         got = images.vocabulary([image, "a text"], size)
@@ -820,7 +820,7 @@ def done(watched):
     return watched[0]
 
 
-def test_a_run_of_pixels_takes_its_own_temperature_and_windows(watched):
+def test_pixels_run_has_its_own_temperature(watched):
     """Phase I, Phase II; of the rivals first."""
     _, steps, windows = watched
     assert steps == ([(1.3, 0.05, 4)] * 2 + [(1, 0, 4)] * 2) * 2
@@ -852,7 +852,7 @@ def test_a_run_of_pixels_leaves_scores_and_pictures(done):
     assert len(images.Codebook.load(done / "codebook.npz").centres) > 40
 
 
-def test_the_table_of_a_run_of_pixels_holds_its_own_columns(done, capsys):
+def test_pixels_table_has_its_own_columns(done, capsys):
     result = json.loads((done / "results.json").read_text())
     result["stages"][-2]["fwm"].update(patches_changed=0.1234,
                                        kinds={"motion": {"exact_changed": 0.2345}},
@@ -924,7 +924,7 @@ def test_a_run_is_rolled_out_again(done, tmp_path, capsys):
     assert then["stages"][-1]["fwm"]["rollout"]
 
 
-def test_a_run_whose_codes_stand_for_other_patches_is_refused(done, tmp_path, capsys):
+def test_run_with_another_codebook_is_refused(done, tmp_path, capsys):
     shutil.copytree(done, tmp_path / "run")
     images.Codebook(images.Codebook.load(done / "codebook.npz").centres[::-1]).save(
         tmp_path / "run" / "codebook.npz"

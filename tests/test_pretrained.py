@@ -161,7 +161,7 @@ def folder(family, tmp_path_factory):
     return make_folder(family, tmp_path_factory.mktemp(family) / family)
 
 
-def test_a_prompt_reads_as_the_template_says_and_a_reply_ends_as_it_does(family, folder):
+def test_prompts_and_replies_follow_the_template(family, folder):
     _, special, end, text = FAMILIES[family]
     _, tok = pretrained.load(folder)
     P, Q = FWM(None, tok), IDM(None, tok)
@@ -198,7 +198,7 @@ def test_a_prompt_of_q_is_one_user_s_turn(folder, view):
         assert tok.decode(prompt) == tok.decode(frame.head) + line + body + tok.decode(frame.tail)
 
 
-def test_a_tokenizer_without_template_that_begins_with_bos_still_does():
+def test_tokenizer_that_begins_with_bos_still_does():
     tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
     tok.add_special_tokens({"bos_token": "<bos>"})
     assert text.frame(tok).head == ()
@@ -210,7 +210,7 @@ def test_a_tokenizer_without_template_that_begins_with_bos_still_does():
     assert text.frame(other).head == (other.bos_token_id,)
 
 
-def test_a_template_that_drops_what_is_asked_is_refused():
+def test_template_that_drops_the_prompt_is_refused():
     tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
     tok.chat_template = "hello"
     with pytest.raises(ValueError, match="drops"):
@@ -339,7 +339,7 @@ def test_a_long_state_loses_its_middle_and_says_so(tok, state):
         assert first.endswith("\n") and last in state[len(first):] and state[-len(last) - 1] == "\n"
 
 
-def test_states_are_shortened_in_every_split_and_counted(tok, capsys):
+def test_states_are_shortened_and_counted(tok, capsys):
     long = " ".join(["lamp"] * 200)
     splits = [[("a", "z", long)], [(long, "z", "b")], [(long, "c")], [("a", "z", "b")]]
     short = text.shorten(tok, long, 50)
@@ -353,7 +353,7 @@ def test_states_are_shortened_in_every_split_and_counted(tok, capsys):
     assert loading.shorten_all(tok, splits, 0) is splits
 
 
-def test_a_gguf_file_is_the_model_that_was_written_into_it(tmp_path):
+def test_gguf_file_loads_the_model_written_into_it(tmp_path):
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     tok, written = real_tokenizer(), make_model("llama", 320)

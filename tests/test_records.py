@@ -140,7 +140,7 @@ def test_short_episode(tmp_path):
     assert len(records.read(path, min_steps=1)) == 3
 
 
-def test_an_episode_of_one_line_is_taken_where_its_id_fixes_the_split(tmp_path):
+def test_one_line_episode_is_taken_if_its_split_is_set(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"episode": "dev-a", "t": 7, "x": "a", "z": "go", "y": "b"}))
     assert [t.episode for t in records.read(path)] == ["dev-a"]
@@ -236,7 +236,7 @@ def test_same_seed_same_split_whatever_the_line_order():
     assert check(transitions, 5) != check(transitions, 6)
 
 
-def test_split_does_not_depend_on_line_order_in_the_file(tmp_path):
+def test_split_does_not_depend_on_file_line_order(tmp_path):
     lines = [json.dumps(row(f"e{e}", t)) for e in range(12) for t in range(2)]
     first = records.split(records.read(save(tmp_path / "a.jsonl", lines)), 3)
     random.Random(1).shuffle(lines)

@@ -160,7 +160,7 @@ def test_slips_are_as_many_as_asked_for_and_understood():
     assert not [tr for tr in record(slips=0)[0] if tr.z == "wait"]
 
 
-def test_the_seed_fixes_the_slips_in_whatever_order_they_are_listed():
+def test_seed_fixes_the_slips_in_any_listing_order():
     some = [
         [
             tr.z

@@ -42,7 +42,7 @@ def refused(scorer, capsys, *argv):
 # ---- Against the packages ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("preset", ["mirrorapi", "word"])
-def test_stabletoolbench_is_nltk_rounded_as_the_benchmark_rounds(preset, tmp_path):
+def test_stabletoolbench_is_nltk_with_its_rounding(preset, tmp_path):
     nltk_bleu = pytest.importorskip("nltk.translate.bleu_score")
     tokens, method3 = (
         {"mirrorapi": list, "word": str.split}[preset], nltk_bleu.SmoothingFunction().method3)
@@ -93,7 +93,7 @@ def test_stabletoolbench_is_nltk_rounded_as_the_benchmark_rounds(preset, tmp_pat
 
 
 @pytest.mark.parametrize("stemmer", [False, True])
-def test_rouge_l_is_rouge_scores_whole_and_of_changed_pairs(stemmer, tmp_path):
+def test_rouge_l_is_the_packages_for_every_subset(stemmer, tmp_path):
     rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stemmer)
     rows = [(p, r, r if i % 3 else PAIRS[i - 1][1]) for i, (p, r) in enumerate(PAIRS)]
@@ -168,7 +168,7 @@ def test_bertscore_is_bert_scores(roberta, tmp_path, capsys):  # noqa: F811
 
 # ---- By hand -------------------------------------------------------------------------------------
 
-def test_the_average_is_of_splits_and_the_whole_is_of_pairs(tmp_path, capsys):
+def test_average_is_over_splits_and_all_over_pairs(tmp_path, capsys):
     rows = [dict(prediction="a", reference="a", x="b", split="ood")] + \
            [dict(prediction="c", reference="d", x="d", split="id_low") for _ in range(3)]
     file = write(tmp_path / "pairs.jsonl", rows)
@@ -198,7 +198,7 @@ def test_the_average_is_of_splits_and_the_whole_is_of_pairs(tmp_path, capsys):
     )
 
 
-def test_a_split_without_one_good_row_is_no_zero_in_the_average(tmp_path, capsys):
+def test_split_without_a_good_row_is_not_averaged(tmp_path, capsys):
     good, bad = (
         dict(prediction=p, reference="abcd", split=s)
         for p, s in (("abcd", "ood"), (None, "id_low"))
@@ -211,7 +211,7 @@ def test_a_split_without_one_good_row_is_no_zero_in_the_average(tmp_path, capsys
     assert "id_low" in result["splits_absent"] and "id_low" in capsys.readouterr().err
 
 
-def test_without_an_x_in_every_pair_nothing_is_said_of_copying(tmp_path, capsys):
+def test_copy_x_needs_an_x_in_every_pair(tmp_path, capsys):
     file = write(tmp_path / "pairs.jsonl", [dict(prediction="a", reference="a", x="b", split="s"),
                                             dict(prediction="a", reference="b")])
     scores = run(
@@ -251,7 +251,7 @@ def test_llama_factorys_file_with_broken_rows(tmp_path, capsys):
     assert 0 < row["model"]["bleu"] < 100
 
 
-def test_predictions_and_references_are_zipped_line_by_line(tmp_path, capsys):
+def test_predictions_and_references_zip_by_line(tmp_path, capsys):
     files = [str(DATA / side / "id_high.jsonl") for side in ("predictions", "reference")]
     result = run(stabletoolbench, tmp_path, "--predictions", files[0], "--references", files[1])
     assert (result["n"], result["n_missing"], result["scores"]["id_high"]["n_missing"]) == (3, 3, 3)
@@ -297,7 +297,7 @@ def test_a_broken_row_is_counted_and_never_scored(name, tmp_path, capsys):
     assert not (tmp_path / "none.json").exists()
 
 
-def test_an_unknown_split_is_refused_where_splits_are_known(tmp_path, capsys):
+def test_unknown_split_is_refused_if_splits_are_known(tmp_path, capsys):
     file = write(
         tmp_path / "pairs.jsonl",
         [dict(prediction="a", reference="a", split=s) for s in ("ood", "odd")],

@@ -106,7 +106,7 @@ def test_fit_takes_its_optimizer_from_the_settings(monkeypatch):
     assert seen == [(.01, False, 0.0)]
 
 
-def test_batches_take_every_row_once_before_any_comes_again():
+def test_batches_take_every_row_before_repeating_any():
     batch = sft.shuffled(list(range(7)), 3, random.Random(0))
     drawn = [next(batch) for _ in range(40)]
     assert all(len(set(part)) == 3 for part in drawn[::2])

@@ -109,7 +109,7 @@ def test_prompts_are_segments_tokenised_alone_x_first(tok, P, Q, n):
     assert Q.prompt(x, y) == idm_prompt(tok, x, y, "diff")
 
 
-def test_prompt_of_p_does_not_hold_y_nor_the_prompt_of_q_z(tok, P, Q):
+def test_prompts_do_not_hold_what_is_asked_for(tok, P, Q):
     """What is asked for is not shown: P reads x and z, Q reads x and y, or only the lines that
     change."""
     def show(row):
@@ -250,7 +250,7 @@ def test_a_spoiled_future_is_wrong_in_exactly_one_line():
     }
 
 
-def test_a_quarter_of_the_spoiled_futures_lacks_a_change_and_a_quarter_has_another_one():
+def test_kinds_of_spoiled_futures_are_in_proportion():
     x, y, other = "a 1\nb 1\nc 1", "a 2\nb 2\nc 1", "a 3\nb 3\nc 3"
     drawn = [refusals.spoil(x, y, other, random.Random(seed)) for seed in range(2000)]
     for kind, share in (
@@ -290,7 +290,7 @@ def test_scores_go_through_q_once_for_what_they_share(monkeypatch, tok, Q, view)
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_warmup_rows_are_the_labelled_ones_and_spoiled_ones_without_action(Q, view):
+def test_warmup_rows_are_labelled_or_spoiled_refusals(Q, view):
     rng, Q = random.Random(0), seeing(Q, view)
     triples = [
         ("\n".join(x), f"do {n}", "\n".join(y)) for n in range(40) for x, y, _ in [states(rng)]
@@ -310,7 +310,7 @@ def test_warmup_rows_are_the_labelled_ones_and_spoiled_ones_without_action(Q, vi
     assert counts[0] == 0 < counts[1] < counts[2] <= 120
 
 
-def test_hardly_any_spoiled_future_of_the_tools_world_is_what_another_call_does():
+def test_few_spoiled_futures_of_tools_are_reachable():
     """A refusal of a true change would teach Q that nothing does what P should learn."""
     triples = [t for seed in range(12) for t in tools.episode(random.Random(seed))]
     rng, true, rows = random.Random(0), 0, 0
@@ -344,7 +344,7 @@ def dictate(monkeypatch, Q, drawn):
     )
 
 
-def test_phase_1_leaves_out_pairs_in_which_q_reads_no_action(monkeypatch, tok, P, Q):
+def test_phase_1_leaves_out_pairs_that_q_refuses(monkeypatch, tok, P, Q):
     zs = ["go", swirl_idm.REFUSAL, "a", "stop"]
     dictate(monkeypatch, Q, [Q.target(z) for z in zs])
     got = captured(monkeypatch, 1, P, Q)
@@ -388,7 +388,7 @@ def test_phase_1_does_nothing_if_no_z_is_readable(monkeypatch, tok, P, Q, why):
 
 # --- scores ---------------------------------------------------------------------------------------
 
-def test_logp_is_a_single_row_forward_with_the_end_scored(tok, P, Q):
+def test_logp_is_one_forward_pass_with_the_end_scored(tok, P, Q):
     ours = P.logp(XS, ZS, YS)
     assert ours.tolist() == pytest.approx([logp_y(P, tok, *t) for t in zip(XS, ZS, YS)], abs=1e-3)
     for view in VIEWS:
@@ -437,7 +437,7 @@ def captured(monkeypatch, which, P, Q, phase=None, **kw):
 
 @pytest.mark.parametrize("form,floor", [("sum", 0), ("mean", 0), ("sum", 35.0), ("mean", 5.6)])
 @pytest.mark.parametrize("view", VIEWS)
-def test_phase_1_reward_is_log_q_of_the_group_s_z_given_y_hat(
+def test_phase_1_reward_is_log_q_of_z_given_y_hat(
     monkeypatch, tok, P, Q, view, form, floor
 ):
     """Eq. 3. Every future of a pair is judged by one z, the ids that Q drew, its end included."""
@@ -643,7 +643,7 @@ def test_without_refusal_what_was_ruled_out_stays_so():
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_without_refusal_later_tokens_keep_their_own_sets(n):
+def test_without_refusal_later_tokens_keep_their_sets(n):
     net = tiny_llama(9, 3)
     Q = small(net, torch.eye(9, dtype=torch.bool)[[2, 3, EOS]] if n == 3 else None)
     rows, _ = lm.sample(net, [[1, 2]], 400, 3, Q.no_refusal(), torch.Generator().manual_seed(0))
@@ -653,7 +653,7 @@ def test_without_refusal_later_tokens_keep_their_own_sets(n):
         assert all(row == [2, 3, EOS] for row in rows)
 
 
-def test_scores_of_q_do_not_depend_on_its_wish_to_refuse(monkeypatch, Q):
+def test_q_scores_do_not_depend_on_wish_to_refuse(monkeypatch, Q):
     """`refused` alone does."""
     data, log_policy, scores = list(zip(XS, ["turn off", "b", "go", "a"], YS)), lm.log_policy, []
     one_hot = torch.eye(Q.net.config.vocab_size)[Q.tok.eos_token_id]
@@ -673,7 +673,7 @@ def test_scores_of_q_do_not_depend_on_its_wish_to_refuse(monkeypatch, Q):
 
 
 @pytest.mark.parametrize("kl", ["reward", "loss"])
-def test_phase_2_never_draws_a_refusal_and_scores_as_it_draws(monkeypatch, tok, P, Q, kl):
+def test_phase_2_never_draws_a_refusal(monkeypatch, tok, P, Q, kl):
     """Neither does the reference: the KL is 0 as the phase begins."""
     drawn, real = [], lm.sample
     monkeypatch.setattr(lm, "sample", lambda *args: drawn.append(real(*args)) or drawn[-1])

@@ -33,7 +33,7 @@ def test_punctuation_is_apart_from_words(frequent):
     assert pieces(frequent, '{"on": true}') == ['{"', "on", '":', " true", "}"]
 
 
-def test_a_word_comes_with_the_space_or_line_break_before_it(frequent):
+def test_words_come_with_the_white_space_before_them(frequent):
     assert pieces(frequent, " lamp\nlamp lamp") == [" lamp", "\nlamp", " lamp"]
     assert pieces(frequent, "\nred  lamp \n\nred") == ["\nred", " ", " lamp", " ", "\n", "\nred"]
 
@@ -77,7 +77,7 @@ def test_the_shipped_model_is_one_that_this_code_makes():
     assert tok.eos_token_id == model.config.eos_token_id and tok.chat_template is None
 
 
-def test_the_shipped_tokenizer_gives_every_state_of_the_worlds_back():
+def test_shipped_tokenizer_round_trips_every_world():
     _, tok = pretrained.load(tiny.FOLDER)
     for world in (physics, tools, web):
         for x, z, y in world.episode(random.Random(0)):

@@ -45,7 +45,7 @@ def test_the_transition_in_the_docstring():
     )
 
 
-def test_booking_takes_one_or_says_the_first_reason_against_it():
+def test_booking_takes_one_or_says_why_not():
     assert changed(session(), "book(oslo-flight)") == ["oslo-flight: 1, booked"]
     mine = ["oslo-flight"]
     for world, error in [
@@ -86,7 +86,7 @@ def test_money_moves_within_its_limits():
         assert changed(world, call) == ["reply: error, " + error]
 
 
-def test_the_session_has_one_user_and_signing_out_clears_the_results():
+def test_session_has_one_user_until_sign_out():
     assert changed(session("none"), "sign_in(mia)")[0] == "user: mia"
     assert changed(session(), "sign_in(mia)") == ["reply: error, leo is in"]
     assert changed(session(results=["rome-flight"]), "sign_out()")[:2] == [
@@ -110,7 +110,7 @@ def test_a_day_holds_one_reminder():
         assert changed(session(reminders=NOTED), call) == lines
 
 
-def test_a_call_that_finds_nothing_to_do_or_to_tell_changes_no_line():
+def test_idle_calls_change_no_line():
     assert (
         changed(
             session("none"),

@@ -56,7 +56,7 @@ def test_a_file_of_one_s_own_is_rewarded_per_token():
     assert train.parse([]).reward_form == "sum"
 
 
-def test_phase_1_takes_the_temperature_of_all_unless_it_has_its_own():
+def test_temperature_fwm_overrides_temperature():
     assert train.parse(["--temperature", "0.75"]).temperature_fwm == 0.75
     assert train.parse(["--env", "pixels", "--temperature", "0.75"]).temperature_fwm == 1.3
 
@@ -187,7 +187,7 @@ def test_saved_folders_load_with_from_pretrained(done):
         assert AutoModelForCausalLM.from_pretrained(done / side).config.vocab_size == len(tok)
 
 
-def test_without_a_terminal_there_are_whole_lines_alone(told):
+def test_without_a_terminal_only_whole_lines_print(told):
     said = told[2]
     assert "\r" not in said and "\x1b" not in said and "\nsft" in said and "best of 8" in said
 
@@ -201,7 +201,7 @@ def test_the_table_has_a_row_a_stage_and_a_rival(done, capsys):
                      "sft, the first 6", "best of 8 of these", "copy x"]
 
 
-def test_a_scorer_reads_a_run_and_finds_its_last_scores(done, tmp_path, capsys):
+def test_scorer_reproduces_the_last_scores_of_a_run(done, tmp_path, capsys):
     out, last = tmp_path / "scores.json", results_of(done)
     assert stabletoolbench.main(["--run", str(done), "--json", str(out)]) == 0
     row = json.loads(out.read_text())["scores"]["all"]
@@ -222,7 +222,7 @@ def test_a_scorer_reads_a_run_and_finds_its_last_scores(done, tmp_path, capsys):
     assert "7 test transitions" in capsys.readouterr().err
 
 
-def test_a_finished_run_prints_its_result_and_does_nothing_else(done, capsys):
+def test_finished_run_only_prints_its_result(done, capsys):
     before = {p: p.stat().st_mtime_ns for p in done.rglob("*")}
     assert train.main([*SMALL, "--out", str(done)]) == 0
     assert "iteration1/phase2" in capsys.readouterr().out
@@ -319,7 +319,7 @@ def test_a_run_without_rivals_has_the_same_stages(lamps, tmp_path, capsys):
     assert "bootstrap" not in capsys.readouterr().out.lower()
 
 
-def test_a_run_may_resume_with_another_micro_batch_and_with_nothing_else(tmp_path, capsys):
+def test_run_may_resume_only_with_another_micro_batch(tmp_path, capsys):
     start = lambda *argv: train.rundir.Run(
         train.parse([*SMALL, *argv, "--out", str(tmp_path / "run")]), 0.0
     )
@@ -387,7 +387,7 @@ def minutes_for(factor, argv):
     return (factor * steps + scores) / 60
 
 
-def test_minutes_fix_the_steps_and_a_resumed_run_keeps_them(lamps, tmp_path, monkeypatch, capsys):
+def test_resumed_run_keeps_the_steps_of_minutes(lamps, tmp_path, monkeypatch, capsys):
     argv, out = lamps[0], tmp_path / "run"
     argv = [*argv, "--minutes", repr(minutes_for(2, argv)), "--out", str(out)]
     with monkeypatch.context() as patch:
@@ -426,7 +426,7 @@ def test_measuring_changes_no_result(lamps, tmp_path, monkeypatch):
     same_run(out, tmp_path / "run")
 
 
-def test_a_call_is_timed_by_its_quickest_after_the_first(monkeypatch):
+def test_call_is_timed_by_its_fastest_after_the_first(monkeypatch):
     now, takes = [0.0], iter([100.0, 5.0, 2.0, 7.0])
     monkeypatch.setattr(plan.time, "monotonic", lambda: now[0])
 
@@ -451,7 +451,7 @@ def test_the_longest_way_is_planned(monkeypatch, flags, seconds, evaluations):
 
 # --- the stages, one by one -----------------------------------------------------------------------
 
-def test_each_stage_gets_its_own_models_rows_and_settings(data, tmp_path, monkeypatch):
+def test_each_stage_gets_its_own_models_and_settings(data, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(sft, "fit", lambda model, name, rows, size, steps, validate, lab:
                         seen.update({name: (model, rows, size, steps)}) or model)
@@ -483,7 +483,7 @@ def test_each_stage_gets_its_own_models_rows_and_settings(data, tmp_path, monkey
         assert step_p is train.swirl_fwm.phase1_step and step_q is train.swirl_idm.phase2_step
 
 
-def test_each_iteration_takes_pairs_of_its_own_if_there_are_enough():
+def test_iterations_take_separate_pairs_if_enough():
     pairs, enough, many = list(range(32)), Phase(steps=5, batch=2), Phase(steps=6, batch=2)
     shares = [train.share_of(pairs, i, 3, enough) for i in (1, 2, 3)]
     assert shares == [pairs[:10], pairs[10:20], pairs[20:30]]
@@ -566,7 +566,7 @@ def test_a_phase_is_a_function_of_its_seed_and_name():
         assert other[0][0] != once[0][0] and other[0][1] != once[0][1]
 
 
-def test_the_reference_is_the_policy_as_the_phase_begins():
+def test_reference_is_the_policy_as_the_phase_begins():
     policy, seen = Net(tiny_llama(9, 0)), []
 
     def moving(policy, ref, **_):
@@ -582,13 +582,13 @@ def test_the_reference_is_the_policy_as_the_phase_begins():
     assert not torch.equal(weights(policy.net), start)
 
 
-def test_a_step_in_which_q_reads_no_action_is_logged_and_passed_over(capsys):
+def test_step_without_a_readable_action_is_skipped(capsys):
     _, logged = run(step_that(log=None), steps=3)
     assert [line["reward"] for _, line in logged] == [None] * 3
     assert "could learn nothing" in capsys.readouterr().out
 
 
-def test_examples_of_the_first_and_the_last_step_are_kept():
+def test_examples_of_first_and_last_step_are_kept():
     _, logged = run(step_that(examples=[{"x": "a"}]), steps=5)
     assert sum(file == "samples.jsonl" for file, _ in logged) == 2
     assert sum(file == "metrics.jsonl" for file, _ in logged) == 5
@@ -605,7 +605,7 @@ def test_a_phase_without_a_lesson_says_so(capsys, log, says):
 
 # --- the splits -----------------------------------------------------------------------------------
 
-def test_of_a_user_s_file_a_test_transition_goes_if_training_knows_both_of_its_states(tmp_path):
+def test_test_rows_known_to_training_are_dropped(tmp_path):
     rows = [
         ("train-1", "a", "b"), ("train-2", "c", "d"), ("dev-1", "v", "w"), ("test-1", "a", "q"),
         ("test-2", "a", "d"), ("test-3", "p", "q")]
@@ -614,7 +614,7 @@ def test_of_a_user_s_file_a_test_transition_goes_if_training_knows_both_of_its_s
     assert set(test) == {("a", "z", "q"), ("p", "z", "q")}
 
 
-def test_state_only_pairs_carry_no_action_and_splits_share_no_episode():
+def test_state_only_pairs_carry_no_action():
     labelled, validation, state_only, test = envs.load_splits(train.parse(["--episodes", "8"]))
     assert all(len(pair) == 2 for pair in state_only)
     states = lambda rows: {s for row in rows for s in (row[0], row[-1])}
@@ -626,7 +626,7 @@ def test_no_action_of_the_state_only_half_is_in_memory():
     assert len(drawn) == 4 and all(z is None for steps in drawn for _, z, _ in steps)
 
 
-def test_validation_takes_no_more_episodes_than_it_uses():
+def test_validation_takes_only_episodes_it_uses():
     labelled, validation, state_only, _ = envs.load_splits(train.parse(["--episodes", "64"]))
     assert (len(labelled), len(validation), len(state_only)) == (24 * 14, 100, 32 * 14)
     labelled, validation, *_ = envs.load_splits(train.parse(["--episodes", "8"]))
@@ -702,7 +702,7 @@ def test_bad_data_is_refused_in_one_line(tmp_path, capsys, text, says):
     assert not (tmp_path / "out").exists()
 
 
-def test_states_longer_than_the_model_takes_are_refused(tmp_path, capsys):
+def test_states_longer_than_the_context_are_refused(tmp_path, capsys):
     long = " ".join(f"w{i}" for i in range(3000))
     records.write(
         tmp_path / "t.jsonl",
@@ -753,7 +753,7 @@ def test_a_value_that_makes_no_sense_is_refused(tmp_path, capsys, name, value):
     assert not (tmp_path / "out").exists()
 
 
-def test_fresh_deletes_what_a_run_wrote_and_nothing_else(lamps, tmp_path, capsys):
+def test_fresh_refuses_a_folder_with_foreign_files(lamps, tmp_path, capsys):
     argv, out = lamps[0], tmp_path / "copy"
     argv = [*argv, "--out", str(out), "--fresh"]
     shutil.copytree(lamps[1], out)
@@ -769,7 +769,7 @@ def test_fresh_deletes_what_a_run_wrote_and_nothing_else(lamps, tmp_path, capsys
 
 
 @pytest.mark.parametrize("folder", ["rivals", "sft"])
-def test_fresh_keeps_what_a_person_put_beside_the_rivals(lamps, tmp_path, capsys, folder):
+def test_fresh_keeps_foreign_files_of_subfolders(lamps, tmp_path, capsys, folder):
     argv, out = lamps[0], tmp_path / "copy"
     shutil.copytree(lamps[1], out)
     (out / folder / "notes.txt").write_text("mine")

@@ -159,7 +159,7 @@ def embedders(clip):
 # ---- Images --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 16), (9, 33), (70, 21), (1, 7), (50, 51)])
-def test_preprocessings_are_the_librarys_and_the_definition(clip, size):
+def test_preprocessing_matches_the_library(clip, size):
     image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
     for fit, reference, tolerance in (
         ("crop", crop_by_transformers, 1e-5),
@@ -188,7 +188,7 @@ def test_preprocessings_are_the_librarys_and_the_definition(clip, size):
     )
 
 
-def test_pixels_are_block_means_and_black_has_a_direction(tmp_path):
+def test_pixels_embedder_uses_unit_block_means(tmp_path):
     image = picture(64, 96)
     blocks = image.reshape(32, 2, 32, 3, 3).mean((1, 3)).ravel()
     rows = visual.Pixels().images(
@@ -334,7 +334,7 @@ def spy(call, asked):
     return wrapped
 
 
-def test_disc_edit_is_the_share_of_pairs_that_stay_nearer(clip, tmp_path, capsys):
+def test_disc_edit_is_the_share_of_nearer_pairs(clip, tmp_path, capsys):
     more = (
         {"input": "x.png", "pos": "q"}, {"input": "x.png", "pos": ""},
         {"image": "x.png", "neg": "n", "prompt": ""}, {"input": "x.png", "neg": "n"},
@@ -419,7 +419,7 @@ def agrees(row, side, items):
         )
 
 
-def test_bytemorph_is_its_definition_from_json_and_parquet(clip, tmp_path, monkeypatch):
+def test_bytemorph_is_its_definition(clip, tmp_path, monkeypatch):
     rows, kept = [], {}
     for i, id in enumerate(("A_1", "b_1", 3, "d.4", "e", "gone")):
         kind = ("camera/zoom", "human motion")[i > 2]
@@ -624,7 +624,7 @@ def test_worldprediction_is_its_definition(clip, tmp_path):
     )
 
 
-def test_worldprediction_judge_counts_and_the_base_of_ground_truth(tmp_path, monkeypatch):
+def test_worldprediction_counts_judged_steps(tmp_path, monkeypatch):
     (argv, whole, frames, made), asked = make_worldprediction(tmp_path), []
     monkeypatch.setattr(judge.Recorded, "__call__", spy(judge.Recorded.__call__, asked))
     argv += ["--embedder", "pixels"]

@@ -80,7 +80,7 @@ def test_rows_follow_search_colour_sort_and_page():
     assert world.rows() == ["red-mug", "red-lamp", "red-bag"]  # cheap first
 
 
-def test_add_wants_the_item_on_the_page_and_room_in_the_cart():
+def test_add_needs_the_item_shown_and_cart_room():
     world = shop(cart={"blue-bag": 3})
     assert not after(world, "[button] add red-mug -> CLICK")  # on page 3
     assert after(world, "[button] add blue-bag -> CLICK") == ["cart: blue-bag x4"]
