@@ -104,17 +104,17 @@ def sample(net, prefixes, n, longest, eos=EOS, temperature=1.0, generator=None, 
     options = lm.Options(eos, temperature, **options)
     if guess is not None:
         u = uniform((len(prefixes), n, longest), net.device, generator)
-        return images.settle(net, prefixes, guess, n, u.flatten(0, 1), options)
-    return lm.sample(net, prefixes, n, longest, options, generator)
+        return images.settle(net, prefixes, guess, n, u.flatten(0, 1), options=options)
+    return lm.sample(net, prefixes, n, longest, options, generator=generator)
 
 
 def greedy(net, prefixes, longest, eos=EOS, **options):
-    return sample(net, prefixes, 1, longest, eos, 0, **options)[0]
+    return sample(net, prefixes, 1, longest, eos, temperature=0, **options)[0]
 
 
 def logprobs(net, prefixes, rows, owner, n_scored=None, temperature=1.0, **options):
     return lm.logprobs(
-        net, prefixes, rows, owner, lm.Options(EOS, temperature, **options), n_scored
+        net, prefixes, rows, owner, lm.Options(EOS, temperature, **options), n_scored=n_scored
     )
 
 
@@ -127,7 +127,7 @@ def score(net, prefixes, rows, owner=None, n_scored=None, temperature=1.0, **opt
     options = lm.Options(EOS, temperature, **options)
     if owner is None:
         return lm.score(net, prefixes, rows, options, n_scored)
-    return lm.score_tokens(net, prefixes, rows, owner, options, n_scored).sum(1)
+    return lm.score_tokens(net, prefixes, rows, owner, options, n_scored=n_scored).sum(1)
 
 
 def ending(model, eos, bias):

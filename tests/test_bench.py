@@ -32,7 +32,7 @@ def test_ours_and_the_plain_loop_take_the_same_step(monkeypatch):
         ).tolist()
         monkeypatch.setattr(lm, "sample", lambda *_: (rows.tolist(), logps))
         policy.generate = lambda ids, **_: torch.cat([ids.repeat_interleave(G, 0), rows], 1)
-        contestant(policy, ref, Q, prompts, z, T, G)()
+        contestant(policy, ref, Q, prompts, z, T=T, G=G)()
         changes.append(moved(policy, before))
     assert changes[0].norm() > 0 and (changes[0] - changes[1]).norm() < 1e-3 * changes[0].norm()
 
@@ -75,7 +75,8 @@ def test_forward_flop_agrees_with_torch():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         lm.logprobs(model, prompts, rows, owner, lm.Options(-1))
     assert counter.get_total_flops() == pytest.approx(
-        bench.forward_flop(B, P, T, B * G, width, layers, V, B * G * T), rel=0.03
+        bench.forward_flop(B, P, T, N=B * G, width=width, layers=layers, V=V, scored=B * G * T),
+        rel=0.03,
     )
 
 
@@ -84,6 +85,7 @@ def test_attended_pairs_are_those_of_a_causal_mask():
     # a token itself, or half of it: no matter
     pairs = B * sum(p for p in range(P)) + N * sum(P + t for t in range(T))
     flop = lambda width: (
-        bench.forward_flop(B, P, T, N, width, 1, 7, 0) - 2 * 13 * width**2 * (B * P + N * T)
+        bench.forward_flop(B, P, T, N, width=width, layers=1, V=7, scored=0)
+        - 2 * 13 * width**2 * (B * P + N * T)
     )
     assert flop(64) == pytest.approx(4 * 64 * pairs, rel=0.03)

@@ -50,21 +50,21 @@ def rollouts_of(prompts, rows, logps, cfg):
     return grpo.Rollouts(prompts, rows, logps, options)
 
 
-def take_step(policy, ref, optimizers, prompts, reward, cfg, seed=0, **sampler):
+def take_step(policy, ref, optimizers, reward, cfg, prompts=PROMPTS, seed=0, **sampler):
     """Draw, reward(owner, rows) -> (N,), one step: (log, rows, R). sampler: other options to draw
-    with."""
+    with. seed: a number or a generator."""
     gen = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     options = lm.Options(EOS, **dict(temperature=cfg.temperature, min_p=cfg.min_p) | sampler)
-    rows, logps = lm.sample(policy, prompts, cfg.group_size, cfg.longest, options, gen)
+    rows, logps = lm.sample(policy, prompts, cfg.group_size, cfg.longest, options, generator=gen)
     R = reward([n // cfg.group_size for n in range(len(rows))], rows)
     log = grpo.step(
         Net(policy),
         ref and Net(ref),
         optimizers,
         rollouts_of(prompts, rows, logps, cfg),
-        R.view(-1, cfg.group_size),
-        cfg,
-        cfg.lr,
+        R=R.view(-1, cfg.group_size),
+        phase=cfg,
+        lr=cfg.lr,
     )
     return log, rows, R
 
@@ -88,9 +88,8 @@ def expected_update(
     groups = torch.tensor(list(itertools.product(range(len(p)), repeat=G)))        # (K^G, G)
     A = grpo.advantages(reward[groups], cfg.scale) * p[groups].prod(1, keepdim=True)
     n = groups.flatten()
-    grpo.loss_sum(logp[n], logp[n].detach(), None, A.flatten(), live[n], cfg).div(
-        G
-    ).neg().backward()
+    loss = grpo.loss_sum(logp[n], logp[n].detach(), None, A.flatten(), live=live[n], phase=cfg)
+    loss.div(G).neg().backward()
     return theta.grad
 
 
@@ -194,7 +193,7 @@ def test_sequence_update_is_the_elbo_gradient():
         return (logq.exp() * (logP - (logq - ref))).sum()
 
     truth = exact_gradient(theta, J)
-    run = lambda R, table=sequence_table: expected_update(theta, 2, R, settings(), table, LIVE)
+    run = lambda R: expected_update(theta, 2, R, settings(), table=sequence_table, live=LIVE)
     assert relative(run(lambda logp: logP - grpo.k1(logp.sum(1), ref)), truth / 2) < 1e-10
     assert cosine(run(lambda logp: logP - grpo.k1(logp.sum(1), ref) / lengths), truth) < .99
 
@@ -222,7 +221,7 @@ def test_whole_step_averages_to_the_exact_gradient(scale, beta):
             [[1, 2]], pair, [naive(policy, [1, 2], row, 0.7).tolist() for row in pair], cfg
         )
         recorder, R = Recorder(policy), torch.tensor([[values[tuple(row)] for row in pair]])
-        grpo.step(Net(policy), Net(ref), [recorder], drawn, R, cfg, 0.1)
+        grpo.step(Net(policy), Net(ref), [recorder], drawn, R=R, phase=cfg, lr=0.1)
         if recorder.seen:
             mean -= (logq[a] + logq[b]).exp().item() * recorder.seen[0]
     assert relative(mean, truth * (1 if scale == "loo" else 1 / 2)) < 1e-4
@@ -337,7 +336,8 @@ def test_loss_counts_live_tokens_only():
     for cfg in (settings(), settings(kl="loss", beta=0.5)):
         logp.grad = None
         A = torch.tensor([1., -1., 2.])
-        grpo.loss_sum(logp, logp.detach(), logp.detach() - 1, A, live, cfg).backward()
+        old = logp.detach()
+        grpo.loss_sum(logp, old, old - 1, A, live=live, phase=cfg).backward()
         assert (logp.grad[~live] == 0).all() and (logp.grad[live] != 0).all()
 
 
@@ -398,7 +398,7 @@ def test_gradient_equals_a_naive_loop_at_any_budget(kind, scale, kl, min_p):
             tokens=tokens,
         )
         recorder = Recorder(policy)
-        log, rows, R = take_step(policy, ref, [recorder], prompts, reward, cfg, seed=1)
+        log, rows, R = take_step(policy, ref, [recorder], reward, cfg, prompts=prompts, seed=1)
         if tokens == 1:
             lengths = set(map(len, rows))
             assert len(lengths) > 1 and len({(n // 6, *r) for n, r in enumerate(rows)}) < 18 == len(
@@ -425,10 +425,10 @@ def test_later_updates_clip_against_first_log_probs(kl, min_p):
     )
     ours, plain, ref = tiny_llama(9, 1), tiny_llama(9, 1), tiny_llama(9, 2)
     sgd = lambda model: [torch.optim.SGD(model.parameters(), lr=cfg.lr)]
-    _, rows, _ = take_step(ours, ref, sgd(ours), PROMPTS, reward, cfg, seed=3)
+    _, rows, _ = take_step(ours, ref, sgd(ours), reward, cfg, seed=3)
     start, (optimizer,), old = weights(plain), sgd(plain), None
     for _ in range(3):
-        loss, old = naive_loss(plain, ref, PROMPTS, rows, cfg, old)
+        loss, old = naive_loss(plain, ref, PROMPTS, rows, cfg, old=old)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -442,7 +442,7 @@ def test_later_updates_clip_against_first_log_probs(kl, min_p):
 def test_log_tells_the_truth():
     policy, ref, cfg = tiny_llama(9, 1), tiny_llama(9, 2), settings(beta=0.1, temperature=0.7)
     truth = tiny_llama(9, 1)
-    log, rows, R = take_step(policy, ref, optim.make_optimizers(policy, 1e-3), PROMPTS, reward, cfg)
+    log, rows, R = take_step(policy, ref, optim.make_optimizers(policy, 1e-3), reward, cfg)
     owner = [n // 4 for n in range(12)]
     total = lambda model: sum(
         naive(model, PROMPTS[o], r, 0.7).sum().item() for o, r in zip(owner, rows)
@@ -461,7 +461,7 @@ def test_log_tells_the_truth():
 def test_kl_is_zero_when_the_phase_begins():
     policy = tiny_llama()
     ref = frozen(policy)
-    run = lambda n: take_step(policy, ref, opt, PROMPTS, reward, cfg, seed=n)[0]
+    run = lambda n: take_step(policy, ref, opt, reward, cfg, seed=n)[0]
     cfg, opt = settings(beta=0.1, lr=1e-2, temperature=0.7), optim.make_optimizers(policy, 1e-2)
     assert abs(run(0)["kl"]) < 1e-4
     assert max(abs(run(n)["kl"]) for n in range(1, 4)) > 1e-2  # and not because ref follows
@@ -474,7 +474,7 @@ def test_the_kl_with_min_p_is_what_it_leaves_out():
     ref, cfg, opt = (
         frozen(policy), settings(beta=0.1, lr=1e-2, min_p=0.3),
         optim.make_optimizers(policy, 1e-2))
-    log, rows, _ = take_step(policy, ref, opt, PROMPTS, reward, cfg)
+    log, rows, _ = take_step(policy, ref, opt, reward, cfg)
     lost = [
         (naive(ref, PROMPTS[n // 4], row, min_p=0.3) - naive(ref, PROMPTS[n // 4], row))
         .sum()
@@ -491,10 +491,10 @@ def test_the_kl_with_min_p_is_what_it_leaves_out():
 def test_sampler_trainer_gap_stops_the_step():
     """Drawn at another temperature than the one that is scored."""
     policy = tiny_llama()
-    log, *_ = take_step(policy, None, [Recorder(policy)], PROMPTS, reward, settings())
+    log, *_ = take_step(policy, None, [Recorder(policy)], reward, settings())
     assert log["gap"] < 1e-4
     with pytest.raises(RuntimeError, match="sampler and trainer disagree"):
-        take_step(policy, None, [Recorder(policy)], PROMPTS, reward, settings(), temperature=0.7)
+        take_step(policy, None, [Recorder(policy)], reward, settings(), temperature=0.7)
     loose = settings(min_p=1e-6)
     (
         grpo.check_gap(0.01, lm.Options(EOS, min_p=0.05)),
@@ -508,7 +508,7 @@ def test_no_reference_is_needed_without_a_kl():
     grad = []
     for ref in (None, tiny_llama(9, 2)):
         recorder = Recorder(tiny_llama())
-        take_step(recorder.model, ref, [recorder], PROMPTS, reward, settings(beta=0.0))
+        take_step(recorder.model, ref, [recorder], reward, settings(beta=0.0))
         grad += recorder.seen
     assert torch.equal(*grad)
 
@@ -518,7 +518,7 @@ def test_constant_reward_changes_no_parameter():
         policy = tiny_llama()
         before, opt = weights(policy), optim.make_optimizers(policy, 1e-2)
         constant = lambda owner, rows: torch.full((len(rows),), -7.3)
-        log, *_ = take_step(policy, None, opt, PROMPTS, constant, settings(updates=2, scale=scale))
+        log, *_ = take_step(policy, None, opt, constant, settings(updates=2, scale=scale))
         assert torch.equal(weights(policy), before)
         assert (
             log["zero_std_groups"] == 1
@@ -543,7 +543,7 @@ def test_zero_std_groups_are_of_the_reward_alone(which, share, scale, kl):
     """Although the KL, which sits in the reward or not, differs within each group."""
     policy, ref = tiny_llama(9, 1), tiny_llama(9, 2)
     cfg = settings(beta=0.5, kl=kl, scale=scale)
-    log, *_ = take_step(policy, ref, [Recorder(policy)], PROMPTS, some_flat(which), cfg)
+    log, *_ = take_step(policy, ref, [Recorder(policy)], some_flat(which), cfg)
     assert log["zero_std_groups"] == pytest.approx(share) and abs(log["kl"]) > 0.1
 
 
@@ -554,11 +554,14 @@ def test_divided_by_std_a_kl_alone_teaches_nothing(monkeypatch, which):
     seen, update = {}, grpo.update
     for scale in ("std", "mean"):
         policy, ref = tiny_llama(9, 1), tiny_llama(9, 2)
-        monkeypatch.setattr(
-            grpo, "update", lambda *args: seen.update({scale: args[3]}) or update(*args)
-        )
+
+        def noting(policy, optimizers, rollouts, A, *rest):
+            seen[scale] = A
+            return update(policy, optimizers, rollouts, A, *rest)
+
+        monkeypatch.setattr(grpo, "update", noting)
         cfg = settings(beta=0.5, scale=scale)
-        take_step(policy, ref, [Recorder(policy)], PROMPTS, some_flat(which), cfg)
+        take_step(policy, ref, [Recorder(policy)], some_flat(which), cfg)
     A = seen["std"]
     flat = [which == "flat" or n < 4 for n in range(len(A))]
     assert not A[flat].any() and A[[not f for f in flat]].all() and seen["mean"][flat].any()
@@ -583,7 +586,7 @@ def test_noise_in_equal_rewards_gives_a_tiny_gradient(scale):
     for size in (1.0, 1e-7):
         recorder = Recorder(tiny_llama())
         noisy = lambda owner, rows: size * reward(owner, rows)
-        log, *_ = take_step(recorder.model, None, [recorder], PROMPTS, noisy, settings(scale=scale))
+        log, *_ = take_step(recorder.model, None, [recorder], noisy, settings(scale=scale))
         norm.append(log["grad_norm"])
     assert norm[1] < 1e-2 * norm[0] and norm[0] > 0.1
 
@@ -593,9 +596,7 @@ def test_rewards_stay_with_their_group():
     policy = tiny_llama()
     before = weights(policy)
     number = lambda owner, rows: torch.tensor(owner, dtype=torch.float)
-    log, _, R = take_step(
-        policy, None, optim.make_optimizers(policy, 1e-2), PROMPTS, number, settings()
-    )
+    log, _, R = take_step(policy, None, optim.make_optimizers(policy, 1e-2), number, settings())
     assert R.tolist() == [0.] * 4 + [1.] * 4 + [2.] * 4
     assert (
         log["zero_std_groups"] == 1
@@ -632,7 +633,8 @@ def test_kl_alone_draws_the_policy_to_the_reference(kl_form):
     opt, gen = optim.make_optimizers(policy, cfg.lr, muon=False), torch.Generator().manual_seed(0)
     before = kl(first_token(policy), first_token(ref)).item()
     for _ in range(40):
-        take_step(policy, ref, opt, [[5]], lambda owner, rows: torch.zeros(len(rows)), cfg, gen)
+        nothing = lambda owner, rows: torch.zeros(len(rows))
+        take_step(policy, ref, opt, nothing, cfg, prompts=[[5]], seed=gen)
     assert kl(first_token(policy), first_token(ref)).item() < 0.2 * before > 0.1
 
 
@@ -644,5 +646,5 @@ def test_a_rewarded_first_token_becomes_likely(muon):
     opt, gen = optim.make_optimizers(policy, cfg.lr, muon), torch.Generator().manual_seed(0)
     hit = lambda owner, rows: torch.tensor([float(r[0] == wanted) for r in rows])
     for _ in range(30):
-        take_step(policy, None, opt, [[5]], hit, cfg, gen)
+        take_step(policy, None, opt, hit, cfg, prompts=[[5]], seed=gen)
     assert start.exp()[wanted] < 0.3 and first_token(policy).exp()[wanted] > 0.9

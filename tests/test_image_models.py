@@ -43,21 +43,19 @@ def test_any_guess_gives_the_rows_of_sequential_draws(model, guessed, bias):
         logps.append(logp)
     guess = [GUESSES[guessed](rng, row) for row in truth[::G]]
     rows, sampled = sample(
-        model, RAGGED, G, T, EOS, 0.8, draws(5), min_p=min_p, allowed=allowed, guess=guess
+        model, RAGGED, G, T, temperature=0.8, generator=draws(5), min_p=min_p, allowed=allowed,
+        guess=guess,
     )
     assert rows == truth and len(set(map(tuple, rows))) > 6
     assert all(got == pytest.approx(want, abs=1e-4) for got, want in zip(sampled, logps))
     want = greedy(model, RAGGED, T, allowed=allowed)
     assert greedy(model, RAGGED, T, allowed=allowed, guess=guess) == want
-    assert sample(model, RAGGED, 2, T, EOS, 0, allowed=allowed, guess=guess)[0] == [
-        row for row in want for _ in range(2)
-    ]
+    twice, _ = sample(model, RAGGED, 2, T, temperature=0, allowed=allowed, guess=guess)
+    assert twice == [row for row in want for _ in range(2)]
 
 
 @pytest.mark.parametrize("G", [1, 3])
-def test_right_part_of_a_guess_is_computed_once(
-    model, monkeypatch, G
-):
+def test_right_part_of_a_guess_is_computed_once(model, monkeypatch, G):
     model, passes, forward = ending(model, EOS, -1e4), [], model.forward
     monkeypatch.setattr(
         model, "forward", lambda ids, **kwargs: passes.append(ids.shape) or forward(ids, **kwargs)
@@ -67,9 +65,8 @@ def test_right_part_of_a_guess_is_computed_once(
     for wrong in (20, 19, 7, 0):
         guess = [[(t + 1) % 9 if i == wrong else t for i, t in enumerate(row)] for row in truth]
         passes.clear()
-        assert sample(model, RAGGED, G, 20, EOS, 0, guess=guess)[0] == [
-            row for row in truth for _ in range(G)
-        ]
+        rows, _ = sample(model, RAGGED, G, 20, temperature=0, guess=guess)
+        assert rows == [row for row in truth for _ in range(G)]
         prefill, first, *more = passes
         # equal rows are computed once
         assert prefill == (5, 10) and first == (5, 20) and len(more) <= max(0, 19 - wrong)
@@ -78,13 +75,11 @@ def test_right_part_of_a_guess_is_computed_once(
     passes.clear()
     # all rows end at once, whatever was guessed behind
     model.lm_head.bias.data[EOS] = 1e4
-    assert (
-        sample(model, RAGGED, G, 20, EOS, 0, guess=truth)[0] == [[EOS]] * (5 * G)
-        and len(passes) == 2
-    )
+    rows, _ = sample(model, RAGGED, G, 20, temperature=0, guess=truth)
+    assert rows == [[EOS]] * (5 * G) and len(passes) == 2
     model.lm_head.bias.data[EOS] = -1e4
     # a row that is done leaves
     one = [truth[0], *([(t + 1) % 9 for t in row] for row in truth[1:])]
     passes.clear()
-    sample(model, RAGGED, G, 20, EOS, 0, guess=one)
+    sample(model, RAGGED, G, 20, temperature=0, guess=one)
     assert passes[2][0] == 4

@@ -49,7 +49,7 @@ def draw(seed, n=14, V=9):
 def test_sampler_and_trainer_agree_on_every_token(model, temperature, attention):
     model.set_attn_implementation(attention)
     gen = torch.Generator().manual_seed(0)
-    rows, sampled = sample(model, RAGGED, 6, 10, EOS, temperature, generator=gen)
+    rows, sampled = sample(model, RAGGED, 6, 10, temperature=temperature, generator=gen)
     owner = [b for b in range(len(RAGGED)) for _ in range(6)]
     scored = logprobs(model, RAGGED, rows, owner, temperature=temperature)
     assert len(set(map(len, rows))) > 3  # ragged, some cut, some ended
@@ -117,7 +117,8 @@ def test_one_row_per_prefix_is_a_single_exact_pass(model, monkeypatch, partial,
     k = [2, 1, 4, 3] if partial else None
     passes, forward = [], model.forward
     monkeypatch.setattr(model, "forward", lambda *a, **kw: passes.append(kw) or forward(*a, **kw))
-    logp = logprobs(model, RAGGED, rows, owner, k, temperature, min_p=min_p, allowed=allowed)
+    options = dict(temperature=temperature, min_p=min_p, allowed=allowed)
+    logp = logprobs(model, RAGGED, rows, owner, k, **options)
     assert len(passes) == 1 and passes[0].get("attention_mask") is None
     weight = torch.randn(logp.shape, generator=torch.Generator().manual_seed(3))
     (logp * weight).sum().backward()
@@ -126,7 +127,7 @@ def test_one_row_per_prefix_is_a_single_exact_pass(model, monkeypatch, partial,
     for n, row in enumerate(rows):
         first = len(row) - k[n] if partial else 0
         truth = one_by_one(
-            model, RAGGED[owner[n]] + row[:first], row[first:], temperature, min_p, allowed
+            model, RAGGED[owner[n]] + row[:first], row[first:], **options
         )
         assert torch.allclose(logp[n, first:len(row)], truth, rtol=1e-4, atol=1e-4)
         assert not logp[n, :first].any() and not logp[n, len(row):].any()
@@ -343,7 +344,7 @@ def test_first_token_follows_the_tempered_softmax(model, temperature):
     """Chi-square of at most 8 degrees of freedom: 40 has p = 3e-6. The other temperature is told
     apart."""
     gen = torch.Generator().manual_seed(0)
-    rows, _ = sample(model, RAGGED, 3000, 1, EOS, temperature, generator=gen)
+    rows, _ = sample(model, RAGGED, 3000, 1, temperature=temperature, generator=gen)
     for b, prefix in enumerate(RAGGED):
         logits = model(torch.tensor([prefix])).logits[0, -1].double()
         tokens = torch.tensor(rows[3000 * b:3000 * (b + 1)])[:, 0]
@@ -433,9 +434,8 @@ def test_rollouts_of_a_group_are_independent(model):
     """They share the prefix and, while equal, the work; never the dice. Pairs of rollouts against
     products of exact probabilities: of both first tokens, and of both second ones after equal first
     ones."""
-    rows, _ = sample(
-        model, [[2, 7]] * 2000, 2, 2, EOS, 1.5, generator=torch.Generator().manual_seed(0)
-    )
+    gen = torch.Generator().manual_seed(0)
+    rows, _ = sample(model, [[2, 7]] * 2000, 2, 2, temperature=1.5, generator=gen)
     pairs, tested = list(zip(rows[::2], rows[1::2])), 0
 
     def check(pairs, before):
@@ -490,13 +490,11 @@ def test_top_p_is_the_smallest_set_with_enough_mass():
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_min_p_is_the_same_in_sampler_and_trainer(model, temperature):
     gen, min_p, left = torch.Generator().manual_seed(0), 0.3, set()
-    rows, sampled = sample(model, RAGGED, 40, 6, EOS, temperature, generator=gen, min_p=min_p)
+    options = dict(temperature=temperature, min_p=min_p)
+    rows, sampled = sample(model, RAGGED, 40, 6, generator=gen, **options)
     owner = [b for b in range(len(RAGGED)) for _ in range(40)]
-    scored = logprobs(model, RAGGED, rows, owner, temperature=temperature, min_p=min_p)
-    assert torch.equal(
-        scored,
-        logprobs(model, RAGGED, rows, owner, temperature=temperature, tokens=10**6, min_p=min_p),
-    )
+    scored = logprobs(model, RAGGED, rows, owner, **options)
+    assert torch.equal(scored, logprobs(model, RAGGED, rows, owner, tokens=10**6, **options))
     for n in range(0, len(rows), 7):
         # by hand, one token at a time
         for t, token in enumerate(rows[n]):
@@ -514,7 +512,7 @@ def test_min_p_is_the_same_in_sampler_and_trainer(model, temperature):
 
 def test_scores_use_the_sampling_temperature_and_top_p(model):
     gen, left = torch.Generator().manual_seed(0), []
-    rows, sampled = sample(model, RAGGED, 20, 4, EOS, 0.75, top_p=0.8, generator=gen)
+    rows, sampled = sample(model, RAGGED, 20, 4, temperature=0.75, top_p=0.8, generator=gen)
     owner = [b for b in range(len(RAGGED)) for _ in range(20)]
     scored = score(model, RAGGED, rows, owner, temperature=0.75, top_p=0.8)
     assert scored.tolist() == pytest.approx([sum(logps) for logps in sampled], abs=1e-3)
@@ -548,7 +546,9 @@ FEW[0, [3, 5]] = FEW[1, 7] = FEW[2, [EOS, 4, 6]] = True
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_allowed_tokens_have_mass_one(model, temperature):
     gen = torch.Generator().manual_seed(0)
-    rows, logps = sample(model, RAGGED, 8, 6, EOS, temperature, gen, allowed=FEW)
+    rows, logps = sample(
+        model, RAGGED, 8, 6, temperature=temperature, generator=gen, allowed=FEW
+    )
     for t, emitted in enumerate(({3, 5}, {7}, {EOS, 4, 6})):
         seen = {token for row in rows for token in (row[t:] if t == 2 else row[t:t + 1])}
         assert seen == emitted if temperature else seen <= emitted

@@ -426,7 +426,8 @@ def pixel_tok(rows):
 def models_of(tok, x, net, other=None):
     """(P, Q) for images like x."""
     cfg = train.parse(SMALL)
-    return loading.wrap(net, other or copy.deepcopy(net), tok, cfg, False, (68, 16), x)
+    other = other or copy.deepcopy(net)
+    return loading.wrap(net, other, tok, cfg, half=False, longest=(68, 16), state=x)
 
 
 def test_y_stands_at_a_fixed_distance_behind_x(rows, pixel_tok):
@@ -462,9 +463,9 @@ def test_random_p_draws_images_and_random_q_words(rows, pixel_tok):
     gen = torch.Generator().manual_seed(0)
     y_hats = P.sample([x], [z], 8, gen)
     assert all(len(images.patches(y_hat)) == 64 for y_hat in y_hats) and len(set(y_hats)) == 8
-    one_by_one, _ = lm.sample(P.net, [P.prompt(x, z)], 8, 100, P.options, gen)
+    one_by_one, _ = lm.sample(P.net, [P.prompt(x, z)], 8, 100, P.options, generator=gen)
     assert all(len(images.patches(P.read(row))) == 64 and len(row) == 68 for row in one_by_one)
-    words, _ = lm.sample(Q.net, [Q.prompt(x, y)], 8, 12, Q.options, gen)
+    words, _ = lm.sample(Q.net, [Q.prompt(x, y)], 8, 12, Q.options, generator=gen)
     assert not any(
         images.is_token(t) for row in words for t in pixel_tok.convert_ids_to_tokens(row)
     )
@@ -491,16 +492,16 @@ def test_images_begin_as_a_guess_and_end_as_without(rows, pixel_tok, monkeypatch
     greedy, _ = sample(
         P.net,
         [P.prompt(x, z) for x, z in zip(xs, zs)],
-        1,
-        68,
-        pixel_tok.eos_token_id,
-        0,
+        n=1,
+        longest=68,
+        eos=pixel_tok.eos_token_id,
+        temperature=0,
         allowed=P.options.allowed,
     )
     monkeypatch.setattr(image_models, "settle", lambda net, prefixes, guess, *rest:
                         guesses.append((prefixes, guess)) or settle(net, prefixes, guess, *rest))
     assert P.predict(xs, zs) == [P.read(row) for row in greedy]
-    swirl_fwm.best_of_n(P, Q, xs, zs, 2, torch.Generator().manual_seed(0))
+    swirl_fwm.best_of_n(P, Q, xs, zs, n=2, generator=torch.Generator().manual_seed(0))
     named = [(xs[i], Q.target(zs[i]), ys[i]) for i in (0, 2, 3)]
     monkeypatch.setattr(Q, "label", lambda *_: named)
     swirl_fwm.phase1_step(
@@ -508,10 +509,10 @@ def test_images_begin_as_a_guess_and_end_as_without(rows, pixel_tok, monkeypatch
         Q,
         None,
         optim.make_optimizers(P.net, 1e-4, muon=False),
-        list(zip(xs, ys)),
-        Phase(group_size=2),
-        1e-4,
-        None,
+        pairs=list(zip(xs, ys)),
+        phase=Phase(group_size=2),
+        lr=1e-4,
+        generator=None,
     )
     pairs = [dict(zip(map(tuple, prefixes), guess)) for prefixes, guess in guesses]
 
@@ -801,9 +802,9 @@ def watched(tmp_path_factory):
     roll_out = evaluate.roll_out
 
     def noting(step):
-        def call(*args, **more):
-            steps.append((args[5].temperature, args[5].min_p, len(args[4])))
-            return step(*args, **more)
+        def call(policy, frozen, ref, optimizers, pairs, phase, *rest):
+            steps.append((phase.temperature, phase.min_p, len(pairs)))
+            return step(policy, frozen, ref, optimizers, pairs, phase, *rest)
         return call
 
     with pytest.MonkeyPatch.context() as patch:
@@ -817,7 +818,8 @@ def watched(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(watched):
-    return watched[0]
+    out, _, _ = watched
+    return out
 
 
 def test_pixels_run_has_its_own_temperature(watched):

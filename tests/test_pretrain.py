@@ -34,19 +34,19 @@ def Q(tok):
 
 def test_a_transition_is_a_row_for_p_and_one_for_q(P, Q):
     x, z, y = "a: 1\nb: 2", "set a to 3", "a: 3\nb: 2"
-    rows_P, rows_Q = pretrain.rows_of(P, Q, x, z, y, random.Random(1))
+    rows_P, rows_Q = pretrain.rows_of(P, Q, x, z, y, rng=random.Random(1))
     assert rows_P == P.rows([(x, z, y)])
     assert rows_Q == Q.rows([(x, z, y)])
 
 
 def test_q_learns_nothing_where_nothing_changes(P, Q):
-    rows_P, rows_Q = pretrain.rows_of(P, Q, "a: 1", "look at a", "a: 1", random.Random(1))
+    rows_P, rows_Q = pretrain.rows_of(P, Q, "a: 1", "look at a", "a: 1", rng=random.Random(1))
     assert len(rows_P) == 1 and not rows_Q
 
 
 def test_q_sees_both_views(tok, P, Q):
     rng, x, y = random.Random(0), "a: 1\nb: 2", "a: 3\nb: 2"
-    seen = [pretrain.rows_of(P, Q, x, "z", y, rng)[1][0][0] for _ in range(300)]
+    seen = [pretrain.rows_of(P, Q, x, "z", y, rng=rng)[1][0][0] for _ in range(300)]
     full = seen.count(IDM(None, tok, view="full").prompt(x, y))
     assert 10 < full < 60 and full + seen.count(Q.prompt(x, y)) == 300
 

@@ -237,16 +237,16 @@ def test_sampler_and_trainer_agree(family, half):
 def test_the_kl_to_one_s_own_copy_is_0_in_bfloat16_too():
     policy, options = make_model("llama", 40), lm.Options(1, half=True)
     prompts, gen = [[5, 6, 7], [9, 8, 7, 6, 5]] * 2, torch.Generator().manual_seed(0)
-    rows, logps = lm.sample(policy, prompts, 8, 30, options, gen)
+    rows, logps = lm.sample(policy, prompts, 8, 30, options, generator=gen)
     R = torch.tensor([float(len(row)) for row in rows]).view(-1, 8)
     log = grpo.step(
         Net(policy),
         Net(frozen(policy)),
         optim.make_optimizers(policy, 1e-3, muon=False),
         grpo.Rollouts(prompts, rows, logps, options),
-        R,
-        grpo.Phase(beta=1.0),
-        1e-4,
+        R=R,
+        phase=grpo.Phase(beta=1.0),
+        lr=1e-4,
     )
     assert log["kl"] == 0 and log["gap"] > 0
 
@@ -416,7 +416,7 @@ def test_smollm2_knows_the_capital_of_france(tmp_path):
     model, tok = pretrained.load("smollm2")
     frame = text.frame(tok)
     prompt = [*frame.head, *encode(tok, "What is the capital of France?"), *frame.tail]
-    (row,), _ = sample(model, [prompt], 1, 20, tok.eos_token_id, 0)
+    (row,), _ = sample(model, [prompt], 1, 20, tok.eos_token_id, temperature=0)
     assert "Paris" in decode(tok, row) and row[-1] == tok.eos_token_id
     pretrained.save(model, tok, tmp_path)
     again, tok2 = pretrained.load(tmp_path)

@@ -199,20 +199,17 @@ def test_unchanged():
     assert waits(0) == 0 and waits(1) == 1200 and 190 < waits(0.2) < 290
 
 
+def twenty(seed, broken, counts):
+    """20 episodes of two tasks."""
+    tasks, options = ["melt", "power-component"], dict(slips=0, simplifications="openDoors")
+    return list(scienceworld.record(
+        Fake(3), tasks, episodes=20, seed=seed, broken=broken, counts=counts, **options
+    ))
+
+
 def test_splits_and_variations():
     counts, broken = collections.Counter(), []
-    got = list(
-        scienceworld.record(
-            Fake(3),
-            ["melt", "power-component"],
-            20,
-            0,
-            broken,
-            counts,
-            slips=0,
-            simplifications="openDoors",
-        )
-    )
+    got = twenty(0, broken, counts)
     episodes = sorted({tr.episode for tr in got})
     assert len(episodes) == 20 and not broken and not counts
     for episode in episodes:
@@ -227,32 +224,12 @@ def test_splits_and_variations():
     for one in ("melt", "power-component"):
         assert {e.split("-")[0] for e in episodes if one in e} == {"train", "dev", "test"}
     # the seed decides, and what there is ends it
-    again = list(
-        scienceworld.record(
-            Fake(3),
-            ["melt", "power-component"],
-            20,
-            0,
-            broken,
-            counts,
-            slips=0,
-            simplifications="openDoors",
-        )
-    )
-    other = list(
-        scienceworld.record(
-            Fake(3),
-            ["melt", "power-component"],
-            20,
-            1,
-            broken,
-            counts,
-            slips=0,
-            simplifications="openDoors",
-        )
-    )
+    again = twenty(0, broken, counts)
+    other = twenty(1, broken, counts)
     assert got == again and {tr.episode for tr in other} != set(episodes)
-    everything = list(scienceworld.record(Fake(3), ["melt"], 99, 0, broken, counts, slips=0))
+    everything = list(scienceworld.record(
+        Fake(3), ["melt"], 99, seed=0, broken=broken, counts=counts, slips=0
+    ))
     assert len({tr.episode for tr in everything}) == 12 and list(counts.values()) == [87]
     assert len(records.split(everything, 0)["labelled"]) == 9
 
@@ -260,7 +237,9 @@ def test_splits_and_variations():
 def test_an_episode_without_a_gold_path_is_told():
     env, broken = Fake(3), []
     env.get_gold_action_sequence = lambda: ["ERROR"] if env.variation == 9 else ["go 1"]
-    got = list(scienceworld.record(env, ["melt"], 12, 0, broken, collections.Counter()))
+    got = list(scienceworld.record(
+        env, ["melt"], 12, seed=0, broken=broken, counts=collections.Counter()
+    ))
     assert (
         broken == ["test-melt-009: the simulator has no gold path"]
         and len({tr.episode for tr in got}) == 11

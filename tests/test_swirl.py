@@ -80,7 +80,8 @@ def logq_ids(Q, tok, x, row, y, view):
 
 def logq_z(Q, tok, x, z, y, view):
     """Of the text z; the empty one is the refusal, the end alone."""
-    return logq_ids(Q, tok, x, (ids(tok, " " + z) if z else []) + [tok.eos_token_id], y, view)
+    row = (ids(tok, " " + z) if z else []) + [tok.eos_token_id]
+    return logq_ids(Q, tok, x, row, y, view=view)
 
 
 def shaped(logp, length, form, floor):
@@ -94,7 +95,9 @@ def take_step(which, P, Q, phase, pairs=PAIRS, optimizers=None, ref=None, seed=2
     step = swirl_fwm.phase1_step if which == 1 else swirl_idm.phase2_step
     optimizers = optimizers or optim.make_optimizers(policy.net, 1e-2)
     generator = torch.Generator().manual_seed(seed)
-    return step(policy, frozen, ref, optimizers, pairs, phase, 1e-2, generator)
+    return step(
+        policy, frozen, ref, optimizers, pairs, phase=phase, lr=1e-2, generator=generator
+    )
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -283,7 +286,7 @@ def test_scores_go_through_q_once_for_what_they_share(monkeypatch, tok, Q, view)
         lm, "prefill", lambda net, prefixes: seen.append(len(prefixes)) or prefill(net, prefixes)
     )
     got = seeing(Q, view).logp(xs, zs, ys)
-    want = [logq_z(Q, tok, x, z, y, view) for x, z, y in zip(xs, zs, ys)]
+    want = [logq_z(Q, tok, x, z, y, view=view) for x, z, y in zip(xs, zs, ys)]
     assert torch.allclose(got, torch.tensor(want), atol=1e-4) and seen == [
         2 if view == "full" else 3
     ]
@@ -394,7 +397,7 @@ def test_logp_is_one_forward_pass_with_the_end_scored(tok, P, Q):
     for view in VIEWS:
         ours = seeing(Q, view).logp(XS, ZS, YS)
         assert ours.tolist() == pytest.approx(
-            [logq_z(Q, tok, *t, view) for t in zip(XS, ZS, YS)], abs=1e-3
+            [logq_z(Q, tok, *t, view=view) for t in zip(XS, ZS, YS)], abs=1e-3
         )
 
 
@@ -427,7 +430,7 @@ def captured(monkeypatch, which, P, Q, phase=None, **kw):
 
     def spy(policy, ref, optimizers, rollouts, R, phase, lr):
         got.update(policy=policy, rollouts=rollouts, R=R)
-        return step(policy, ref, optimizers, rollouts, R, phase, lr)
+        return step(policy, ref, optimizers, rollouts, R, phase=phase, lr=lr)
 
     monkeypatch.setattr(grpo, "step", spy)
     monkeypatch.setattr(lm, "sample", first)
@@ -453,7 +456,7 @@ def test_phase_1_reward_is_log_q_of_z_given_y_hat(
     truth = []
     for n, row in enumerate(rollouts.rows):
         x, z_row = examples[n // 3]["x"], got["first"][n // 3]
-        logq = logq_ids(Q, tok, x, z_row, P.read(row), view)
+        logq = logq_ids(Q, tok, x, z_row, P.read(row), view=view)
         truth.append(shaped(logq, len(z_row), form, floor))
     assert got["R"].shape == (4, 3) and got["R"].flatten().tolist() == pytest.approx(
         truth, abs=1e-3
@@ -573,13 +576,14 @@ def test_best_of_n_is_the_likeliest_under_the_opposite(tok, P, Q, view):
         return torch.Generator().manual_seed(5)
 
     Q, eos = seeing(Q, view, longest=6), tok.eos_token_id
-    rows, _ = draw(P.net, [fwm_prompt(tok, x, z) for x, z in zip(XS, ZS)], 5, 5, eos, 1.0, gen())
+    prompts = [fwm_prompt(tok, x, z) for x, z in zip(XS, ZS)]
+    rows, _ = draw(P.net, prompts, 5, 5, eos, generator=gen())
     drawn = [P.read(r) for r in rows]
-    best = [max(drawn[5 * i:5 * i + 5], key=lambda h: logq_z(Q, tok, x, z, h, view))
+    best = [max(drawn[5 * i:5 * i + 5], key=lambda h: logq_z(Q, tok, x, z, h, view=view))
             for i, (x, z) in enumerate(zip(XS, ZS))]
     assert swirl_fwm.best_of_n(P, Q, XS, ZS, n=5, generator=gen()) == best
-    rows, _ = draw(Q.net, [idm_prompt(tok, x, y, view) for x, y in PAIRS], 5, 6, eos, 1.0, gen(),
-                   allowed=not_at_first(Q.net, eos))
+    prompts, allowed = [idm_prompt(tok, x, y, view) for x, y in PAIRS], not_at_first(Q.net, eos)
+    rows, _ = draw(Q.net, prompts, 5, 6, eos, generator=gen(), allowed=allowed)
     drawn = [Q.read(r) for r in rows]
     best = [max(drawn[5 * i:5 * i + 5], key=lambda z: logp_y(P, tok, x, z, y))
             for i, (x, y) in enumerate(PAIRS)]
@@ -622,7 +626,8 @@ def test_without_refusal_no_row_is_the_end_alone(temperature):
 
     def rows_of(options):
         options = dataclasses.replace(options, temperature=temperature)
-        return lm.sample(net, prompts, 30, 5, options, torch.Generator().manual_seed(0))
+        gen = torch.Generator().manual_seed(0)
+        return lm.sample(net, prompts, 30, 5, options, generator=gen)
 
     assert [EOS] in rows_of(Q.options)[0]
     rows, sampled = rows_of(Q.no_refusal())
@@ -637,7 +642,8 @@ def test_without_refusal_what_was_ruled_out_stays_so():
     """As Q of images has it, which may draw words alone."""
     net = ending(tiny_llama(9, 3), EOS, 3.0)
     Q = small(net, torch.tensor([[True] * 4 + [False] * 5]))
-    rows, _ = lm.sample(net, [[1, 2]], 200, 4, Q.no_refusal(), torch.Generator().manual_seed(0))
+    gen = torch.Generator().manual_seed(0)
+    rows, _ = lm.sample(net, [[1, 2]], 200, 4, Q.no_refusal(), generator=gen)
     assert {token for row in rows for token in row} == {EOS, 1, 2, 3}
     assert {row[0] for row in rows} == {1, 2, 3}
 
@@ -646,7 +652,8 @@ def test_without_refusal_what_was_ruled_out_stays_so():
 def test_without_refusal_later_tokens_keep_their_sets(n):
     net = tiny_llama(9, 3)
     Q = small(net, torch.eye(9, dtype=torch.bool)[[2, 3, EOS]] if n == 3 else None)
-    rows, _ = lm.sample(net, [[1, 2]], 400, 3, Q.no_refusal(), torch.Generator().manual_seed(0))
+    gen = torch.Generator().manual_seed(0)
+    rows, _ = lm.sample(net, [[1, 2]], 400, 3, Q.no_refusal(), generator=gen)
     if n == 1:
         assert any(len(row) == 2 for row in rows)
     else:

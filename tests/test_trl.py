@@ -84,6 +84,7 @@ def test_gradient_equals_that_of_trl(tmp_path, beta, scale):
         for row, ids in zip(lm.score_tokens(ours, PROMPTS, ROWS, owner, options).tolist(), ROWS)
     ]
     rollouts = grpo.Rollouts(PROMPTS, ROWS, drawn, options)
-    grpo.step(Net(ours), Net(ref), [recorder], rollouts, torch.tensor(R).view(-1, G), phase, 1.0)
+    rewards = torch.tensor(R).view(-1, G)
+    grpo.step(Net(ours), Net(ref), [recorder], rollouts, R=rewards, phase=phase, lr=1.0)
     # dr_grpo also divides by the longest row
     assert relative(recorder.seen[0] / T, gradient.seen) < 1e-5

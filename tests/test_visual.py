@@ -511,7 +511,8 @@ def test_bytemorph_side_by_side(clip, tmp_path):
             json.dumps({"input": "a dog", "output": "a cat", "edit": "zoom in"})
         )
         fitted = np.asarray(PIL.fromarray(g).resize((21, 24), PIL.Resampling.LANCZOS))
-        items.append(bytemorph_reference(feature, s2, g, t, "a dog", "a cat", fitted, s))
+        captions = dict(c_s="a dog", c_t="a cat")
+        items.append(bytemorph_reference(feature, s2, g, t, **captions, g_at_t=fitted, s_at_t=s))
     save(tmp_path / "D/zoom/no_sidecar.png")
     argv = [
         "--layout", "bm", "--data", tmp_path / "D", "--generated", tmp_path / "GEN", "--embedder",
