@@ -68,7 +68,8 @@ class Recorder:
 def drawn_by_prompt(net, prefixes, n, longest, options, generator=None):
     """`lm.sample` with a generator for each prompt: which process draws for it then makes no
     difference."""
-    out = [sample(net, [prefix], n, longest, options, torch.Generator().manual_seed(sum(prefix)))
+    out = [sample(net, [prefix], n, longest, options,
+                  generator=torch.Generator().manual_seed(sum(prefix)))
            for prefix in prefixes]
     return [row for rows, _ in out for row in rows], [lp for _, logps in out for lp in logps]
 
@@ -108,9 +109,9 @@ def cases(prepare):
             policy,
             ref,
             [recorder],
-            parallel.share(prompts),
-            numbered,
-            dataclasses.replace(cfg, **change),
+            reward=numbered,
+            cfg=dataclasses.replace(cfg, **change),
+            prompts=parallel.share(prompts),
         )
         out[name] = log, recorder.seen
 
@@ -119,7 +120,8 @@ def cases(prepare):
     recorder, logged = Recorder(net), []
     with pytest.MonkeyPatch.context() as m:
         m.setattr(optim, "make_optimizers", lambda *_: [recorder])
-        sft.fit(Net(net, tokens=8), "FWM", ROWS, 5, 1, lambda model, lab: 0.0, lab_of(logged))
+        sft.fit(Net(net, tokens=8), "FWM", ROWS, size=5, steps=1, validate=lambda model, lab: 0.0,
+                lab=lab_of(logged))
     out["warm-up"] = {k: logged[0][k] for k in ("loss", "grad_norm")}, recorder.seen
 
     tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
@@ -140,7 +142,7 @@ def cases(prepare):
         )
         recorder = Recorder(P.net)
         step = lambda pairs: swirl_fwm.phase1_step(
-            P, Q, None, [recorder], parallel.share(pairs), settings(), 0.1, None
+            P, Q, None, [recorder], parallel.share(pairs), phase=settings(), lr=0.1, generator=None
         )
         out["phase 1"] = step(PAIRS)[0], recorder.seen
         out["unread"] = step([PAIRS[1]] * 2)[0]
@@ -164,10 +166,10 @@ def a_phase(prepare):
         step,
         policy,
         other,
-        [(n, n) for n in range(20)],
-        phase,
-        train.Stage("phase1", 1),
-        lab_of([]),
+        pairs=[(n, n) for n in range(20)],
+        phase=phase,
+        stage=train.Stage("phase1", 1),
+        lab=lab_of([]),
     )
     return seen, weights(policy.net)
 
@@ -211,17 +213,21 @@ def three_steps(prepare, folder):
     return out
 
 
+def everything(prepare, folder):
+    return {
+        "cases": cases(prepare),
+        "steps": three_steps(prepare, folder),
+        "phase": a_phase(prepare),
+        "muon": with_muon(prepare),
+    }
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     lm.sample = drawn_by_prompt
     out = {
-        how: (
-            cases(prepare),
-            three_steps(prepare, f"{folder}/{how}"),
-            a_phase(prepare),
-            with_muon(prepare),
-        )
+        how: everything(prepare, f"{folder}/{how}")
         for how, prepare in (("copies", lambda model: model), ("shards", parallel.shard))
     }
     rows = list(range(7))
@@ -234,41 +240,41 @@ def worker(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each of two processes found."""
+def folder(tmp_path_factory):
+    """Where two processes saved what they found."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)], folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """What each of two processes found."""
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
+    """What one process found, and the folder where it saved."""
+    folder = tmp_path_factory.mktemp("alone") / "alone"
     with pytest.MonkeyPatch.context() as m:
         m.setattr(lm, "sample", drawn_by_prompt)
-        same = lambda model: model
-        return (
-            cases(same),
-            three_steps(same, folder / "alone"),
-            a_phase(same),
-            folder,
-            with_muon(same),
-        )
+        return everything(lambda model: model, folder) | {"folder": folder}
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_match_the_gradient_of_one(ranks, alone, case, how):
-    log, seen = alone[0][case]
-    for rank in ranks[0]:
-        theirs, grad = rank[how][0][case]
+    log, seen = alone["cases"][case]
+    for rank in ranks:
+        theirs, grad = rank[how]["cases"][case]
         assert len(grad) == len(seen) == (case != "nothing")
         for a, b in zip(grad, seen):
             assert b.norm() > 1e-3 and relative(a, b) < 1e-5
         for k in log:
             assert theirs[k] == log[k] or theirs[k] == pytest.approx(log[k], rel=1e-5, abs=1e-5), k
         # no rank reads an action: no step, no hanging
-        assert rank[how][0]["unread"] is None
+        assert rank[how]["cases"]["unread"] is None
 
 
 def test_one_process_matches_the_naive_losses(alone):
@@ -277,50 +283,51 @@ def test_one_process_matches_the_naive_losses(alone):
     policy, ref, cfg = tiny_llama(9, 1), tiny_llama(9, 2), settings(beta=0.3)
     rows, _ = drawn_by_prompt(policy, PROMPTS, 4, cfg.longest, lm.Options(EOS))
     naive_loss(policy, ref, PROMPTS, rows, cfg)[0].backward()
-    assert alone[0]["grpo"][0]["grad_norm"] == pytest.approx(grads(policy).norm().item(), rel=1e-4)
-    assert relative(alone[0]["grpo"][1][0], grads(policy) * 0.5 / grads(policy).norm()) < 1e-4
+    log, (seen,) = alone["cases"]["grpo"]
+    assert log["grad_norm"] == pytest.approx(grads(policy).norm().item(), rel=1e-4)
+    assert relative(seen, grads(policy) * 0.5 / grads(policy).norm()) < 1e-4
     model = tiny_llama(9, 1)
     (-sum(naive(model, prompt, row).sum() for prompt, row in ROWS) / 14).backward()
-    assert relative(alone[0]["warm-up"][1][0], grads(model) / grads(model).norm()) < 1e-4
+    _, (seen,) = alone["cases"]["warm-up"]
+    assert relative(seen, grads(model) / grads(model).norm()) < 1e-4
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
 def test_muon_on_two_processes_matches_one(ranks, alone, how):
-    truth, most = alone[4]
-    for rank in ranks[0]:
-        ours, n = rank[how][3]
+    truth, most = alone["muon"]
+    for rank in ranks:
+        ours, n = rank[how]["muon"]
         assert relative(ours - weights(tiny_llama(9, 1)), truth - weights(tiny_llama(9, 1))) < 1e-3
         # a stack of shards might be cut between matrices
         assert n == (most if how == "copies" else 1) and most > 1
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
-def test_weights_on_two_processes_match_one(ranks, alone, how):
-    found, folder = ranks
+def test_weights_on_two_processes_match_one(ranks, folder, alone, how):
     start, other, saved = (
         weights(tiny_llama(9, 1)), weights(tiny_llama(9, 3)), pretrained.load(folder / how)[0])
-    for rank in found:
-        ours = rank[how][1]
-        assert relative(ours["whole"] - start, alone[1]["whole"] - start) < 1e-3
+    for rank in ranks:
+        ours = rank[how]["steps"]
+        assert relative(ours["whole"] - start, alone["steps"]["whole"] - start) < 1e-3
         # ranks do not drift apart
-        assert torch.equal(ours["whole"], found[0][how][1]["whole"])
+        assert torch.equal(ours["whole"], ranks[0][how]["steps"]["whole"])
         assert torch.equal(ours["frozen"], ours["whole"]) and torch.equal(
             weights(saved), ours["whole"]
         )
         assert torch.equal(ours["loaded"], other) and torch.equal(ours["masters"], other)
-        share = ours["held"] / alone[1]["held"]
+        share = ours["held"] / alone["steps"]["held"]
         assert share == 1 if how == "copies" else share < 0.55
     names = lambda folder: sorted(p.name for p in folder.iterdir())
-    assert names(folder / how) == names(alone[3] / "alone")
-    assert (folder / how / "config.json").read_text() == (
-        alone[3] / "alone" / "config.json"
-    ).read_text()
+    assert names(folder / how) == names(alone["folder"])
+    config = lambda folder: (folder / "config.json").read_text()
+    assert config(folder / how) == config(alone["folder"])
 
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
 def test_a_phase_cuts_one_batch_and_draws_apart(ranks, alone, how):
-    one, (zero, end), (first, other) = alone[2], *(rank[how][2] for rank in ranks[0])
-    for (pairs, u), (pairs_0, u_0), (pairs_1, u_1) in zip(one[0], zero, first):
+    one, _ = alone["phase"]
+    (zero, end), (first, other) = (rank[how]["phase"] for rank in ranks)
+    for (pairs, u), (pairs_0, u_0), (pairs_1, u_1) in zip(one, zero, first):
         assert pairs_0 == pairs[::2] and pairs_1 == pairs[1::2] and len(pairs) == 5
         assert u_0 == u != u_1                                 # rollouts of their own
     start = weights(tiny_llama(9, 1))
@@ -328,7 +335,7 @@ def test_a_phase_cuts_one_batch_and_draws_apart(ranks, alone, how):
 
 
 def test_rows_gather_in_order_and_rank_0_decides(ranks):
-    for rank in ranks[0]:
+    for rank in ranks:
         assert rank["numbers"] == [[n * n for n in range(7)], 0, 3, [5]]
 
 

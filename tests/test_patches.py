@@ -19,11 +19,10 @@ BLOCKS = re.findall(r"```python\n# (\S+)\.py: (.+)\n((?:.|\n)*?)```", TEXT)
 
 @pytest.fixture
 def job(small_folder, tmp_path):
-    """A small run; returns its results.json."""
+    """A small run; returns its exit code and its results.json."""
     def run(*argv):
         argv = [*SMALL, "--model", str(small_folder), *argv, "--out", str(tmp_path / "run")]
-        assert train.main(argv) == 0
-        return json.loads((tmp_path / "run" / "results.json").read_text())
+        return train.main(argv), json.loads((tmp_path / "run" / "results.json").read_text())
     return run
 
 
@@ -43,8 +42,8 @@ def test_a_function_is_replaced(module, name, code, job, tmp_path, monkeypatch):
         return patched(*args, **kwargs)
 
     monkeypatch.setattr(module, name, counted)
-    results = job("--data", str(write_lamps(tmp_path / "lamps.jsonl")))
-    assert calls and len(results["stages"]) == 4
+    code, results = job("--data", str(write_lamps(tmp_path / "lamps.jsonl")))
+    assert code == 0 and calls and len(results["stages"]) == 4
 
 
 @pytest.mark.parametrize("module, code", [(b[0], b[2]) for b in BLOCKS if not b[1].isidentifier()])
@@ -53,5 +52,5 @@ def test_a_file_is_a_new_world(module, code, job, monkeypatch):
     exec(code, vars(world))
     monkeypatch.setitem(sys.modules, world.__name__, world)
     monkeypatch.setitem(envs.WORLDS, "tools", world)       # under a name that --env knows
-    results = job("--env", "tools", "--episodes", "12")
-    assert results["splits"]["labelled"] > 6 and len(results["stages"]) == 4
+    code, results = job("--env", "tools", "--episodes", "12")
+    assert code == 0 and results["splits"]["labelled"] > 6 and len(results["stages"]) == 4

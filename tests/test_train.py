@@ -5,6 +5,8 @@ import json
 import random
 import shutil
 import types
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -79,6 +81,12 @@ def same_run(a, b):
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+class Done(NamedTuple):
+    """A finished run."""
+    argv: list
+    out: Path
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small_model(small_folder):
     """`--model tiny` is a smaller one still."""
@@ -98,7 +106,8 @@ def told(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(told):
-    return told[0]
+    out, _, _ = told
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +117,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lamps(data, small_folder, tmp_path_factory):
-    """(its arguments, the folder of a run on a file of short states)."""
+    """A run on a file of short states: its arguments, its folder."""
     out, argv = tmp_path_factory.mktemp("run") / "lamps", [*SMALL, "--data", str(data)]
     train.main([*argv, "--out", str(out)])
-    return argv, out
+    return Done(argv, out)
 
 
 def test_results_hold_every_field_of_the_contract(told):
@@ -188,7 +197,7 @@ def test_saved_folders_load_with_from_pretrained(done):
 
 
 def test_without_a_terminal_only_whole_lines_print(told):
-    said = told[2]
+    _, _, said = told
     assert "\r" not in said and "\x1b" not in said and "\nsft" in said and "best of 8" in said
 
 
@@ -388,7 +397,7 @@ def minutes_for(factor, argv):
 
 
 def test_resumed_run_keeps_the_steps_of_minutes(lamps, tmp_path, monkeypatch, capsys):
-    argv, out = lamps[0], tmp_path / "run"
+    argv, out = lamps.argv, tmp_path / "run"
     argv = [*argv, "--minutes", repr(minutes_for(2, argv)), "--out", str(out)]
     with monkeypatch.context() as patch:
         measured = timed(patch)
@@ -517,7 +526,8 @@ def run(step, policy=None, frozen=None, seed=0, iteration=1, **phase):
     policy, frozen = policy or Net(tiny_llama(9, 0)), frozen or Net(tiny_llama(9, 1))
     phase = Phase(**dict(steps=3, peak=0.1) | phase)
     pairs = [(n, n) for n in range(40)]
-    train.run_phase(step, policy, frozen, pairs, phase, train.Stage("phase1", iteration), lab)
+    stage = train.Stage("phase1", iteration)
+    train.run_phase(step, policy, frozen, pairs, phase=phase, stage=stage, lab=lab)
     return policy, logged
 
 
@@ -733,9 +743,9 @@ def test_bad_arguments_are_refused(tmp_path, capsys, done):
 
 def test_another_run_in_the_same_folder_is_refused(done, lamps, tmp_path, capsys):
     assert "seed=0" in refused(capsys, [*SMALL, "--out", str(done), "--seed", "1"])
-    shutil.copytree(lamps[1], tmp_path / "run")
+    shutil.copytree(lamps.out, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()  # also if it is not finished
-    assert "seed=0" in refused(capsys, [*lamps[0], "--out", str(tmp_path / "run"), "--seed", "1"])
+    assert "seed=0" in refused(capsys, [*lamps.argv, "--out", str(tmp_path / "run"), "--seed", "1"])
 
 
 ZERO = ("--group-size", "--batch", "--iterations", "--lr-fwm", "--warmup-lr", "--warmup-steps",
@@ -754,9 +764,9 @@ def test_a_value_that_makes_no_sense_is_refused(tmp_path, capsys, name, value):
 
 
 def test_fresh_refuses_a_folder_with_foreign_files(lamps, tmp_path, capsys):
-    argv, out = lamps[0], tmp_path / "copy"
+    argv, out = lamps.argv, tmp_path / "copy"
     argv = [*argv, "--out", str(out), "--fresh"]
-    shutil.copytree(lamps[1], out)
+    shutil.copytree(lamps.out, out)
     (out / "notes.txt").write_text("mine")
     assert "notes.txt" in refused(capsys, argv)
     (out / "notes.txt").rename(out / "fwm" / "notes.txt")
@@ -770,8 +780,8 @@ def test_fresh_refuses_a_folder_with_foreign_files(lamps, tmp_path, capsys):
 
 @pytest.mark.parametrize("folder", ["rivals", "sft"])
 def test_fresh_keeps_foreign_files_of_subfolders(lamps, tmp_path, capsys, folder):
-    argv, out = lamps[0], tmp_path / "copy"
-    shutil.copytree(lamps[1], out)
+    argv, out = lamps.argv, tmp_path / "copy"
+    shutil.copytree(lamps.out, out)
     (out / folder / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit):
         rundir.Run(train.parse([*argv, "--out", str(out), "--fresh"]), 0.0)
@@ -780,8 +790,8 @@ def test_fresh_keeps_foreign_files_of_subfolders(lamps, tmp_path, capsys, folder
 
 
 def test_fresh_starts_over(lamps, tmp_path):
-    shutil.copytree(lamps[1], tmp_path / "copy")
-    rundir.Run(train.parse([*lamps[0], "--seed", "5", "--out", str(tmp_path / "copy"), "--fresh"]),
+    shutil.copytree(lamps.out, tmp_path / "copy")
+    rundir.Run(train.parse([*lamps.argv, "--seed", "5", "--out", str(tmp_path / "copy"), "--fresh"]),
                0.0)
     assert [p.name for p in (tmp_path / "copy").iterdir()] == ["config.json"]
 
