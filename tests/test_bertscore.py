@@ -178,25 +178,30 @@ def test_batches_order_and_repeats_change_nothing(roberta):
     assert (swapped[:, [1, 0, 2]] - one).abs().max() < 1e-5
 
 
-def test_empty_identical_and_cut_texts(roberta):
+def test_an_empty_text_scores_0(roberta):
     assert bertscore.bertscore(["", " \n", "a"], ["a", "", ""], roberta, 2) == [(0, 0, 0)] * 3
+
+
+def test_white_space_around_a_text_does_not_count(roberta):
     assert bertscore.bertscore(["  the cat\n"], ["the cat"], roberta, 2)[0] == pytest.approx(
         (1, 1, 1), abs=1e-6
     )
+
+
+def test_texts_that_differ_behind_the_cut_are_equal(roberta):
     long = "water " * 100
     assert bertscore.bertscore([long + "ice"], [long + "stove"], roberta, 2)[0] == pytest.approx(
         (1, 1, 1), abs=1e-6
     )
-    ids = bertscore.encode(bertscore.load(roberta, 2)[1], long, LIMIT)
-    fits = " ".join(
-        ["water"]
-        * (
-            (LIMIT - 2)
-            * 100
-            // (len(bertscore.encode(bertscore.load(roberta, 2)[1], long, 999)) - 2)
-        )
-    )
-    assert len(ids) == LIMIT and bertscore.cut([long, fits, "", fits + " water"], roberta, 2) == 2
+
+
+def test_only_texts_beyond_the_limit_are_counted_as_cut(roberta):
+    _, tok, _ = bertscore.load(roberta, 2)
+    long = "water " * 100
+    tokens = len(bertscore.encode(tok, long, 999)) - 2
+    fits = " ".join(["water"] * ((LIMIT - 2) * 100 // tokens))
+    assert len(bertscore.encode(tok, long, LIMIT)) == LIMIT
+    assert bertscore.cut([long, fits, "", fits + " water"], roberta, 2) == 2
 
 
 def test_encoder_positions_limit_the_tokens(roberta, bert, tmp_path):
@@ -218,14 +223,20 @@ def test_texts_are_encoded_with_a_leading_space(roberta, tmp_path):
     assert torch.equal(ours(SHORT[:40], roberta, 2), ours(SHORT[:40], str(tmp_path), 2))
 
 
-def test_layers_and_rescaling(roberta, monkeypatch):
+def test_layers_are_the_packages_unless_named(roberta):
     assert bertscore.layer_of("roberta-large") == 17 and bertscore.layer_of("roberta-large", 9) == 9
     assert len(bertscore.load(roberta, 2)[0].encoder.layer) == 2
+
+
+def test_unknown_layers_and_unequal_lists_are_refused(roberta):
     for bad in (dict(layer=None), dict(layer=4), dict(layer=-1), dict(layer=2, rescale=True)):
         with pytest.raises(ValueError, match="layer"):
             bertscore.bertscore(["a"], ["a"], roberta, **bad)
     with pytest.raises(ValueError):
         bertscore.bertscore(["a", "b"], ["a"], roberta, 2)
+
+
+def test_rescaling_is_the_packages(roberta, monkeypatch):
     raw = bertscore.bertscore(["the cat", ""], ["cat", "a"], roberta, 2)
     monkeypatch.setitem(bertscore.LAYERS, roberta, 2)
     rescaled = bertscore.bertscore(["the cat", ""], ["cat", "a"], roberta, rescale=True)

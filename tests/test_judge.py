@@ -155,6 +155,11 @@ def test_no_reply_gives_a_number_that_it_does_not_hold(parse):
             map(math.isfinite, found if isinstance(found, tuple) else [found])
         )
     assert 10 < told < 300
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+@pytest.mark.parametrize("parse", PARSERS)
+def test_no_reply_stalls_or_crashes_a_parser(parse):
     start = time.time()
     for bomb in (
         "[" * 200000,

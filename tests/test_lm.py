@@ -352,29 +352,37 @@ def test_first_token_follows_the_tempered_softmax(model, temperature):
         assert chi_square(tokens, (logits / (1.7 - temperature)).softmax(-1)) > 40
 
 
+DRAWN_FROM = torch.tensor(
+    [[0.125, 0.0, 0.375, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0], [1 - 1e-9, 0.0, 0.0, 0.0, 1e-9]]
+).log()
+
+
 def test_draw_inverts_the_distribution_function():
-    """Each token as often as its probability says, one of probability 0 never, the rare ones not
-    lost to rounding."""
-    p = torch.tensor(
-        [[0.125, 0.0, 0.375, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0], [1 - 1e-9, 0.0, 0.0, 0.0, 1e-9]]
-    )
+    """Each token as often as its probability says, one of probability 0 never."""
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     for row, count in ((0, [125, 0, 375, 500, 0]), (1, [0, 1000, 0, 0, 0])):
-        drawn = next_token.draw(p.log(), torch.full((1000,), row), grid)
+        drawn = next_token.draw(DRAWN_FROM, torch.full((1000,), row), grid)
         assert torch.bincount(drawn, minlength=5).tolist() == count
+
+
+def test_a_rare_token_is_not_lost_to_rounding():
     grid = torch.tensor([0.0, 1 - 2e-9, 1 - 5e-10], dtype=torch.float64)
-    assert next_token.draw(p.log(), torch.tensor([2, 2, 2]), grid).tolist() == [0, 0, 4]
-    # on the edge of a token of probability 0
+    assert next_token.draw(DRAWN_FROM, torch.tensor([2, 2, 2]), grid).tolist() == [0, 0, 4]
+
+
+def test_a_token_of_probability_0_is_not_drawn_at_its_edge():
     grid = torch.tensor([0.125, 0.0], dtype=torch.float64)
-    assert next_token.draw(p.log(), torch.tensor([0, 1]), grid).tolist() == [2, 1]
+    assert next_token.draw(DRAWN_FROM, torch.tensor([0, 1]), grid).tolist() == [2, 1]
     assert next_token.draw(
         torch.tensor([[0.25, 0.25, 0.0]] * 3).log(),
         torch.tensor([0, 1, 1]),
         torch.tensor([0.4, 0.6, 0.999]),
     ).tolist() == [0, 1, 1]
-    # the largest random number stays in its row
+
+
+def test_the_largest_random_number_stays_in_its_row():
     most = torch.full((10**5,), 1 - 2**-53, dtype=torch.float64)
-    assert (next_token.draw(p.log()[[1]].repeat(10**5, 1), torch.arange(10**5), most) == 1).all()
+    assert (next_token.draw(DRAWN_FROM[[1]].repeat(10**5, 1), torch.arange(10**5), most) == 1).all()
 
 
 def test_roomy_cache_holds_what_a_copying_one_holds():

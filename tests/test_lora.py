@@ -163,9 +163,19 @@ def test_reference_is_an_exact_copy_that_stays():
     optim.step(P, optimizers, .1)
     assert same(bits(ref), before) and same(bits(P.base), base) and same(bits(Q), opposite)
     assert all(not torch.equal(p, before[n]) for n, p in P.named_parameters())
+
+
+def test_loading_a_state_keeps_the_parameters():
+    P, _ = shaken(tiny_llama())
+    ref = frozen(P)
+    shake(P, 3)
     own = P.parameters()
-    P.load_state_dict(ref.state_dict())  # back to the reference
-    assert same(bits(P), before) and all(a is b for a, b in zip(own, P.parameters()))
+    P.load_state_dict(ref.state_dict())
+    assert same(bits(P), bits(ref)) and all(a is b for a, b in zip(own, P.parameters()))
+
+
+def test_a_state_of_another_rank_is_refused():
+    P, _ = shaken(tiny_llama())
     with pytest.raises(ValueError):
         P.load_state_dict(adapters.pair(tiny_llama(), 2)[0].state_dict())
 

@@ -103,13 +103,16 @@ def test_bleu_by_hand():
     assert [metrics.bleu_sentence(*pair) for pair in (("", "a"), ("a", ""), ("", ""))] == [0, 0, 0]
 
 
-def test_bleu_mean_corpus_and_rounding():
+def test_bleu_over_pairs_by_hand():
     predictions, references = ["abcd", "abcd"], ["abcd", "wxyz"]
     assert metrics.bleu(predictions, references) == 50
     # corpus: 4/8, 3/6, 2/4, 1/2 and equal lengths
     assert metrics.bleu(predictions, references, agg="corpus") == pytest.approx(50)
     # (100 + 59.4604) / 2
     assert metrics.bleu(["abcd", "abcd"], ["abcd", "abce"], rounding=True) == 79.73
+
+
+def test_unknown_options_of_bleu_are_refused():
     with pytest.raises(ValueError):
         metrics.bleu(["a"], ["a"], level="token")
     with pytest.raises(ValueError):
@@ -148,9 +151,11 @@ def test_exact_and_exact_changed():
     assert metrics.exact(["a "], ["a"]) == 0  # nothing is stripped
 
 
-def test_rows_of_results_json():
-    xs, ys = ["on", "off", "lamp on"], ["on", "on", "lamp off"]
-    fwm = metrics.fwm_scores(xs, ys, ys, logps=[-1.0, -2.0, -6.0])
+XS, YS = ["on", "off", "lamp on"], ["on", "on", "lamp off"]
+
+
+def test_fwm_scores_of_perfect_predictions():
+    fwm = metrics.fwm_scores(XS, YS, YS, logps=[-1.0, -2.0, -6.0])
     assert list(fwm) == ["n", "exact", "exact_changed", "bleu", "rouge_l", "logp"]
     assert (fwm["n"], fwm["exact"], fwm["exact_changed"], fwm["rouge_l"], fwm["logp"]) == (
         3,
@@ -159,12 +164,18 @@ def test_rows_of_results_json():
         100,
         -3,
     )
-    assert fwm["bleu"] == metrics.bleu(ys, ys)
+    assert fwm["bleu"] == metrics.bleu(YS, YS)
+
+
+def test_idm_scores_of_half_right_predictions():
     idm = metrics.idm_scores(["go", "stay"], ["go", "wait"])
     assert list(idm) == ["n", "exact", "bleu", "rouge_l", "logp"]
     assert (idm["n"], idm["exact"], idm["rouge_l"], idm["logp"]) == (2, .5, 50, None)
-    copy = metrics.copy_x(xs, ys)
-    assert copy == metrics.fwm_scores(xs, xs, ys) and copy["logp"] is None
+
+
+def test_copy_x_predicts_no_change():
+    copy = metrics.copy_x(XS, YS)
+    assert copy == metrics.fwm_scores(XS, XS, YS) and copy["logp"] is None
     assert copy["exact"] == pytest.approx(1 / 3) and copy["exact_changed"] == 0
 
 

@@ -72,7 +72,7 @@ def test_the_freezer_must_be_on_and_shut():
         assert f"jar: {then} C, in the freezer" in after(world, "wait")
 
 
-def test_places_hold_one_vessel_and_doors_shut_them():
+def test_a_shut_door_keeps_a_vessel_in():
     world = given("cup: liquid water, 80 C, in the chest")
     assert after(world) == after(
         world, "take the cup", "empty the cup", "pour the cup into the pot"
@@ -80,6 +80,9 @@ def test_places_hold_one_vessel_and_doors_shut_them():
     assert "cup: liquid water, 60 C, on the bench" in after(
         world, "open the chest", "wait", "take the cup"
     )
+
+
+def test_a_place_takes_one_vessel():
     world = given("pot: empty, on the stove")
     assert after(world) == after(world, "put the cup on the stove", "put the jar in the freezer")
     assert "cup: empty, on the stove" in after(world, "take the pot", "put the cup on the stove")
@@ -142,6 +145,9 @@ def test_next_state_follows_from_the_text_alone():
 def test_episodes_are_chains_fixed_by_the_seed():
     assert all(len(e) == STEPS and all(a[2] == b[0] for a, b in zip(e, e[1:])) for e in EPISODES)
     assert episode(random.Random(7)) == EPISODES[7] != EPISODES[8]
+
+
+def test_every_kind_of_action_occurs_and_some_do_nothing():
     shares = Counter(next(k for k in KINDS if f"{z} ".startswith(k + " ")) for _, z, _ in DRAWN)
     assert len(KINDS) == len(shares) == 12 and min(shares.values()) >= 0.02 * len(DRAWN)
     assert 0.08 <= sum(x == y for x, _, y in DRAWN) / len(DRAWN) <= 0.15
@@ -155,8 +161,14 @@ def test_states_are_short_and_of_few_words():
         and {x.count("\n") for x, _, _ in DRAWN} == {6}
     )
     assert len(set(re.findall(r"-?\w+", " ".join(x + " " + z for x, z, _ in DRAWN)))) <= 60
+
+
+def test_states_seldom_repeat():
     states = [s for e in EPISODES[:100] for s in [e[0][0]] + [y for x, _, y in e if x != y]]
     assert len(set(states)) >= 0.95 * len(states)
+
+
+def test_the_diff_tells_the_action():
     causes = defaultdict(list)
     for x, z, y in DRAWN:
         assert z not in y

@@ -146,25 +146,35 @@ def test_one_line_episode_is_taken_if_its_split_is_set(tmp_path):
     assert [t.episode for t in records.read(path)] == ["dev-a"]
 
 
-def test_bad_files(tmp_path):
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert "no such file" in error(str(tmp_path / "none.jsonl"))
     assert "cannot read" in error(str(tmp_path))
+
+
+def test_an_empty_file_is_refused(tmp_path):
     for rows in ([], ["", "  "]):
         path = save(tmp_path / "empty.jsonl", rows)
         assert error(path).startswith(path + ": ") and "no transitions" in error(path)
     empty = tmp_path / "empty.jsonl.gz"
     empty.write_bytes(b"")
     assert "no transitions" in error(str(empty))
+
+
+PACKED = gzip.compress("".join(json.dumps(row(t=t)) + "\n" for t in range(9)).encode())
+
+
+def test_broken_gzip_is_refused(tmp_path):
     assert "gzip" in error(save(tmp_path / "plain.jsonl.gz", [row(), row(t=1)]))
-    packed = gzip.compress("".join(json.dumps(row(t=t)) + "\n" for t in range(9)).encode())
-    for name, data in (("cut", packed[:-9]), ("torn", packed[:20] + b"\xff\xff\xff" + packed[23:])):
+    for name, data in (("cut", PACKED[:-9]), ("torn", PACKED[:20] + b"\xff\xff\xff" + PACKED[23:])):
         (tmp_path / f"{name}.gz").write_bytes(data)
         assert error(str(tmp_path / f"{name}.gz")).startswith(str(tmp_path / name))
         assert "gzip" in error(str(tmp_path / f"{name}.gz"))
-    (tmp_path / "packed.jsonl").write_bytes(packed)
-    assert ":1: " in error(str(tmp_path / "packed.jsonl")) and ".gz" in error(
-        str(tmp_path / "packed.jsonl")
-    )
+
+
+def test_bytes_that_are_no_utf_8_are_told_by_line(tmp_path):
+    (tmp_path / "packed.jsonl").write_bytes(PACKED)
+    message = error(str(tmp_path / "packed.jsonl"))
+    assert ":1: " in message and ".gz" in message
     (tmp_path / "latin.jsonl").write_bytes(json.dumps(row()).encode() + b'\n{"x": "\xe9"}\n')
     assert ":2: " in error(str(tmp_path / "latin.jsonl"))
 

@@ -111,26 +111,15 @@ def test_a_day_holds_one_reminder():
 
 
 def test_idle_calls_change_no_line():
-    assert (
-        changed(
-            session("none"),
-            "sign_out()",
-            "sort_results()",
-            "clear_reminder(tuesday)",
-            "reschedule(monday, 8am)",
-        )
-        == []
-    )
-    assert (
-        changed(
-            session(reminders=NOTED),
-            "sign_in(leo)",
-            "set_reminder(monday, call, tom, 9am)",
-            "reschedule(monday, 9am)",
-            "move_reminder(tuesday, monday)",
-        )
-        == []
-    )
+    nothing_there = ["sign_out()", "sort_results()", "clear_reminder(tuesday)",
+                     "reschedule(monday, 8am)"]
+    nothing_new = ["sign_in(leo)", "set_reminder(monday, call, tom, 9am)",
+                   "reschedule(monday, 9am)", "move_reminder(tuesday, monday)"]
+    assert changed(session("none"), *nothing_there) == []
+    assert changed(session(reminders=NOTED), *nothing_new) == []
+
+
+def test_a_reply_that_comes_again_changes_no_line():
     for call, reply in [
         ("check_price(rome-hotel)", "rome-hotel for 20"),
         ("book(rome-hotel)", "error, sign in first"),
@@ -176,31 +165,58 @@ def test_unknown_call(z):
         session().step(z)
 
 
-def test_promises_over_many_episodes():
-    episodes = [tools.episode(random.Random(seed)) for seed in range(200)]
+@pytest.fixture(scope="module")
+def episodes():
+    return [tools.episode(random.Random(seed)) for seed in range(200)]
+
+
+@pytest.fixture(scope="module")
+def drawn(episodes):
+    """Their transitions."""
+    return [transition for steps in episodes for transition in steps]
+
+
+def test_episodes_are_chains_fixed_by_the_seed(episodes):
     assert episodes[7] == tools.episode(random.Random(7)) != episodes[8]
     assert all(
         len(e) == tools.STEPS and all(a[2] == b[0] for a, b in zip(e, e[1:])) for e in episodes
     )
-    drawn, ys, calls = [t for e in episodes for t in e], {}, defaultdict(list)
+
+
+def test_next_state_follows_from_the_text_alone(drawn):
+    ys = {}
     for x, z, y in drawn:
-        # Markov in the text
         assert ys.setdefault((x, z), y) == y and z not in y
-        # a reason does not name the call
-        if x != y and "reply: error" not in y:
-            calls[tuple((a, b) for a, b in zip(x.splitlines(), y.splitlines()) if a != b)].append(z)
+
+
+def test_most_states_are_new_and_a_tenth_of_the_calls_idle(drawn):
     states = [y for x, _, y in drawn if x != y]
     assert 0.08 <= 1 - len(states) / len(drawn) <= 0.15 and len(set(states)) >= 0.95 * len(states)
+
+
+def test_the_diff_tells_the_call(drawn):
+    calls, errors = defaultdict(list), 0
+    for x, z, y in drawn:
+        # a reason does not name the call
+        if x != y and "reply: error" in y:
+            errors += 1
+        elif x != y:
+            calls[tuple((a, b) for a, b in zip(x.splitlines(), y.splitlines()) if a != b)].append(z)
     assert sum(len(zs) for zs in calls.values() if len(set(zs)) == 1) >= 0.99 * sum(
         map(len, calls.values())
     )
-    # errors
-    assert 0.01 * len(drawn) <= len(states) - sum(map(len, calls.values())) <= 0.06 * len(drawn)
+    assert 0.01 * len(drawn) <= errors <= 0.06 * len(drawn)
+
+
+def test_every_kind_of_call_occurs(drawn):
     kinds = Counter(z.split("(")[0] for _, z, _ in drawn)
     assert (
         set(kinds) == set(tools.KINDS)
         and len(kinds) == 14
         and min(kinds.values()) >= 0.02 * len(drawn)
     )
+
+
+def test_states_are_short_and_of_few_words(drawn):
     assert all(28 <= len(x.split()) <= 56 and x.count("\n") == 13 for x, _, _ in drawn)
     assert len({word.strip(":,") for x, _, _ in drawn for word in x.split()}) <= 90

@@ -791,8 +791,8 @@ def test_fresh_keeps_foreign_files_of_subfolders(lamps, tmp_path, capsys, folder
 
 def test_fresh_starts_over(lamps, tmp_path):
     shutil.copytree(lamps.out, tmp_path / "copy")
-    rundir.Run(train.parse([*lamps.argv, "--seed", "5", "--out", str(tmp_path / "copy"), "--fresh"]),
-               0.0)
+    argv = [*lamps.argv, "--seed", "5", "--out", str(tmp_path / "copy"), "--fresh"]
+    rundir.Run(train.parse(argv), 0.0)
     assert [p.name for p in (tmp_path / "copy").iterdir()] == ["config.json"]
 
 

@@ -153,31 +153,59 @@ def test_unknown_action(z):
         shop(message="dialog: name is missing").step(z)
 
 
-def test_promises_over_many_episodes():
-    episodes = [web.episode(random.Random(seed)) for seed in range(200)]
+@pytest.fixture(scope="module")
+def episodes():
+    return [web.episode(random.Random(seed)) for seed in range(200)]
+
+
+@pytest.fixture(scope="module")
+def drawn(episodes):
+    """Their transitions."""
+    return [transition for steps in episodes for transition in steps]
+
+
+def test_episodes_are_chains_fixed_by_the_seed(episodes):
     assert episodes[7] == web.episode(random.Random(7)) != episodes[8]
     assert all(
         len(e) == web.STEPS and all(a[2] == b[0] for a, b in zip(e, e[1:])) for e in episodes
     )
-    drawn, ys, actions = [t for e in episodes for t in e], {}, defaultdict(list)
+
+
+def test_next_state_follows_from_the_text_alone(drawn):
+    ys = {}
     for x, z, y in drawn:
-        assert ys.setdefault((x, z), y) == y and z not in y  # Markov in the text
+        assert ys.setdefault((x, z), y) == y and z not in y
+
+
+def test_most_states_are_new_and_a_tenth_of_the_actions_idle(drawn):
+    states = [y for x, _, y in drawn if x != y]
+    assert 0.08 <= 1 - len(states) / len(drawn) <= 0.15 and len(set(states)) >= 0.95 * len(states)
+
+
+def test_the_diff_tells_the_action(drawn):
+    actions = defaultdict(list)
+    for x, z, y in drawn:
         # it does not name the action
         if x != y and not y.endswith("dialog: cart is full"):
             actions[tuple((a, b) for a, b in zip(x.split("\n"), y.split("\n")) if a != b)].append(z)
-    states = [y for x, _, y in drawn if x != y]
-    assert 0.08 <= 1 - len(states) / len(drawn) <= 0.15 and len(set(states)) >= 0.95 * len(states)
     assert sum(len(zs) for zs in actions.values() if len(set(zs)) == 1) >= 0.93 * sum(
         map(len, actions.values())
     )
+
+
+def test_the_cart_fills_to_its_limit_and_no_further(drawn):
     carts = [line for x, _, _ in drawn for line in x.split("\n") if line.startswith("cart: ")]
-    # rule 3
-    assert (
-        max(sum(int(n or 1) for n in re.findall(r"-[a-z]+(?: x(\d))?", cart)) for cart in carts)
-        == web.FULL
-    )
+    amounts = lambda cart: [int(n or 1) for n in re.findall(r"-[a-z]+(?: x(\d))?", cart)]
+    assert max(sum(amounts(cart)) for cart in carts) == web.FULL
+
+
+def test_every_kind_of_action_occurs(drawn):
     kinds = Counter(web.read(z)[0] for _, z, _ in drawn)
     assert set(kinds) == set(web.KINDS) and min(kinds.values()) >= 0.01 * len(drawn)
+
+
+def test_states_are_short_and_of_few_words(drawn):
+    states = [y for x, _, y in drawn if x != y]
     words = [len(y.split()) for y in states]
     assert (
         30 * len(words) <= sum(words)
