@@ -220,51 +220,70 @@ def server(monkeypatch):
     httpd.server_close()
 
 
-def test_judge_is_asked_once_and_a_cut_run_resumes(server, tmp_path, capsys):
+def ask(tmp_path):
+    """(arguments, {id: images}, the file of replies, the result) of a run that asked the judge: the
+    first, its copy (no content), two that fail."""
     argv, kept = make_aurora(tmp_path)
     file = tmp_path / "r.jsonl"
     argv += ["--embedder", "pixels", "--replies", file]
-    # the first, its copy (no content), two that fail
     Server.script = [500, 202, "[1, 2]", 429, None, 400, 503, 503, 503, 503]
-    result = run(aurora, tmp_path, *argv, "--judge", "m")
+    return argv, kept, file, run(aurora, tmp_path, *argv, "--judge", "m")
+
+
+def test_a_request_holds_the_key_the_text_and_the_images(server, tmp_path):
+    _, kept, _, _ = ask(tmp_path)
     path, key, body = Server.seen[0]
-    asked = body["messages"][0]["content"]
-    assert (
-        path == "/v1/chat/completions"
-        and key == "Bearer secret"
-        and "turn left" in asked[0]["text"]
-    )
+    text, *parts = body["messages"][0]["content"]
+    assert path == "/v1/chat/completions" and key == "Bearer secret"
+    assert "turn left" in text["text"]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0, 512)
     images = [
         PIL.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1])))
-        for part in asked[1:]
+        for part in parts
     ]
     assert [
         (np.asarray(image) == kept["aurora_00001"][i]).all() for image, i in zip(images, (1, 3))
     ] == [True, True]
-    assert (
-        len(result["judge_missing"]) == 3
-        and result["judge"] == "m"
-        and len(file.read_text().splitlines()) == 12
-    )
+
+
+def test_a_failed_reply_is_counted_and_asked_again(server, tmp_path):
+    argv, _, file, result = ask(tmp_path)
+    assert len(result["judge_missing"]) == 3 and result["judge"] == "m"
+    assert len(file.read_text().splitlines()) == 12
     # cut inside the last line
     file.write_text(file.read_text()[:-20])
     Server.seen.clear()
     result = run(aurora, tmp_path, *argv, "--judge", "m")
     # asked: what failed, what was cut; a broken line
     assert len(Server.seen) == 3 and len(result["judge_missing"]) == 2
+
+
+def test_recorded_replies_give_the_same_scores(server, tmp_path):
+    argv, _, _, result = ask(tmp_path)
     Server.seen.clear()
     again = run(aurora, tmp_path, *argv)
     assert again["scores"] == result["scores"] and again["judge"] == "m (recorded)"
-    # another image: its reply does not count
+    assert not Server.seen
+
+
+def test_a_reply_to_another_image_does_not_count(server, tmp_path):
+    argv, _, _, result = ask(tmp_path)
+    Server.seen.clear()
     save(tmp_path / "GEN/fullset/ag/aurora_00006.png")
-    assert (
-        len(run(aurora, tmp_path, *argv)["judge_missing"]) == len(again["judge_missing"]) + 1
-        and not Server.seen
-    )
+    missing = run(aurora, tmp_path, *argv)["judge_missing"]
+    assert len(missing) == len(result["judge_missing"]) + 1 and not Server.seen
+
+
+def test_replies_of_another_judge_are_refused(server, tmp_path, capsys):
+    argv, _, _, _ = ask(tmp_path)
     assert "another judge" in refused(aurora, capsys, *argv, "--judge", "other")
+
+
+def test_a_refused_key_is_told_but_not_shown(server, tmp_path, capsys):
+    argv, _ = make_aurora(tmp_path)
+    argv += ["--embedder", "pixels", "--replies", tmp_path / "new.jsonl", "--judge", "m"]
     Server.script = [401]
-    err = refused(aurora, capsys, *argv[:-1], tmp_path / "new.jsonl", "--judge", "m")
+    err = refused(aurora, capsys, *argv)
     assert "HTTP 401" in err and "secret" not in err and not (tmp_path / "new.jsonl").exists()
 
 

@@ -1,10 +1,13 @@
 """Claims of `models/adapters.py`: an adapter is the full model W + 2 B A in values and gradients;
 two of them share W, nothing else."""
+import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -231,8 +234,10 @@ SHORT = ["--lora", "2", "--warmup-steps", "4", "--warmup-steps-idm", "4", "--boo
          "--threads", "1"]
 
 
-@pytest.fixture
-def short(tmp_path):
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The arguments of a short run."""
+    path = tmp_path_factory.mktemp("data") / "t.jsonl"
     rows = [
         records.Transition(
             f"e{i}",
@@ -244,23 +249,35 @@ def short(tmp_path):
         for i in range(16)
         for t in range(2)
     ]
-    records.write(tmp_path / "t.jsonl", rows)
-    return [*SHORT, "--data", str(tmp_path / "t.jsonl")]
+    records.write(path, rows)
+    return [*SHORT, "--data", str(path)]
 
 
-def test_a_cut_run_goes_on_with_its_adapters(short, tmp_path, monkeypatch, capsys):
-    step, calls = train.swirl_idm.phase2_step, []
+@pytest.fixture(scope="module")
+def resumed(short, tmp_path_factory):
+    """A whole run and one that was cut in Phase II and went on: their folders and exit codes, and
+    what the latter said."""
+    step, calls, folder = train.swirl_idm.phase2_step, [], tmp_path_factory.mktemp("runs")
+    whole, cut, said = folder / "whole", folder / "cut", io.StringIO()
 
     def copied(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:  # the rivals made two
-            shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+            shutil.copytree(whole, cut)
         return step(*args, **kwargs)
-    monkeypatch.setattr(train.swirl_idm, "phase2_step", copied)
-    assert train.main([*short, "--out", str(tmp_path / "whole")]) == 0
-    assert train.main([*short, "--out", str(tmp_path / "cut")]) == 0
-    assert "resuming after iteration1/phase1" in capsys.readouterr().out
-    a, b = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.swirl_idm, "phase2_step", copied)
+        codes = [train.main([*short, "--out", str(whole)])]
+        with contextlib.redirect_stdout(said):
+            codes.append(train.main([*short, "--out", str(cut)]))
+    return types.SimpleNamespace(whole=whole, cut=cut, codes=codes, said=said.getvalue())
+
+
+def test_a_cut_run_goes_on_with_its_adapters(resumed):
+    whole, cut = resumed.whole, resumed.cut
+    assert resumed.codes == [0, 0] and "resuming after iteration1/phase1" in resumed.said
+    a, b = (json.loads((folder / "results.json").read_text()) for folder in (whole, cut))
     assert without_times(a["stages"]) == without_times(b["stages"])
     assert without_times(a["baselines"]) == without_times(b["baselines"])
     for file in (
@@ -268,21 +285,28 @@ def test_a_cut_run_goes_on_with_its_adapters(short, tmp_path, monkeypatch, capsy
         "fwm/adapter/adapter_model.safetensors",
         "idm/adapter/adapter_model.safetensors",
     ):
-        one, two = (load_file(tmp_path / name / file) for name in ("whole", "cut"))
+        one, two = (load_file(folder / file) for folder in (whole, cut))
         assert same(one, two)
     assert any(w.abs().max() > 0 for n, w in two.items() if "lora_B" in n)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "fwm")
-    assert base.num_parameters() < a["sizes"]["parameters"]                        # W, and A and B
-    fresh, note = (
-        train.parse([*short, "--out", str(tmp_path / "cut"), "--fresh"]),
-        tmp_path / "cut" / "fwm" / "adapter" / "note")
+
+
+def test_a_run_counts_the_adapters_among_its_parameters(resumed):
+    base = AutoModelForCausalLM.from_pretrained(resumed.whole / "fwm")
+    sizes = json.loads((resumed.whole / "results.json").read_text())["sizes"]
+    assert base.num_parameters() < sizes["parameters"]                             # W, and A and B
+
+
+def test_fresh_deletes_adapters_but_no_foreign_file(short, resumed, tmp_path, capsys):
+    shutil.copytree(resumed.whole, tmp_path / "run")
+    fresh = train.parse([*short, "--out", str(tmp_path / "run"), "--fresh"])
+    note = tmp_path / "run" / "fwm" / "adapter" / "note"
     note.write_text("mine")
     with pytest.raises(SystemExit):
         rundir.Run(fresh, 0.0)
     assert "note" in capsys.readouterr().err and note.read_text() == "mine"
     note.unlink()
     rundir.Run(fresh, 0.0)
-    assert [p.name for p in (tmp_path / "cut").iterdir()] == ["config.json"]
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 def test_bad_ranks_and_missing_peft_are_refused(

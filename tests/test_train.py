@@ -128,49 +128,72 @@ def test_results_hold_every_field_of_the_contract(told):
     r = results_of(done)
     assert code == 0 and r["version"] == 2
     assert (r["env"], r["model"], r["seed"]) == ("tools", "tiny", 0) and r["hardware"]
+    assert {"unique", "mean_length", "true_mean_length"} <= set(r["collapse"])
+
+
+def test_results_measure_seconds_rows_and_memory(done):
+    r = results_of(done)
     assert set(r["seconds"]) == {"total", "warmup", "phase1", "phase2", "eval"} and all(
         r["seconds"].values()
     )
     assert set(r["splits"]) == {"labelled", "state_only", "test"} and all(r["splits"].values())
-    assert {"unique", "mean_length", "true_mean_length"} <= set(r["collapse"])
     assert r["sizes"]["parameters"] > 1e4 and r["sizes"]["peak_rss_mb"] > 100
 
 
-def test_stages_have_their_names_steps_and_scores(done):
+def test_stages_have_their_names_and_steps(done):
     stages = results_of(done)["stages"]
     assert [s["name"] for s in stages] == ["sft", "iteration1/phase1", "iteration1/phase2", "swirl"]
     assert [s["steps"] for s in stages] == [6, 3, 2, 2] and all(s["seconds"] > 0 for s in stages)
-    for s in stages:
+
+
+def test_scores_of_a_stage_lie_in_their_ranges(done):
+    for s in results_of(done)["stages"]:
         assert FWM <= set(s["fwm"]) and IDM <= set(s["idm"]) and s["fwm"]["n"] == s["idm"]["n"] == 6
         assert all(0 <= s["fwm"][k] <= 1 for k in ("exact", "exact_changed", "sampled"))
         assert 0 <= s["idm"]["refused"] <= 1
         assert s["fwm"]["logp"] < 0 and s["idm"]["logp"] < 0 and len(s["fwm"]["rollout"]) == 6
-    # A side that did not move keeps its scores
+
+
+def test_a_side_that_did_not_move_keeps_its_scores(done):
+    stages = results_of(done)["stages"]
     assert stages[0]["idm"] == stages[1]["idm"] != stages[2]["idm"]
     assert stages[0]["fwm"] != stages[1]["fwm"] == stages[2]["fwm"]
     assert stages[3] == stages[2] | {"name": "swirl"}
 
 
 def test_baselines_hold_copy_x_and_the_rivals(done):
-    r = results_of(done)
-    base, sft_scores = r["baselines"], r["stages"][0]
+    base = results_of(done)["baselines"]
     assert set(base) == {"copy_x", "best_of_8", "bootstrap", "bootstrap_swirl"}
     assert base["copy_x"]["exact_changed"] == 0
-    best = base["best_of_8"]
+
+
+def test_best_of_8_is_beside_sft_on_the_same_rows(done):
+    r = results_of(done)
+    best, sft_scores = r["baselines"]["best_of_8"], r["stages"][0]
     assert best["fwm"]["n"] == best["sft"]["fwm"]["n"] == 6
     assert FWM - {"sampled"} <= set(best["fwm"])
     for side in ("fwm", "idm"):  # of the same rows, of the same models
         assert best["sft"][side].items() <= sft_scores[side].items()
-    boot, then = base["bootstrap"], base["bootstrap_swirl"]
+
+
+def test_bootstrap_moves_p(done):
+    r = results_of(done)
+    boot, sft_scores = r["baselines"]["bootstrap"], r["stages"][0]
     assert FWM <= set(boot["fwm"]) and boot["steps"] == 4 and boot["seconds"] > 0
     assert boot["fwm"] != sft_scores["fwm"]
+
+
+def test_bootstrap_swirl_goes_on_from_bootstrap(done):
+    r = results_of(done)
+    then, sft_scores = r["baselines"]["bootstrap_swirl"], r["stages"][0]
     assert [s["name"] for s in then["stages"]] == ["iteration1/phase1", "iteration1/phase2"]
     assert (then["fwm"], then["idm"]) == (then["stages"][-1]["fwm"], then["stages"][-1]["idm"])
     assert IDM <= set(then["idm"])
-    assert then["stages"][0]["idm"] == sft_scores["idm"] and then["fwm"] != boot["fwm"]
+    assert then["stages"][0]["idm"] == sft_scores["idm"]
+    assert then["fwm"] != r["baselines"]["bootstrap"]["fwm"]
 
 
-def test_metrics_and_samples_are_there_line_by_line(done):
+def test_each_step_of_a_phase_is_logged_and_consistent(done):
     for folder in (done, done / "rivals"):
         metrics, gaps = lines(folder / "metrics.jsonl"), 0
         assert {m["phase"] for m in metrics} == {"warmup", "phase1", "phase2", "eval"}
@@ -184,9 +207,15 @@ def test_metrics_and_samples_are_there_line_by_line(done):
                 if m["step"] == 1:
                     assert abs(m["kl"]) < 1e-4  # the reference is the policy at the phase's start
         assert gaps >= 4
+
+
+def test_each_step_of_the_warm_up_is_logged(done):
     warmup = [m for m in lines(done / "metrics.jsonl") if m["phase"] == "warmup"]
     for name, steps in (("FWM", 6), ("IDM", 4)):
         assert [m["step"] for m in warmup if m["model"] == name] == list(range(1, steps + 1))
+
+
+def test_samples_hold_truth_and_forecast(done):
     assert {"x", "z", "y", "y_hat", "z_hat"} <= set(lines(done / "samples.jsonl")[0])
 
 
@@ -210,7 +239,7 @@ def test_the_table_has_a_row_a_stage_and_a_rival(done, capsys):
                      "sft, the first 6", "best of 8 of these", "copy x"]
 
 
-def test_scorer_reproduces_the_last_scores_of_a_run(done, tmp_path, capsys):
+def test_scorer_reproduces_the_last_scores_of_a_run(done, tmp_path):
     out, last = tmp_path / "scores.json", results_of(done)
     assert stabletoolbench.main(["--run", str(done), "--json", str(out)]) == 0
     row = json.loads(out.read_text())["scores"]["all"]
@@ -224,6 +253,10 @@ def test_scorer_reproduces_the_last_scores_of_a_run(done, tmp_path, capsys):
         )
         assert scores["bleu"] == pytest.approx(swirl["bleu"], abs=.01) and row["n"] == swirl["n"]
     assert row["changed"]["exact"] == last["stages"][-1]["fwm"]["exact_changed"]
+
+
+def test_scorer_refuses_a_run_of_other_test_transitions(done, tmp_path, capsys):
+    last = results_of(done)
     shutil.copytree(done, tmp_path / "other")
     (tmp_path / "other" / "results.json").write_text(json.dumps(last | {"splits": {"test": 7}}))
     with pytest.raises(SystemExit):
@@ -460,36 +493,65 @@ def test_the_longest_way_is_planned(monkeypatch, flags, seconds, evaluations):
 
 # --- the stages, one by one -----------------------------------------------------------------------
 
-def test_each_stage_gets_its_own_models_and_settings(data, tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(sft, "fit", lambda model, name, rows, size, steps, validate, lab:
-                        seen.update({name: (model, rows, size, steps)}) or model)
+@pytest.fixture(scope="module")
+def noted(data, tmp_path_factory):
+    """{name of a fit or label and name of a phase: the arguments by name} of a run that neither
+    fits nor steps."""
+    seen, out = {}, tmp_path_factory.mktemp("noted") / "run"
+
+    def fit(model, name, rows, size, steps, validate, lab):
+        seen[name] = types.SimpleNamespace(model=model, rows=rows, size=size, steps=steps)
+        return model
 
     def run_phase(step, policy, frozen, pairs, phase, stage, lab):
-        seen[lab.run.label + stage.name] = (policy, frozen, pairs, phase, step, lab)
+        seen[lab.run.label + stage.name] = types.SimpleNamespace(
+            step=step, policy=policy, frozen=frozen, pairs=pairs, phase=phase, lab=lab
+        )
 
-    monkeypatch.setattr(train, "run_phase", run_phase)
     argv = [*SMALL, "--data", str(data), "--warmup-batch", "3", "--warmup-batch-idm", "5",
             "--lr-fwm", ".1", "--lr-idm", ".2", "--beta", ".3", "--beta-fwm", ".4",
             "--temperature", "1.1", "--temperature-fwm", "1.2", "--min-p-fwm", ".05",
             "--reward-form", "mean", "--floor", "7", "--view", "full"]
-    assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
-    longest = {name: max(len(target) for _, target in seen[name][1]) for name in ("FWM", "IDM")}
-    assert seen["FWM"][2:] == (3, 6) and seen["IDM"][2:] == (5, 4)
-    assert seen["Bootstrap"][2:] == (3, 4)
-    assert longest["FWM"] > longest["IDM"]
-    assert len(seen["Bootstrap"][1]) > len(seen["FWM"][1])
-    for label in ("", "bootstrap, "):
-        P, Q, pairs, one, step_p, lab = seen[label + "iteration1/phase1"]
-        policy, frozen, pairs2, two, step_q, _ = seen[label + "iteration1/phase2"]
-        assert (P, Q) == (frozen, policy) and (label == "") == (P is seen["FWM"][0])
-        assert Q.view == "full" and P.longest > Q.longest
-        assert (one.peak, one.beta, one.temperature, one.min_p, one.steps) == (.1, .4, 1.2, .05, 3)
-        assert (two.peak, two.beta, two.temperature, two.min_p, two.steps) == (.2, .3, 1.1, 0, 2)
-        assert {(phase.form, phase.floor) for phase in (one, two)} == {("mean", 7)}
-        assert pairs == pairs2 and all(x != y for x, y in pairs)
-        assert len(pairs) < len(lab.state_only)
-        assert step_p is train.swirl_fwm.phase1_step and step_q is train.swirl_idm.phase2_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "fit", fit)
+        patch.setattr(train, "run_phase", run_phase)
+        seen["exit code"] = train.main([*argv, "--out", str(out)])
+    return seen
+
+
+def test_each_fit_gets_its_own_rows_and_steps(noted):
+    P, Q, boot = noted["FWM"], noted["IDM"], noted["Bootstrap"]
+    longest = lambda rows: max(len(target) for _, target in rows)
+    assert noted["exit code"] == 0
+    assert (P.size, P.steps, Q.size, Q.steps, boot.size, boot.steps) == (3, 6, 5, 4, 3, 4)
+    assert longest(P.rows) > longest(Q.rows) and len(boot.rows) > len(P.rows)
+
+
+both_runs = pytest.mark.parametrize("label", ["", "bootstrap, "], ids=["run", "rivals"])
+
+
+@both_runs
+def test_the_policy_of_one_phase_is_frozen_in_the_other(noted, label):
+    one, two = noted[label + "iteration1/phase1"], noted[label + "iteration1/phase2"]
+    assert (one.policy, one.frozen) == (two.frozen, two.policy)
+    assert (label == "") == (one.policy is noted["FWM"].model)
+    assert one.frozen.view == "full" and one.policy.longest > one.frozen.longest
+    assert one.step is train.swirl_fwm.phase1_step and two.step is train.swirl_idm.phase2_step
+
+
+@both_runs
+def test_each_phase_gets_its_own_settings(noted, label):
+    one, two = (noted[f"{label}iteration1/phase{n}"].phase for n in (1, 2))
+    assert (one.peak, one.beta, one.temperature, one.min_p, one.steps) == (.1, .4, 1.2, .05, 3)
+    assert (two.peak, two.beta, two.temperature, two.min_p, two.steps) == (.2, .3, 1.1, 0, 2)
+    assert {(phase.form, phase.floor) for phase in (one, two)} == {("mean", 7)}
+
+
+@both_runs
+def test_both_phases_get_the_pairs_that_change(noted, label):
+    one, two = noted[label + "iteration1/phase1"], noted[label + "iteration1/phase2"]
+    assert one.pairs == two.pairs and all(x != y for x, y in one.pairs)
+    assert len(one.pairs) < len(one.lab.state_only)
 
 
 def test_iterations_take_separate_pairs_if_enough():
@@ -728,17 +790,19 @@ def test_states_longer_than_the_context_are_refused(tmp_path, capsys):
     assert "longer than the model takes" in err and not (tmp_path / "out").exists()
 
 
-def test_bad_arguments_are_refused(tmp_path, capsys, done):
+def test_bad_arguments_are_refused(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     assert "--env" in refused(capsys, ["--env", "mars", *out])
     assert "--nonsense" in refused(capsys, ["--nonsense", *out])
     assert "--model" in refused(capsys, ["--model", str(tmp_path / "no-such-folder"), *out])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_no_run_wrote_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert "--out" in refused(capsys, ["--out", str(tmp_path / "file")])
-    # holds files that no run wrote
     assert "--out" in refused(capsys, ["--out", str(tmp_path)])
     assert (tmp_path / "file").read_text() == "mine"
-    assert not (tmp_path / "out").exists()
 
 
 def test_another_run_in_the_same_folder_is_refused(done, lamps, tmp_path, capsys):
@@ -772,6 +836,12 @@ def test_fresh_refuses_a_folder_with_foreign_files(lamps, tmp_path, capsys):
     (out / "notes.txt").rename(out / "fwm" / "notes.txt")
     assert "fwm/notes.txt" in refused(capsys, argv)
     assert (out / "results.json").exists() and (out / "fwm" / "notes.txt").read_text() == "mine"
+
+
+def test_fresh_refuses_a_folder_with_a_cut_record(lamps, tmp_path, capsys):
+    argv, out = lamps.argv, tmp_path / "copy"
+    argv = [*argv, "--out", str(out), "--fresh"]
+    shutil.copytree(lamps.out, out)
     for name in ("progress.json", "config.json"):
         (out / "results.json").unlink(missing_ok=True)
         (out / name).write_text('{"cut')
