@@ -195,7 +195,7 @@ def test_texts_that_differ_behind_the_cut_are_equal(roberta):
     )
 
 
-def test_only_texts_beyond_the_limit_are_counted_as_cut(roberta):
+def test_only_texts_beyond_the_limit_count_as_cut(roberta):
     _, tok, _ = bertscore.load(roberta, 2)
     long = "water " * 100
     tokens = len(bertscore.encode(tok, long, 999)) - 2

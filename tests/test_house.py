@@ -46,7 +46,12 @@ def commands(script):
 
 @pytest.mark.parametrize("argv", commands("train.py"))
 def test_readme_training_commands_are_understood(argv):
+    """`settings.parse` exits where a flag or value is unknown."""
     settings.parse(shlex.split(argv))
+
+
+def test_training_commands_are_found_in_the_readme():
+    assert len(commands("train.py")) > 1
 
 
 def test_every_file_that_the_readme_names_exists():

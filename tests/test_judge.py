@@ -230,7 +230,7 @@ def ask(tmp_path):
     return argv, kept, file, run(aurora, tmp_path, *argv, "--judge", "m")
 
 
-def test_a_request_holds_the_key_the_text_and_the_images(server, tmp_path):
+def test_a_request_holds_key_text_and_images(server, tmp_path):
     _, kept, _, _ = ask(tmp_path)
     path, key, body = Server.seen[0]
     text, *parts = body["messages"][0]["content"]

@@ -370,7 +370,7 @@ def test_a_rare_token_is_not_lost_to_rounding():
     assert next_token.draw(DRAWN_FROM, torch.tensor([2, 2, 2]), grid).tolist() == [0, 0, 4]
 
 
-def test_a_token_of_probability_0_is_not_drawn_at_its_edge():
+def test_an_impossible_token_is_not_drawn_at_its_edge():
     grid = torch.tensor([0.125, 0.0], dtype=torch.float64)
     assert next_token.draw(DRAWN_FROM, torch.tensor([0, 1]), grid).tolist() == [2, 1]
     assert next_token.draw(

@@ -290,7 +290,7 @@ def test_a_cut_run_goes_on_with_its_adapters(resumed):
     assert any(w.abs().max() > 0 for n, w in two.items() if "lora_B" in n)
 
 
-def test_a_run_counts_the_adapters_among_its_parameters(resumed):
+def test_a_run_counts_the_adapters_as_parameters(resumed):
     base = AutoModelForCausalLM.from_pretrained(resumed.whole / "fwm")
     sizes = json.loads((resumed.whole / "results.json").read_text())["sizes"]
     assert base.num_parameters() < sizes["parameters"]                             # W, and A and B

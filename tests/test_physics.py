@@ -147,7 +147,7 @@ def test_episodes_are_chains_fixed_by_the_seed():
     assert episode(random.Random(7)) == EPISODES[7] != EPISODES[8]
 
 
-def test_every_kind_of_action_occurs_and_some_do_nothing():
+def test_every_kind_occurs_and_some_actions_are_idle():
     shares = Counter(next(k for k in KINDS if f"{z} ".startswith(k + " ")) for _, z, _ in DRAWN)
     assert len(KINDS) == len(shares) == 12 and min(shares.values()) >= 0.02 * len(DRAWN)
     assert 0.08 <= sum(x == y for x, _, y in DRAWN) / len(DRAWN) <= 0.15

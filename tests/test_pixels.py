@@ -84,7 +84,7 @@ def test_toys_fall_push_and_stack(before, z, after):
         assert new.figure == 1
 
 
-def test_the_figure_walks_lifts_and_kneels():
+def test_the_figure_lifts_and_puts_down_the_top_toy():
     start = room([[], [A, B], [], []])
     # not free, not on top
     assert step(start, "walk right") is start and step(start, "pick up the red ball") is start
@@ -98,17 +98,23 @@ def test_the_figure_walks_lifts_and_kneels():
         assert step(held, z) is held
     down = step(held, "put it down right")
     assert piles(down) == piles(start) and not down.held and not any(down.up.values())
+
+
+def test_the_figure_raises_an_arm_once():
+    start = room([[], [A, B], [], []])
     up = step(start, "raise the left arm")
     assert up.up == {"left": True, "right": False} and step(up, "raise the left arm") is up
+
+
+def test_a_kneeling_figure_does_not_walk():
     kneeling = step(room(), "kneel")
-    assert (
-        kneeling.kneels
-        and step(kneeling, "walk right") is kneeling
-        and not step(kneeling, "stand up").kneels
-    )
-    assert (
-        step(room(), "walk right").figure == 1 and step(room(curtain=1), "walk right").figure == 0
-    )
+    assert kneeling.kneels and step(kneeling, "walk right") is kneeling
+    assert not step(kneeling, "stand up").kneels
+
+
+def test_the_figure_walks_but_not_behind_the_curtain():
+    assert step(room(), "walk right").figure == 1
+    assert step(room(curtain=1), "walk right").figure == 0
 
 
 def test_the_curtain_hides_and_gives_back():
@@ -152,14 +158,20 @@ def patchwork(frame):
     ]
 
 
-def test_the_camera_zooms_and_pans_what_is_there():
-    near = room([[], [A, B], [C], []], figure=3, curtain=0)
-    out = step(near, "zoom out")
+NEAR = room([[], [A, B], [C], []], figure=3, curtain=0)
+FAR = step(NEAR, "zoom out")
+
+
+def test_the_camera_zooms_out_to_half_the_size():
+    near, out = NEAR, FAR
     big, small = pixels.draw(near).astype(float), pixels.draw(out).astype(float)
     half = big.reshape(64, 2, 64, 2, 3).mean((1, 3))
     # the stage, without the half cells above and below
     assert np.abs(half[8:56] - small[48:96, 32:96]).max() <= 1
-    left = step(out, "pan left")
+
+
+def test_the_camera_pans_and_tilts_by_one_patch():
+    out, left = FAR, step(FAR, "pan left")
     now, moved = patchwork(pixels.draw(out)), patchwork(pixels.draw(left))
     assert all(moved[r][c] == now[r][c - 1] for r in range(8) for c in range(1, 8))
     low = patchwork(pixels.draw(step(out, "tilt down")))
@@ -167,9 +179,15 @@ def test_the_camera_zooms_and_pans_what_is_there():
         all(low[r][c] == now[r + 1][c] for r in range(7) for c in range(8))
         and step(out, "tilt up") is out
     )
-    assert step(near, "pan left") is near and step(near, "zoom in") is near
-    again = step(step(left, "zoom in"), "zoom out")
-    assert np.array_equal(pixels.draw(again), pixels.draw(out))
+
+
+def test_a_near_camera_only_zooms_out():
+    assert step(NEAR, "pan left") is NEAR and step(NEAR, "zoom in") is NEAR
+
+
+def test_zooming_in_centres_the_camera():
+    again = step(step(step(FAR, "pan left"), "zoom in"), "zoom out")
+    assert np.array_equal(pixels.draw(again), pixels.draw(FAR))
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +217,10 @@ def test_a_change_has_one_sentence(monkeypatch):
         )
     # there are changes that could be said otherwise
     assert several
+
+
+def test_a_change_is_said_in_the_simplest_way(monkeypatch):
+    monkeypatch.setattr(pixels, "SLIP", 0)
     start = room([[], ["red ball"], ["blue box"], []], near=False)
     said = {
         pixels.propose(start, pixels.draw(start), random.Random(seed))[0] for seed in range(300)
@@ -344,10 +366,11 @@ def test_q_reads_changed_patches_and_their_neighbours(rows):
             if (r, c) not in changed and any(abs(r - a) + abs(c - b) == 1 for a, b in changed)
         }
     assert moved
-    assert (
-        changes(x, "<image><c1></image>") == [x, "<image><c1></image>"]
-        and changes("<image>", "<image>") == []
-    )
+
+
+def test_q_reads_the_whole_of_an_odd_image(rows):
+    x, other = rows[0][0], "<image><c1></image>"
+    assert changes(x, other) == [x, other] and changes("<image>", "<image>") == []
 
 
 @pytest.mark.parametrize(
@@ -543,7 +566,7 @@ def test_logp_does_not_depend_on_the_batch(rows, pixel_tok):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_heads_that_copy_by_place(rows, pixel_tok, book, known):
+def test_heads_copy_by_place(rows, pixel_tok, book, known):
     net = copying(pixel_tok, torch.tensor(book.features()) if known else None)
     P, _ = models_of(pixel_tok, rows[0][0], net)
     xs, zs, _ = map(list, zip(*rows[::15]))
@@ -670,10 +693,16 @@ def test_sheet_shows_frames_and_marks_differences_red(episodes, tmp_path):
     )
     # something is written there
     assert (cell(0, 1) < 100).any()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_an_animation_has_a_frame_a_picture(episodes, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    (x, _, y), (_, _, other) = episodes[0][0], episodes[1][0]
     pictures.animation([x, other, y], tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gif", "a.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gif"]
 
 
 # ---- Real tokenizers of images -------------------------------------------------------------------
@@ -830,14 +859,17 @@ def test_pixels_run_has_its_own_temperature(watched):
     assert len(windows) == 4 and all([window[0] for window in some] == firsts for some in windows)
 
 
-def test_a_run_of_pixels_leaves_scores_and_pictures(done):
-    Image = pytest.importorskip("PIL.Image")
+def test_a_run_of_pixels_scores_rollouts_and_patches(done):
     result = json.loads((done / "results.json").read_text())
     for stage in result["stages"]:
         assert len(stage["fwm"]["rollout"]) == 6 and all(
             0 <= score <= 100 for score in stage["fwm"]["rollout"]
         )
         assert 0 <= stage["fwm"]["patches_changed"] <= 1
+
+
+def test_a_run_of_pixels_leaves_pictures(done):
+    Image = pytest.importorskip("PIL.Image")
     for name in ("picture-sft.png", "picture-iteration1-phase1.png", "rollout.png", "rollout.gif",
                  "rivals/picture-bootstrap.png"):
         with Image.open(done / name) as picture:
@@ -845,12 +877,18 @@ def test_a_run_of_pixels_leaves_scores_and_pictures(done):
     # frames that are alike are one, shown longer
     with Image.open(done / "rollout.gif") as film:
         assert film.size == (256, 256)
+
+
+def test_phase_1_of_pixels_cuts_no_image(done):
     steps = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
     assert all(
         row["truncated"] == 0 and row["gap"] < 1e-3
         for row in steps
         if row["phase"] == "phase1" and row["reward"] is not None
     )
+
+
+def test_a_run_of_pixels_keeps_its_codebook(done):
     assert len(images.Codebook.load(done / "codebook.npz").centres) > 40
 
 
@@ -959,14 +997,19 @@ def test_a_run_is_exported_whole_or_not_at_all(done, tmp_path, capsys):
         )["all"]["n"]
         == 360
     )
-    for argv in (
-        ["--run", str(done), "--out", str(out)],
-        ["--run", str(tmp_path), "--out", str(tmp_path / "new")],
-    ):
-        with pytest.raises(SystemExit) as stop:
-            export.main(argv)
-        assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+    refused_export(["--run", str(done), "--out", str(out)], capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "w.json"]
+
+
+def refused_export(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        export.main(argv)
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_folder_without_a_run_is_not_exported(tmp_path, capsys):
+    refused_export(["--run", str(tmp_path), "--out", str(tmp_path / "new")], capsys)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rollout_overwrites_nothing_of_the_users(done, tmp_path):

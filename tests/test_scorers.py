@@ -67,29 +67,18 @@ def test_stabletoolbench_is_nltk_with_its_rounding(preset, tmp_path):
     assert result["scores"]["average"]["model"]["bleu"] == pytest.approx(
         sum(expected.values()) / 5, abs=1e-6
     )
-    one = run(
-        stabletoolbench,
-        tmp_path,
-        "--preset",
-        preset,
-        "--pairs",
-        write(
-            tmp_path / "one.jsonl",
-            [
-                dict(
-                    prediction="abcd" if preset == "mirrorapi" else "a b c d",
-                    reference="abce" if preset == "mirrorapi" else "a b c e",
-                )
-            ],
-        ),
-    )
+    assert result["preset"] == preset and result["splits_absent"] == []
+    assert list(result["scores"]) == [*splits, "average"]
+
+
+@pytest.mark.parametrize("preset", ["mirrorapi", "word"])
+def test_stabletoolbench_bleu_by_hand(preset, tmp_path):
+    space = "" if preset == "mirrorapi" else " "
+    pair = dict(prediction=space.join("abcd"), reference=space.join("abce"))
+    file = write(tmp_path / "one.jsonl", [pair])
+    one = run(stabletoolbench, tmp_path, "--preset", preset, "--pairs", file)
     # (3/4 2/3 1/2 1/2) ** 1/4
     assert one["scores"]["all"]["model"]["bleu"] == 59.46
-    assert (
-        result["preset"] == preset
-        and result["splits_absent"] == []
-        and list(result["scores"]) == [*splits, "average"]
-    )
 
 
 @pytest.mark.parametrize("stemmer", [False, True])
@@ -372,12 +361,17 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys):
     ):
         assert words in refused(scienceworld, capsys, *argv)
     assert "preset" in refused(stabletoolbench, capsys, "--pairs", file, "--preset", "nltk")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"settings": {}}')
-    assert "not finished" in refused(scienceworld, capsys, "--run", str(folder))
-    (folder / "results.json").write_text('{"splits": {"test": 6}}')
-    assert "cannot open" in refused(scienceworld, capsys, "--run", str(folder))
+
+
+def test_an_unfinished_run_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"settings": {}}')
+    assert "not finished" in refused(scienceworld, capsys, "--run", str(tmp_path))
+
+
+def test_a_run_without_its_models_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"settings": {}}')
+    (tmp_path / "results.json").write_text('{"splits": {"test": 6}}')
+    assert "cannot open" in refused(scienceworld, capsys, "--run", str(tmp_path))
 
 
 def test_json_replaces_only_what_a_scorer_wrote(tmp_path, capsys):

@@ -255,7 +255,7 @@ def test_scorer_reproduces_the_last_scores_of_a_run(done, tmp_path):
     assert row["changed"]["exact"] == last["stages"][-1]["fwm"]["exact_changed"]
 
 
-def test_scorer_refuses_a_run_of_other_test_transitions(done, tmp_path, capsys):
+def test_scorer_refuses_a_run_of_other_test_rows(done, tmp_path, capsys):
     last = results_of(done)
     shutil.copytree(done, tmp_path / "other")
     (tmp_path / "other" / "results.json").write_text(json.dumps(last | {"splits": {"test": 7}}))
@@ -531,7 +531,7 @@ both_runs = pytest.mark.parametrize("label", ["", "bootstrap, "], ids=["run", "r
 
 
 @both_runs
-def test_the_policy_of_one_phase_is_frozen_in_the_other(noted, label):
+def test_policy_of_one_phase_is_frozen_in_the_other(noted, label):
     one, two = noted[label + "iteration1/phase1"], noted[label + "iteration1/phase2"]
     assert (one.policy, one.frozen) == (two.frozen, two.policy)
     assert (label == "") == (one.policy is noted["FWM"].model)

@@ -188,7 +188,7 @@ def test_preprocessing_matches_the_library(clip, size):
     )
 
 
-def test_pixels_embedder_uses_unit_block_means(tmp_path):
+def test_pixels_embedder_uses_unit_block_means():
     image = picture(64, 96)
     blocks = image.reshape(32, 2, 32, 3, 3).mean((1, 3)).ravel()
     rows = visual.Pixels().images(
@@ -200,6 +200,9 @@ def test_pixels_embedder_uses_unit_block_means(tmp_path):
         and visual.Pixels().texts(["a"]) is None
     )
     assert np.linalg.norm(rows, axis=1) == pytest.approx(np.ones(3))
+
+
+def test_a_strip_is_no_image(tmp_path):
     save(tmp_path / "strip.png", picture(2, 200))
     with pytest.raises(visual.BadData, match="strip of 200 x 2"):
         visual.read_image(tmp_path / "strip.png")
@@ -490,6 +493,10 @@ def test_bytemorph_is_its_definition(clip, tmp_path, monkeypatch):
         ] == pytest.approx(1)
     # A_1 and b_1 are looked for as 1.png
     assert run(bytemorph, tmp_path, *argv, "--released")["n"] == 3
+
+
+def test_a_broken_parquet_file_is_refused(tmp_path):
+    pytest.importorskip("pyarrow.parquet")
     (tmp_path / "test.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(SystemExit):
         bytemorph.main(
@@ -626,7 +633,7 @@ def test_worldprediction_is_its_definition(clip, tmp_path):
 
 
 def test_worldprediction_counts_judged_steps(tmp_path, monkeypatch):
-    (argv, whole, frames, made), asked = make_worldprediction(tmp_path), []
+    (argv, _, frames, made), asked = make_worldprediction(tmp_path), []
     monkeypatch.setattr(judge.Recorded, "__call__", spy(judge.Recorded.__call__, asked))
     argv += ["--embedder", "pixels"]
     replies = {
@@ -657,43 +664,56 @@ def test_worldprediction_counts_judged_steps(tmp_path, monkeypatch):
     ]
     result = run(worldprediction, tmp_path, *argv, "--released", "--mode", "aligned")
     assert result["scores"]["T=1"]["model"]["judge"] == pytest.approx(19 / 3)
+
+
+def test_worldprediction_counts_broken_samples(tmp_path):
+    argv, whole, _, _ = make_worldprediction(tmp_path)
+    argv += ["--embedder", "pixels"]
     (tmp_path / "OUT/s0/metadata.json").write_text('{"candidates": [3]}')
     (tmp_path / "OUT/s1/candidate_00/step_01.png").unlink()
     whole["IKEA"] |= {"bad": {"states": {}}, "worse": None}
     (tmp_path / "wp.json").write_text(json.dumps(whole))
     result = run(worldprediction, tmp_path, *argv)
     assert (result["n"], result["n_missing"], result["scores"]["T=1"]["n_missing"]) == (3, 5, 2)
-    other = make_worldprediction(tmp_path / "zero", base=0)
-    argv = other[0] + ["--embedder", "pixels"]
+
+
+def test_worldprediction_finds_the_ground_truth_base(tmp_path):
+    argv, _, frames, made = make_worldprediction(tmp_path, base=0)
+    argv += ["--embedder", "pixels"]
     result, feature = run(worldprediction, tmp_path, *argv), Reference(None)
-    numbers = [cos(feature(other[3][2, c, 0]), feature(other[2]["v2|1"])) for c in range(4)]
+    numbers = [cos(feature(made[2, c, 0]), feature(frames["v2|1"])) for c in range(4)]
     assert result["ground_truth from"] == 0 and result["scores"]["IKEA, T=1"]["model"][
         "clip"
     ] == mean([numbers[2]])
     moved = run(worldprediction, tmp_path, *argv, "--released", "--mode", "aligned")
     assert moved["scores"]["IKEA, T=1"]["model"]["clip"] == mean([numbers[1]])
-    flat = [*other[1]["COIN"].values(), *other[1]["IKEA"].values()]
+
+
+def test_worldprediction_reads_samples_in_any_shape(tmp_path):
+    argv, whole, _, _ = make_worldprediction(tmp_path, base=0)
+    argv += ["--embedder", "pixels"]
+    scores = lambda: run(worldprediction, tmp_path, *argv)["scores"]["all"]["model"]
+    first, flat = scores(), [*whole["COIN"].values(), *whole["IKEA"].values()]
     for shape in (flat, {f"k{i}": s for i, s in enumerate(flat)}):
-        (tmp_path / "zero/wp.json").write_text(json.dumps(shape))
-        assert (
-            run(worldprediction, tmp_path, *argv)["scores"]["all"]["model"]
-            == result["scores"]["all"]["model"]
-        )
+        (tmp_path / "wp.json").write_text(json.dumps(shape))
+        assert scores() == first
 
 
 # ---- The command line ----------------------------------------------------------------------------
 
-def test_bad_input_is_one_line(clip, tmp_path, capsys, monkeypatch):
+def test_a_bad_embedder_is_refused(clip, tmp_path, capsys, monkeypatch):
     argv, _ = make_aurora(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "--embedder pixels" in refused(aurora, capsys, *argv, "--embedder", str(tmp_path))
     half = CLIPModel.from_pretrained(clip)
     del half.visual_projection
-    (
-        half.save_pretrained(tmp_path / "half"),
-        CLIPTokenizer.from_pretrained(clip).save_pretrained(tmp_path / "half"),
-    )
+    half.save_pretrained(tmp_path / "half")
+    CLIPTokenizer.from_pretrained(clip).save_pretrained(tmp_path / "half")
     assert "1 of its weights" in refused(aurora, capsys, *argv, "--embedder", tmp_path / "half")
+
+
+def test_a_judge_without_key_or_replies_is_refused(tmp_path, capsys, monkeypatch):
+    argv, _ = make_aurora(tmp_path)
     argv += ["--embedder", "pixels"]
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
@@ -702,6 +722,11 @@ def test_bad_input_is_one_line(clip, tmp_path, capsys, monkeypatch):
     )
     assert "--replies" in refused(aurora, capsys, *argv, "--judge", "m")
     assert "no such file" in refused(aurora, capsys, *argv, "--replies", tmp_path / "nowhere")
+
+
+def test_bad_files_are_refused_in_one_line(tmp_path, capsys):
+    argv, _ = make_aurora(tmp_path)
+    argv += ["--embedder", "pixels"]
     assert "--data" in refused(aurora, capsys, *argv, "--disc-edit", "x")
     assert "no scorer wrote" in refused(aurora, capsys, *argv, "--json", tmp_path / "test.json")
     assert "nothing can be scored" in refused(

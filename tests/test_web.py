@@ -177,7 +177,7 @@ def test_next_state_follows_from_the_text_alone(drawn):
         assert ys.setdefault((x, z), y) == y and z not in y
 
 
-def test_most_states_are_new_and_a_tenth_of_the_actions_idle(drawn):
+def test_most_states_are_new_and_few_actions_idle(drawn):
     states = [y for x, _, y in drawn if x != y]
     assert 0.08 <= 1 - len(states) / len(drawn) <= 0.15 and len(set(states)) >= 0.95 * len(states)
 
