@@ -1,6 +1,7 @@
 """Claims of mi_bounds.py against plain Python loops over small worlds (no module code in them)."""
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -343,6 +344,10 @@ def test_wrong_samples_are_refused(call, message):
 
 def test_the_demo_prints_its_table(capsys):
     mb.main()
-    rows = [line.split()[-6:] for line in capsys.readouterr().out.splitlines()[1:]]
+    lines = capsys.readouterr().out.splitlines()[1:]
+    rows = [line.split()[-6:] for line in lines[:2]]
     assert [r[2] == "0.0000" and r[5] == "0.0000" for r in rows] == [False, True]
     assert rows[1][0] == rows[1][1] == rows[0][0] and rows[1][3] == rows[1][4] == rows[0][3]
+    assert float(lines[2].split()[-3]) < 1e-12
+    trace = [float(value) for value in re.findall(r"-\d\.\d+", lines[3])]
+    assert trace == sorted(trace) and trace[0] < trace[-1] - 0.1 and len(trace) == 5
