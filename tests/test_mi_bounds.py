@@ -283,6 +283,7 @@ def test_impossible_samples_give_minus_infinity():
 
 def test_collapse_by_hand():
     got = mb.collapse(["open door", "open  door ", "take the red key", "wait"], ["open door", "go"])
+    assert got.pop("perplexity_ratio") > 1
     assert got == {
         "unique": 3 / 4,
         "mean_length": 9 / 4,
@@ -290,8 +291,30 @@ def test_collapse_by_hand():
         "true_mean_length": 1.5,
     }
     assert mb.collapse(["a"] * 10) == {"unique": 0.1, "mean_length": 1.0, "true_unique": None,
-                                       "true_mean_length": None}
+                                       "true_mean_length": None, "perplexity_ratio": None}
     assert mb.collapse(["", "go on"])["mean_length"] == 1.0
+
+
+def test_perplexity_ratio_under_the_word_counts_by_hand():
+    # words of the truth, each plus one: go 3, on 2, the end 3, any other 1, of 9
+    got = mb.collapse(["go", "go up"], ["go on", "go"])["perplexity_ratio"]
+    hat, true = [3, 3, 3, 1, 3], [3, 2, 3, 3, 3]
+    nats = [-sum(math.log(count / 9) for count in counts) / 5 for counts in (hat, true)]
+    assert same(got, math.exp(nats[0]) / math.exp(nats[1]))
+
+
+def test_perplexity_ratio_under_a_model_by_hand():
+    logp = {"go": -2.0, "go on": -6.0, "jump over it": -20.0}
+    for kind in (list, torch.tensor):
+        got = mb.collapse(["jump over it", "go"], ["go on"], lambda zs: kind([logp[z] for z in zs]))
+        assert same(got["perplexity_ratio"], math.exp(22 / 6 - 6 / 3), 1e-5)
+
+
+def test_perplexity_ratio_tells_worn_phrases_from_gibberish():
+    true = ["open the red door", "take the key", "go north", "open the box"]
+    ratio = lambda zs: mb.collapse(zs, true)["perplexity_ratio"]
+    assert ratio(true) == 1 and ratio(["open the"] * 4) < 0.8 and ratio(["xq zzv kk"] * 4) > 1.5
+    assert math.isfinite(ratio([""]))
 
 
 # ---- Errors: one line that names the argument
@@ -336,6 +359,7 @@ one = torch.full((2, 3), -1.0)
     (lambda: mb.collapse([]), "z_hat"),
     (lambda: mb.collapse("open door"), "z_hat"),
     (lambda: mb.collapse(["a"], [None]), "z_true"),
+    (lambda: mb.collapse(["a"], []), "z_true"),
 ])
 def test_wrong_samples_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
@@ -351,3 +375,4 @@ def test_the_demo_prints_its_table(capsys):
     assert float(lines[2].split()[-3]) < 1e-12
     trace = [float(value) for value in re.findall(r"-\d\.\d+", lines[3])]
     assert trace == sorted(trace) and trace[0] < trace[-1] - 0.1 and len(trace) == 5
+    assert [line.split()[0] for line in lines[4:]] == ["collapsed", "diverse"]
