@@ -66,6 +66,13 @@ def pairs_of(stage, phase, lab):
     return pairs[(i - 1) * size:i * size] if enough else pairs
 
 
+def likelihood(stage, P, Q, lab):
+    """A stage of likelihood. Returns (P, Q, steps made)."""
+    run = {"longer": longer, "continue": continue_, "bootstrap": bootstrap, "merge": merge,
+           "oracle": oracle, "em": em, "joint": joint}
+    return run[stage.kind](P, Q, lab, stage)
+
+
 # --- a stage: (P, Q, lab, stage) -> (P, Q, steps) ---------------------------------------------
 
 def longer(P, Q, lab, stage):
@@ -111,10 +118,6 @@ def joint(P, Q, lab, stage):
     steps = lab.cfg.warmup_steps
     sft.fit(P, stage.name, batches, steps, sft.validate_P, lab)
     return P, Q, steps
-
-
-LIKELIHOOD = {"longer": longer, "continue": continue_, "bootstrap": bootstrap, "merge": merge,
-              "oracle": oracle, "em": em, "joint": joint}
 
 
 # --- what they share --------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def run_stage(stage, P, Q, lab):
         run_phase(swirl_idm.phase2_step, Q, P, phase, stage, lab)
         steps = phase.steps
     else:
-        P, Q, steps = methods.LIKELIHOOD[stage.kind](P, Q, lab, stage)
+        P, Q, steps = methods.likelihood(stage, P, Q, lab)
     end_stage(stage, P, Q, lab, since, steps)
     return P, Q
 

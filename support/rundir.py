@@ -28,7 +28,7 @@ OURS = {
 }
 OURS |= {name + ".new" for name in OURS}
 FOLDERS = {"fwm", "idm", "adapter", "sft", "rivals", "checkpoint-a", "checkpoint-b"}
-PICTURE = re.compile(r"picture-(sft|bootstrap|iteration\d+-phase[12])\.png")
+PICTURE = re.compile(r"picture-(iteration\d+-)?[a-z]+[12]?\.png")
 MODEL_FILE = re.compile(
     r"(adapter_)?(config|model|generation_config|tokenizer|tokenizer_config|special_tokens_map|"
     r"added_tokens|vocab|chat_template)[\w.-]*\.(json|safetensors|jinja|model)|merges\.txt|"

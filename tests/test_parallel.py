@@ -3,6 +3,7 @@ losses, with copies and with shards."""
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -120,7 +121,8 @@ def cases(prepare):
     recorder, logged = Recorder(net), []
     with pytest.MonkeyPatch.context() as m:
         m.setattr(optim, "make_optimizers", lambda *_: [recorder])
-        sft.fit(Net(net, tokens=8), "FWM", ROWS, size=5, steps=1, validate=lambda model, lab: 0.0,
+        batches = sft.shuffled(ROWS, 5, random.Random(0))
+        sft.fit(Net(net, tokens=8), "FWM", batches, steps=1, validate=lambda model, lab: 0.0,
                 lab=lab_of(logged))
     out["warm-up"] = {k: logged[0][k] for k in ("loss", "grad_norm")}, recorder.seen
 

@@ -12,7 +12,6 @@ from conftest import Net, Recorder, grads, naive, relative, tiny_llama, weights
 import sft
 from models import optim
 from settings import parse
-from swirl_fwm import FWM
 
 ROWS = [([1, 2], [3, 4, 0]), ([2], [5, 6, 7, 8, 0]), ([3, 1, 4], [1, 0]), ([5], [0]),
         ([2, 7, 1, 8], [2, 8, 0])]                             # 14 tokens in the targets
@@ -63,7 +62,8 @@ def test_a_step_s_gradient_is_that_of_the_mean_nll(tokens):
 
 def fit(model, lab, steps, validate=lambda model, lab: 0.0):
     """`sft.fit` of an FWM on ROWS, two a step."""
-    return sft.fit(model, "FWM", ROWS, size=2, steps=steps, validate=validate, lab=lab)
+    batches = sft.shuffled(ROWS, 2, random.Random(f"{lab.cfg.seed} FWM"))
+    return sft.fit(model, "FWM", batches, steps=steps, validate=validate, lab=lab)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 9])
@@ -118,30 +118,3 @@ def test_batches_take_every_row_before_repeating_any():
     assert {n for part in drawn for n in part} == set(range(7))
     counts = [sum(part.count(n) for part in drawn) for n in range(7)]
     assert max(counts) - min(counts) <= 1 and drawn[:2] != [[0, 1, 2], [3, 4, 5]]
-
-
-# --- Bootstrap ------------------------------------------------------------------------------------
-
-def test_bootstrap_learns_labels_and_q_s_greedy_labels(monkeypatch, tok):
-    """Q names the state-only pairs once; of these P is taught its names, and nothing that nobody
-    gave it."""
-    labelled, pairs = [("a", "true", "b"), ("b", "true", "b")], [("c", "d"), ("e", "e"), ("f", "g")]
-    asked, given, P = [], [], FWM(None, tok)
-
-    class Guesser:
-        def predict(self, xs, ys):
-            asked.append(list(zip(xs, ys)))
-            return [f"guess {x}" for x in xs]
-
-    def noting(model, *rest):
-        given.append((model, *rest))
-        return model
-
-    monkeypatch.setattr(sft, "fit", noting)
-    lab = lab_of(
-        "--bootstrap-steps", "7", "--warmup-batch", "5", labelled=labelled, state_only=pairs
-    )
-    assert sft.bootstrap(P, Guesser(), lab) is P
-    triples = [*labelled, ("c", "guess c", "d"), ("e", "guess e", "e"), ("f", "guess f", "g")]
-    assert asked == [pairs]
-    assert given == [(P, "Bootstrap", P.rows(triples), 5, 7, sft.validate_P, lab)]

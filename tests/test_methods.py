@@ -1,0 +1,183 @@
+"""Each method trains on what it says, and on nothing else."""
+import json
+import random
+import types
+
+import pytest
+from conftest import write_lamps
+from test_train import SMALL
+
+import envs
+import methods
+import sft
+import train
+from settings import parse
+from support import loading
+from swirl_fwm import FWM
+
+LABELLED = [("a", "true", "b"), ("b", "true", "b")]
+PAIRS = [("c", "d"), ("e", "e"), ("f", "g")]
+PSEUDO = [("c", "guess c", "d"), ("e", "guess e", "e"), ("f", "guess f", "g")]
+
+
+class Guesser:
+    """A Q that counts: its n-th draw is "n"; greedily it guesses by x."""
+    net = types.SimpleNamespace(device="cpu")
+
+    def __init__(self):
+        self.asked, self.n = [], 0
+
+    def predict(self, xs, ys):
+        self.asked.append(list(zip(xs, ys)))
+        return [f"guess {x}" for x in xs]
+
+    def sample(self, xs, ys, n, generator):
+        assert n == 1
+        self.n += len(xs)
+        return [f"draw {self.n} {x}" for x in xs]
+
+
+@pytest.fixture
+def taught(monkeypatch, tok):
+    """taught(stage, *argv): (P's rows in the batches of a stage, steps, Q)."""
+    def of(kind, *argv, rows=40):
+        seen = []
+
+        def fit(model, name, batches, steps, validate, lab):
+            while sum(map(len, seen)) < rows:
+                seen.append(next(batches))
+            return model
+
+        monkeypatch.setattr(sft, "fit", fit)
+        cfg = parse(["--bootstrap-steps", "7", "--warmup-batch", "5", *argv])
+        lab = types.SimpleNamespace(cfg=cfg, labelled=LABELLED, state_only=PAIRS)
+        Q = Guesser()
+        _, _, steps = methods.likelihood(methods.Stage(kind), FWM(None, tok), Q, lab)
+        return [row for batch in seen for row in batch], steps, Q
+    return of
+
+
+@pytest.mark.parametrize("kind, triples", [
+    ("longer", LABELLED), ("continue", PSEUDO), ("bootstrap", LABELLED + PSEUDO)])
+def test_what_p_goes_on_with(kind, triples, taught, tok):
+    rows, steps, Q = taught(kind)
+    for row in FWM(None, tok).rows(triples):
+        assert row in rows
+    assert all(row in FWM(None, tok).rows(triples) for row in rows) and steps == 7
+    assert Q.asked == ([] if kind == "longer" else [PAIRS])         # once, greedily
+
+
+def test_merge_is_bootstrap_from_the_start(taught, tok, monkeypatch):
+    start = types.SimpleNamespace(device="cpu")
+    opened = types.SimpleNamespace(net="pretrained"), None, None
+    monkeypatch.setattr(loading, "open_lab", lambda cfg, device: opened)
+    P = FWM(start, tok)
+    monkeypatch.setattr(sft, "fit", lambda model, *_: model)
+    lab = types.SimpleNamespace(cfg=parse(["--bootstrap-steps", "7", "--warmup-steps", "11"]),
+                                labelled=LABELLED, state_only=PAIRS)
+    P, _, steps = methods.merge(P, Guesser(), lab, methods.Stage("merge"))
+    assert P.net == "pretrained" and steps == 18
+
+
+def test_em_draws_z_anew_for_each_batch(taught, tok):
+    rows, steps, Q = taught("em", "--iterations", "2", rows=60)
+    known = FWM(None, tok).rows(LABELLED)
+    drawn = [row for row in rows if row not in known]
+    assert steps == 3 and not Q.asked
+    assert len(drawn) == Q.n and len(set(map(str, drawn))) > len(drawn) / 2
+    assert {str(target) for _, target in drawn} == {
+        str(target) for _, target in FWM(None, tok).rows(PSEUDO)}
+
+
+def test_the_oracle_sees_the_actions_that_were_taken(tok):
+    cfg = parse(["--env", "tools", "--episodes", "8", "--seed", "3", "--busy", "0"])
+    true = envs.with_actions(cfg)
+    state_only = envs.load_splits(cfg)[2]
+    assert [(x, y) for x, _, y in true] == state_only and all(z for _, z, _ in true)
+    episodes = [envs.tools.episode(random.Random(f"3 state-only {i}"))
+                for i in range(envs.shares(cfg)["state-only"])]
+    assert true == [row for rows in episodes for row in rows]
+
+
+def test_the_oracle_needs_a_world(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--method", "oracle", "--data", "x.jsonl"])
+    assert "oracle" in capsys.readouterr().err
+
+
+def test_stages_of_an_iteration_are_numbered():
+    assert methods.Stage("em", 2).name == "iteration2/em"
+    assert methods.Stage("longer").name == "longer"
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def job(small_folder, tmp_path_factory):
+    """job(method, *argv): the folder of a small run, made once."""
+    folder, data = tmp_path_factory.mktemp("methods"), tmp_path_factory.mktemp("data")
+    write_lamps(data / "lamps.jsonl")
+
+    def run(method, *argv):
+        out = folder / method
+        if not out.exists():
+            argv = [*SMALL, "--model", str(small_folder), "--data", str(data / "lamps.jsonl"),
+                    "--method", method, *argv, "--out", str(out)]
+            assert train.main(argv) == 0
+        return out
+    return run
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("method, stages", [
+    ("sft", []), ("sft-longer", ["longer"]), ("sft-continue", ["continue"]),
+    ("sft-merge", ["merge"]), ("bootstrap", ["bootstrap"]), ("phase1", ["iteration1/phase1"]),
+    ("em", ["iteration1/em", "iteration1/phase2"]),
+    ("em+swirl", ["iteration1/em", "iteration1/phase1", "iteration1/phase2"])])
+def test_a_method_leaves_its_stages(method, stages, job):
+    got = results(job(method))
+    assert [stage["name"] for stage in got["stages"]] == ["sft", *stages, method]
+    assert set(got["baselines"]) == {"copy_x"}
+
+
+def test_share_trains_one_model_in_both_roles(job):
+    out = job("share")
+    names = [stage["name"] for stage in results(out)["stages"]]
+    assert names == ["sft", "joint", "iteration1/phase1", "iteration1/phase2", "share"]
+    same = [(out / side / "model.safetensors").read_bytes() for side in ("fwm", "idm")]
+    assert same[0] == same[1]
+    # Both columns move in each phase
+    stages = results(out)["stages"]
+    assert stages[2]["idm"]["logp"] != stages[1]["idm"]["logp"]
+    assert stages[3]["fwm"]["logp"] != stages[2]["fwm"]["logp"]
+
+
+def test_start_takes_the_place_of_the_warm_up(job):
+    first = job("sft")
+    out = first.parent / "started"
+    config = json.loads((first / "config.json").read_text())["settings"]
+    argv = [*SMALL, "--model", config["model"], "--data", config["data"], "--method", "sft-longer"]
+    assert train.main([*argv, "--start", str(first), "--out", str(out)]) == 0
+    got, before = results(out)["stages"], results(first)["stages"]
+    assert got[0] == before[0] and got[1]["name"] == "longer"
+    # From the same weights with the same draws: what one run makes in one go
+    whole = results(job("sft-longer"))["stages"]
+    assert got[1]["fwm"] == whole[1]["fwm"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert not [line for line in lines if line.get("model") in ("FWM", "IDM")]
+
+
+def test_a_start_without_sft_is_one_line(small_folder, tmp_path, capsys):
+    write_lamps(tmp_path / "lamps.jsonl")
+    argv = [*SMALL, "--model", str(small_folder), "--data", str(tmp_path / "lamps.jsonl")]
+    with pytest.raises(SystemExit) as error:
+        train.main([*argv, "--start", str(tmp_path), "--out", str(tmp_path / "run")])
+    assert error.value.code == 2 and "--start" in capsys.readouterr().err
+
+
+def test_q_of_em_is_scored_after_phase_ii(job):
+    stages = results(job("em"))["stages"]
+    assert stages[1]["idm"] == stages[0]["idm"] and stages[2]["fwm"] == stages[1]["fwm"]
