@@ -42,8 +42,7 @@ class Config:
     kl: str = setting("reward", "KL in the reward (exact) or k3 in the loss (released)",
                       choices=["reward", "loss"])
     temperature: float = setting(1.0, "of rollouts and their scores; paper: .75")
-    temperature_fwm: float = setting(None, "the same in Phase I only (default: --temperature)")
-    min_p_fwm: float = setting(0.0, "Phase I drops tokens this much less likely than the likeliest")
+    min_p: float = setting(0.0, "rollouts drop tokens this much less likely than the likeliest")
     reward_form: str = setting("sum", "sum of token log-probs (theorems) or mean (released)",
                                choices=["sum", "mean"])
     floor: float = setting(0.0, "least reward is -floor; 0: none (theorems); released: 10")
@@ -64,6 +63,8 @@ class Config:
     env: str = setting("tools", "built-in world", choices=sorted(WORLDS), group="data")
     data: str = setting("", "transitions file (JSONL, .gz) instead of a world")
     episodes: int = setting(0, "training episodes of a world (0: its own number)")
+    labelled: int = setting(0, "labelled transitions that are kept (0: all)")
+    state_only: int = setting(0, "pairs (x, y) that are kept (0: all)")
     busy: float = setting(0.5, "share of training transitions in which somebody else acts, too")
     eval_size: int = setting(300, "test transitions that are scored; fewer if states are long")
     validation_size: int = setting(100, "labelled transitions that are held back, at most")
@@ -89,17 +90,17 @@ class Config:
     def phase1(self, iteration):
         """The settings of Phase I."""
         return grpo.Phase(steps=self.phase1_steps, peak=self.lr_fwm * later(iteration),
-                          temperature=self.temperature_fwm, min_p=self.min_p_fwm,
                           beta=self.beta_fwm, **self.both())
 
     def phase2(self, iteration):
         """The settings of Phase II."""
         return grpo.Phase(steps=self.phase2_steps, peak=self.lr_idm * later(iteration),
-                          temperature=self.temperature, beta=self.beta, **self.both())
+                          beta=self.beta, **self.both())
 
     def both(self):
         """What both phases share."""
         return dict(batch=self.batch, group_size=self.group_size, scale=self.scale, kl=self.kl,
+                    temperature=self.temperature, min_p=self.min_p,
                     form=self.reward_form, floor=self.floor)
 
 
@@ -123,8 +124,6 @@ def parse(argv=None):
     values = vars(parser.parse_args(argv))
     cfg = Config(**values, preset={k: v for k, v in preset.items() if values[k] == v})
     check(cfg)
-    if cfg.temperature_fwm is None:
-        cfg.temperature_fwm = cfg.temperature
     cfg.episodes = cfg.episodes or WORLDS[cfg.env].EPISODES
     name = Path(cfg.data).name.split(".")[0] or cfg.env
     method = "" if cfg.method == "swirl" else f"-{cfg.method}"
@@ -157,11 +156,11 @@ def check(cfg):
         "eval_size", "validation_size", "warmup_steps", "warmup_steps_idm", "warmup_batch",
         "warmup_batch_idm", "bootstrap_steps", "iterations", "phase1_steps", "phase2_steps",
         "batch")
-    not_negative = ("floor", "minutes", "beta", "beta_fwm", "lora", "tokens", "threads")
+    not_negative = ("labelled", "state_only", "floor", "minutes", "beta", "beta_fwm", "lora",
+                    "tokens", "threads")
     shares = ("spoiled", "busy")
     fine = {
-        "group_size": cfg.group_size >= 2, "min_p_fwm": 0 <= cfg.min_p_fwm < 1,
-        "temperature_fwm": cfg.temperature_fwm is None or cfg.temperature_fwm > 0,
+        "group_size": cfg.group_size >= 2, "min_p": 0 <= cfg.min_p < 1,
         "episodes": cfg.episodes == 0 or cfg.episodes >= 4, "seed": 0 <= cfg.seed < 2**32,
         "max_state": cfg.max_state == 0 or cfg.max_state >= 16}
     fine |= {name: 0 < getattr(cfg, name) < float("inf") for name in positive}

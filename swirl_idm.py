@@ -191,7 +191,9 @@ def phase2_step(Q, P, ref, optimizers, pairs, phase, lr, generator):
 
     # z_1, .., z_G ~ Q(. | x, y)
     G = phase.group_size
-    options = dataclasses.replace(Q.no_refusal(), temperature=phase.temperature)
+    options = dataclasses.replace(
+        Q.no_refusal(), temperature=phase.temperature, min_p=phase.min_p
+    )
     rollouts = Q.rollouts(xs, ys, G, options, generator)
     zs = list(map(Q.read, rollouts.rows))
     R = phase2_reward(P, repeat(xs, G), zs, repeat(ys, G))                            # (B * G,)

@@ -99,7 +99,14 @@ def load_splits(cfg):
             f"warning: {cfg.data or cfg.env}: training holds the states of all {len(test)} test "
             "transitions; they are scored all the same"
         )
-    pick = lambda rows, n, what: random.Random(f"{cfg.seed} {what}").sample(rows, min(n, len(rows)))
+
+    def pick(rows, n, what):
+        return random.Random(f"{cfg.seed} {what}").sample(rows, min(n, len(rows)))
+
+    if cfg.labelled:
+        labelled = pick(labelled, cfg.labelled, "labelled")
+    if cfg.state_only:
+        state_only = pick(state_only, cfg.state_only, "state-only")
     return (
         labelled,
         pick(validation, cfg.validation_size, "validation"),

@@ -57,7 +57,7 @@ STATE_ONLY = 5
 PRESET = {
     "busy": 0.0, "scale": "mean", "group_size": 16, "lr_idm": 2e-4, "muon": True,
     "warmup_lr": 4e-3, "warmup_steps": 2400, "warmup_steps_idm": 500, "warmup_batch_idm": 32,
-    "temperature_fwm": 1.3, "min_p_fwm": 0.05, "batch": 16, "lr_fwm": 1.2e-3, "phase1_steps": 120,
+    "temperature": 1.3, "min_p": 0.05, "batch": 16, "lr_fwm": 1.2e-3, "phase1_steps": 120,
     "phase2_steps": 40, "bootstrap_steps": 1200, "tokens": 2048, "spoiled": 1.0, "floor": 10.0,
     "eval_size": 500}
 SLIP = 0.04         # share of sentences given without a look at the room

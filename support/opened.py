@@ -23,9 +23,9 @@ class Opened(typing.NamedTuple):
     Q: typing.Any           # IDM
 
 
-def open_run(folder):
-    """Opened. BadData if the folder holds no finished run, or its transitions file is gone or has
-    changed."""
+def open_run(folder, models=""):
+    """Opened. models: "" for the last ones, "sft" for those after the warm-up. BadData if the
+    folder holds no finished run, or its transitions file is gone or has changed."""
     folder = Path(folder)
     config, n = read_config(folder)
     transformers.logging.set_verbosity_error()
@@ -37,8 +37,8 @@ def open_run(folder):
             raise records.BadData(f"{folder}: {cfg.data} has changed since this run; give back the "
                                   "old file, or train again")
         uncut = load_splits(cfg)
-        net_P, tok = pretrained.load(folder / "fwm")
-        net_Q, _ = pretrained.load(folder / "idm")
+        net_P, tok = pretrained.load(folder / models / "fwm")
+        net_Q, _ = pretrained.load(folder / models / "idm")
         check_codebook(codebook(cfg), folder)
     except records.BadData:
         raise

@@ -10,7 +10,7 @@ import mi_bounds
 from evals import metrics
 from models import parallel
 from support import tables
-from support.evaluate import evaluate
+from support.evaluate import evaluate, sampled
 
 
 def end_stage(stage, P, Q, lab, since, steps):
@@ -53,6 +53,7 @@ def finish(P, Q, lab, beside):
             "test": len(lab.test),
         },
         "baselines": baselines(lab, beside),
+        "validation": {"sampled": sampled(P, lab.validation)},
         "stages": stages + [stages[-1] | {"name": cfg.method}],
         **bounds(P, Q, lab),
         "presets": {

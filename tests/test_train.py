@@ -58,11 +58,6 @@ def test_a_file_of_one_s_own_is_rewarded_per_token():
     assert train.parse([]).reward_form == "sum"
 
 
-def test_temperature_fwm_overrides_temperature():
-    assert train.parse(["--temperature", "0.75"]).temperature_fwm == 0.75
-    assert train.parse(["--env", "pixels", "--temperature", "0.75"]).temperature_fwm == 1.3
-
-
 # --- a run ----------------------------------------------------------------------------------------
 
 def lines(path):
