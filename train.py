@@ -93,12 +93,14 @@ def run_stage(stage, P, Q, lab):
     if stage.kind == "phase1":
         # Phase I: theta moves, phi is frozen (Eq. 3, Theorem 3.1)
         phase = cfg.phase1(stage.iteration)
-        run_phase(swirl_fwm.phase1_step, P, Q, phase, stage, lab)
+        pairs = methods.pairs_of(stage, phase, lab)
+        run_phase(swirl_fwm.phase1_step, P, Q, pairs, phase, stage, lab)
         steps = phase.steps
     elif stage.kind == "phase2":
         # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
         phase = cfg.phase2(stage.iteration)
-        run_phase(swirl_idm.phase2_step, Q, P, phase, stage, lab)
+        pairs = methods.pairs_of(stage, phase, lab)
+        run_phase(swirl_idm.phase2_step, Q, P, pairs, phase, stage, lab)
         steps = phase.steps
     else:
         P, Q, steps = methods.likelihood(stage, P, Q, lab)
@@ -106,10 +108,10 @@ def run_stage(stage, P, Q, lab):
     return P, Q
 
 
-def run_phase(step, policy, frozen, phase, stage, lab):
+def run_phase(step, policy, frozen, pairs, phase, stage, lab):
     """GRPO steps of `policy` against `frozen` on pairs (x, y)."""
     run, rng = lab.run, random.Random(f"{lab.cfg.seed} {stage.name}")
-    batch = sft.shuffled(methods.pairs_of(stage, phase, lab), phase.batch, rng)
+    batches = sft.shuffled(pairs, phase.batch, rng)
     generator = torch.Generator(policy.net.device)
     generator.manual_seed(rng.randrange(2**31) + parallel.rank())
     ref = lm.frozen(policy)                                # pi_ref: pi as the phase begins
@@ -123,8 +125,8 @@ def run_phase(step, policy, frozen, phase, stage, lab):
         lr = phase.rate(t)
         # Without beta the KL is only logged, now and then
         some_ref = ref if phase.beta or t % 10 == 1 else None
-        pairs = parallel.share(next(batch))
-        log, examples = step(policy, frozen, some_ref, optimizers, pairs, phase, lr, generator)
+        batch = parallel.share(next(batches))
+        log, examples = step(policy, frozen, some_ref, optimizers, batch, phase, lr, generator)
         log = log or {"reward": None, "kl": None}          # Q read no action: nothing to learn
         if "tokens" in log:
             log["tokens_per_second"] = log.pop("tokens") / (time.monotonic() - since)

@@ -29,6 +29,7 @@ from test_grpo import PROMPTS, naive_loss, reward, settings, take_step
 from test_train import SMALL
 
 import lm
+import methods
 import sft
 import swirl_fwm
 import swirl_idm
@@ -170,7 +171,7 @@ def a_phase(prepare):
         other,
         pairs=[(n, n) for n in range(20)],
         phase=phase,
-        stage=train.Stage("phase1", 1),
+        stage=methods.Stage("phase1", 1),
         lab=lab_of([]),
     )
     return seen, weights(policy.net)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import envs
+import methods
 import sft
 import train
 from envs import records, tools
@@ -313,7 +314,7 @@ def test_a_second_process_wants_one_thread_and_a_core(monkeypatch, changed, fine
 CUTS = {"in the rivals' Phase II": ("swirl_idm", "phase2_step", 2,
                                     "resuming after bootstrap, iteration1/phase1"),
         "in best of 8": (None, "best_of_8", 1, "resuming after sft"),
-        "in Bootstrap": ("sft", "bootstrap", 1, "resuming after sft"),
+        "in Bootstrap": ("methods", "bootstrap", 1, "resuming after sft"),
         "in Phase II": ("swirl_idm", "phase2_step", 4, "resuming after iteration1/phase1"),
         "in the rivals' Phase I": ("swirl_fwm", "phase1_step", 1,
                                    "resuming after bootstrap, bootstrap"),
@@ -494,8 +495,10 @@ def noted(data, tmp_path_factory):
     fits nor steps."""
     seen, out = {}, tmp_path_factory.mktemp("noted") / "run"
 
-    def fit(model, name, rows, size, steps, validate, lab):
-        seen[name] = types.SimpleNamespace(model=model, rows=rows, size=size, steps=steps)
+    def fit(model, name, batches, steps, validate, lab):
+        first = next(batches)
+        rows = first + [row for _ in range(20) for row in next(batches)]
+        seen[name] = types.SimpleNamespace(model=model, rows=rows, size=len(first), steps=steps)
         return model
 
     def run_phase(step, policy, frozen, pairs, phase, stage, lab):
@@ -505,7 +508,7 @@ def noted(data, tmp_path_factory):
 
     argv = [*SMALL, "--data", str(data), "--warmup-batch", "3", "--warmup-batch-idm", "5",
             "--lr-fwm", ".1", "--lr-idm", ".2", "--beta", ".3", "--beta-fwm", ".4",
-            "--temperature", "1.1", "--temperature-fwm", "1.2", "--min-p-fwm", ".05",
+            "--temperature", "1.1", "--min-p", ".05",
             "--reward-form", "mean", "--floor", "7", "--view", "full"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "fit", fit)
@@ -515,11 +518,12 @@ def noted(data, tmp_path_factory):
 
 
 def test_each_fit_gets_its_own_rows_and_steps(noted):
-    P, Q, boot = noted["FWM"], noted["IDM"], noted["Bootstrap"]
+    P, Q, boot = noted["FWM"], noted["IDM"], noted["bootstrap"]
     longest = lambda rows: max(len(target) for _, target in rows)
     assert noted["exit code"] == 0
     assert (P.size, P.steps, Q.size, Q.steps, boot.size, boot.steps) == (3, 6, 5, 4, 3, 4)
-    assert longest(P.rows) > longest(Q.rows) and len(boot.rows) > len(P.rows)
+    assert longest(P.rows) > longest(Q.rows)
+    assert len(set(map(str, boot.rows))) > len(set(map(str, P.rows)))
 
 
 both_runs = pytest.mark.parametrize("label", ["", "bootstrap, "], ids=["run", "rivals"])
@@ -537,8 +541,9 @@ def test_policy_of_one_phase_is_frozen_in_the_other(noted, label):
 @both_runs
 def test_each_phase_gets_its_own_settings(noted, label):
     one, two = (noted[f"{label}iteration1/phase{n}"].phase for n in (1, 2))
-    assert (one.peak, one.beta, one.temperature, one.min_p, one.steps) == (.1, .4, 1.2, .05, 3)
-    assert (two.peak, two.beta, two.temperature, two.min_p, two.steps) == (.2, .3, 1.1, 0, 2)
+    assert (one.peak, one.beta, one.steps) == (.1, .4, 3)
+    assert (two.peak, two.beta, two.steps) == (.2, .3, 2)
+    assert {(phase.temperature, phase.min_p) for phase in (one, two)} == {(1.1, .05)}
     assert {(phase.form, phase.floor) for phase in (one, two)} == {("mean", 7)}
 
 
@@ -550,10 +555,15 @@ def test_both_phases_get_the_pairs_that_change(noted, label):
 
 
 def test_iterations_take_separate_pairs_if_enough():
-    pairs, enough, many = list(range(32)), Phase(steps=5, batch=2), Phase(steps=6, batch=2)
-    shares = [train.share_of(pairs, i, 3, enough) for i in (1, 2, 3)]
-    assert shares == [pairs[:10], pairs[10:20], pairs[20:30]]
-    assert [train.share_of(pairs, i, 3, many) for i in (1, 2, 3)] == [pairs] * 3
+    pairs = [(i, -1) for i in range(32)]
+    enough, many = Phase(steps=5, batch=2), Phase(steps=6, batch=2)
+    lab = types.SimpleNamespace(cfg=train.parse(["--iterations", "3"]), state_only=pairs)
+
+    def shares(phase):
+        return [methods.pairs_of(methods.Stage("phase1", i), phase, lab) for i in (1, 2, 3)]
+
+    assert shares(enough) == [pairs[:10], pairs[10:20], pairs[20:30]]
+    assert shares(many) == [pairs] * 3
 
 
 def test_later_iterations_take_a_fifth_of_the_rates(monkeypatch):
@@ -564,7 +574,7 @@ def test_later_iterations_take_a_fifth_of_the_rates(monkeypatch):
     lab = types.SimpleNamespace(cfg=train.parse(["--lr-fwm", ".5", "--lr-idm", ".1"]),
                                 run=types.SimpleNamespace(done=lambda name: False),
                                 state_only=[("a", "b")] * 3)
-    train.alternate(None, None, lab, 3)
+    train.alternate(None, None, lab, "swirl", 3)
     assert rates == pytest.approx({
         "iteration1/phase1": .5, "iteration1/phase2": .1, "iteration2/phase1": .1,
         "iteration2/phase2": .02, "iteration3/phase1": .1, "iteration3/phase2": .02})
@@ -583,7 +593,7 @@ def run(step, policy=None, frozen=None, seed=0, iteration=1, **phase):
     policy, frozen = policy or Net(tiny_llama(9, 0)), frozen or Net(tiny_llama(9, 1))
     phase = Phase(**dict(steps=3, peak=0.1) | phase)
     pairs = [(n, n) for n in range(40)]
-    stage = train.Stage("phase1", iteration)
+    stage = methods.Stage("phase1", iteration)
     train.run_phase(step, policy, frozen, pairs, phase=phase, stage=stage, lab=lab)
     return policy, logged
 
