@@ -25,7 +25,6 @@ import envs
 import sft
 from models import parallel
 from models.batches import columns
-from support import loading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ def bootstrap(P, Q, lab, stage):
 def merge(P, Q, lab, stage):
     """SFT-merge of the paper: from the pretrained start, for the steps of SFT and of Bootstrap."""
     triples = lab.labelled + pseudo_labels(Q, lab)
-    P.net = loading.open_lab(lab.cfg, P.net.device)[0].net
+    P.net = lab.fresh_net(P.net.device)
     steps = lab.cfg.warmup_steps + lab.cfg.bootstrap_steps
     return go_on(P, Q, lab, stage, triples, steps)
 
@@ -112,7 +111,7 @@ def em(P, Q, lab, stage):
 
 def joint(P, Q, lab, stage):
     """theta = phi: one model learns both directions from the pretrained start."""
-    P.net = Q.net = loading.open_lab(lab.cfg, P.net.device)[0].net
+    P.net = Q.net = lab.fresh_net(P.net.device)
     rows = P.rows(lab.labelled) + Q.rows(lab.labelled)
     batches = sft.shuffled(rows, 2 * lab.cfg.warmup_batch, rng_of(lab, stage))
     steps = lab.cfg.warmup_steps

@@ -30,7 +30,6 @@ import sys
 from pathlib import Path
 
 from envs import codebook, images, pixels, records
-from evals import rollout
 
 T = 6
 
@@ -130,6 +129,7 @@ def main(argv=None):
     try:
         if out.exists():
             raise records.BadData(f"--out {args.out}: is there already; name a new folder")
+        from support import rollouts
         from support.opened import open_run
         run = open_run(args.run)
         if not images.is_image(run.test[0][0]):
@@ -139,8 +139,8 @@ def main(argv=None):
         frames = lambda states: images.frames(codebook(run.cfg), states)
         xs, zs, ys = zip(*run.test)
         rows = list(zip(frames(xs), zs, frames(ys), frames(run.P.predict(xs, zs))))
-        steps = rollout.windows(run.episodes, T)
-        y_hat = rollout.rollout(run.P.predict, steps, T)
+        steps = rollouts.windows(run.episodes, T)
+        y_hat = rollouts.rollout(run.P.predict, steps, T)
         episodes = [
             (
                 [z for _, z, _ in window],

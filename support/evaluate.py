@@ -8,11 +8,11 @@ import torch
 import swirl_fwm
 import swirl_idm
 from envs import images, pixels
-from evals import metrics, rollout
+from evals import metrics
 from models import parallel
 from models.batches import columns
 from models.text import encode
-from support import pictures
+from support import pictures, rollouts
 
 PAPER = dict(temperature=0.75, top_p=0.96)      # how the paper draws the futures that it scores
 
@@ -132,10 +132,10 @@ def roll_out(P, lab):
     def step(xs, zs):
         return parallel.divide(P.predict, xs, zs)
 
-    y_hats = rollout.rollout(step, lab.windows, 6)
+    y_hats = rollouts.rollout(step, lab.windows, 6)
     if lab.book:
         draw_rollouts(lab, y_hats)
-    scores = rollout.score(y_hats, lab.windows)
+    scores = rollouts.score(y_hats, lab.windows)
     return {
         "rollout": [at_T["score"] for at_T in scores],
         "rollout_exact": [at_T["exact"] for at_T in scores],

@@ -12,11 +12,10 @@ import torch
 
 import lm
 from envs import codebook, images, load_splits, test_episodes
-from evals import rollout
 from models import adapters, parallel, pretrained, tiny
 from models import images as image_models
 from models.text import encode, frame, shorten
-from support import rundir
+from support import rollouts, rundir
 from support.evaluate import affordable
 from swirl_fwm import FWM
 from swirl_idm import IDM
@@ -34,6 +33,11 @@ class Lab:
     book: typing.Any        # the image tokenizer; None for text
     run: typing.Any = None  # rundir.Run
     held_out: dict = dataclasses.field(default_factory=dict)    # side: (scores, predictions)
+
+    def fresh_net(self, device):
+        """The net that P began with, before the warm-up."""
+        P, _, _ = open_lab(self.cfg, device)
+        return P.net
 
 
 def open_lab(cfg, device):
@@ -70,7 +74,7 @@ def windows_of(cfg, tok, book, tests):
         return []
     episodes = shorten_all(tok, test_episodes(cfg), cfg.max_state)
     most = tests * 2 // 3 if book else tests // 20
-    return rollout.windows(episodes, 6, every=1)[:max(4, most)]
+    return rollouts.windows(episodes, 6, every=1)[:max(4, most)]
 
 
 def in_half(cfg, device):

@@ -12,7 +12,6 @@ import methods
 import sft
 import train
 from settings import parse
-from support import loading
 from swirl_fwm import FWM
 
 LABELLED = [("a", "true", "b"), ("b", "true", "b")]
@@ -67,14 +66,13 @@ def test_what_p_goes_on_with(kind, triples, taught, tok):
     assert Q.asked == ([] if kind == "longer" else [PAIRS])         # once, greedily
 
 
-def test_merge_is_bootstrap_from_the_start(taught, tok, monkeypatch):
+def test_merge_is_bootstrap_from_the_start(tok, monkeypatch):
     start = types.SimpleNamespace(device="cpu")
-    opened = types.SimpleNamespace(net="pretrained"), None, None
-    monkeypatch.setattr(loading, "open_lab", lambda cfg, device: opened)
     P = FWM(start, tok)
     monkeypatch.setattr(sft, "fit", lambda model, *_: model)
     lab = types.SimpleNamespace(cfg=parse(["--bootstrap-steps", "7", "--warmup-steps", "11"]),
-                                labelled=LABELLED, state_only=PAIRS)
+                                labelled=LABELLED, state_only=PAIRS,
+                                fresh_net=lambda device: "pretrained")
     P, _, steps = methods.merge(P, Guesser(), lab, methods.Stage("merge"))
     assert P.net == "pretrained" and steps == 18
 

@@ -23,7 +23,7 @@ from evals import aurora, bytemorph, export, metrics, rollout, visual, worldpred
 from grpo import Phase
 from models import images as image_models
 from models import optim, tiny
-from support import evaluate, loading, pictures, tables
+from support import evaluate, loading, pictures, rollouts, tables
 
 
 def room(piles=((), (), (), ()), figure=0, curtain=None, near=True, **more):
@@ -633,12 +633,12 @@ def test_p_reads_its_own_output():
     steps = [chain("3", ["1", "2", "1"]), chain("7", ["2", "2", "2"])]
     # one slip, at the second's first step
     careless = lambda xs, zs: [str(int(world(x, z)) + (x == "7")) for x, z in zip(xs, zs)]
-    y_hat = rollout.rollout(careless, steps, 3)
+    y_hat = rollouts.rollout(careless, steps, 3)
     assert y_hat == [["7", "17"], ["17", "36"], ["35", "74"]]
-    rows = rollout.score(y_hat, steps)
+    rows = rollouts.score(y_hat, steps)
     assert [row["exact"] for row in rows] == [0.5, 0.0, 0.0] and rows[0]["changed"] is None
-    perfect = rollout.score(
-        rollout.rollout(lambda xs, zs: [world(x, z) for x, z in zip(xs, zs)], steps, 3), steps
+    perfect = rollouts.score(
+        rollouts.rollout(lambda xs, zs: [world(x, z) for x, z in zip(xs, zs)], steps, 3), steps
     )
     assert [row["exact"] for row in perfect] == [1, 1, 1] and perfect[2]["score"] == pytest.approx(
         100
@@ -649,16 +649,16 @@ def test_windows_are_whole_and_joined():
     whole, short = chain("3", list("12121212")), chain("3", list("12"))
     torn = whole[:2] + whole[4:]
     assert (
-        rollout.windows([whole, short, torn], 6) == [whole[:6]]
-        and rollout.windows([short], 6) == []
+        rollouts.windows([whole, short, torn], 6) == [whole[:6]]
+        and rollouts.windows([short], 6) == []
     )
     # first windows first
-    assert rollout.windows([whole, short, whole[1:]], 6, every=2) == [
+    assert rollouts.windows([whole, short, whole[1:]], 6, every=2) == [
         whole[:6],
         whole[1:7],
         whole[2:],
     ]
-    assert rollout.windows([[], short], 6) == rollout.windows([], 6) == []
+    assert rollouts.windows([[], short], 6) == rollouts.windows([], 6) == []
 
 
 def test_changes_are_counted_from_the_first_frame():
@@ -667,12 +667,12 @@ def test_changes_are_counted_from_the_first_frame():
         for codes in ([[1, 1], [1, 1]], [[2, 1], [1, 1]], [[2, 2], [1, 1]])
     ]
     steps = [[(frames[0], "a", frames[1]), (frames[1], "b", frames[2])]]
-    copy_x = rollout.score(rollout.rollout(lambda xs, zs: xs, steps, 2), steps)
+    copy_x = rollouts.score(rollouts.rollout(lambda xs, zs: xs, steps, 2), steps)
     assert [row["score"] for row in copy_x] == [75, 50] and [row["changed"] for row in copy_x] == [
         0,
         0,
     ]
-    one = rollout.score([[frames[1]], [frames[1]]], steps)
+    one = rollouts.score([[frames[1]], [frames[1]]], steps)
     assert [row["changed"] for row in one] == [1, 0.5] and [row["exact"] for row in one] == [1, 0]
 
 
