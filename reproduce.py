@@ -17,6 +17,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from pathlib import Path
 
 from envs import WORLDS, records
 from methods import METHODS
+from support import charts
 
 HERE = Path(__file__).parent
 TEXT_WORLDS = ["tools", "physics", "web"]
@@ -198,7 +200,8 @@ def one_row(table, world, seed, label, args):
         start, sft = sft_of(world, seed, data, args)
     found, argv = sft, []
     if flags["method"] != "sft":
-        out = f"{args.runs}/{world}-{seed}/{table}-{label}".replace(" ", "").replace(",", "-")
+        name = re.sub(r"[^\w.]+", "-", f"{table} {label}")
+        out = f"{args.runs}/{world}-{seed}/{name}"
         quick = QUICK + words(QUICK_STEPS) if args.quick else []
         argv = words({"env": world, "seed": seed, "threads": 1, **flags, **data})
         argv += ["--no-rivals", "--start", start, *quick, "--out", out]
@@ -266,6 +269,37 @@ def markdown(table, rows):
     return "\n".join(lines)
 
 
+def draw(table, rows, folder):
+    """TABLE.png and TABLE-curves.png, if matplotlib is there."""
+    shares, points = {}, {}
+    for row in rows.values():
+        labels = shares.setdefault(row["world"], {})
+        labels.setdefault(row["label"], []).append(last(row)["fwm"]["sampled"])
+        path = points.setdefault(row["world"], {}).setdefault(row["label"], [])
+        path.append(progress(row))
+    means = {world: {label: mean_curve(paths) for label, paths in labels.items()}
+             for world, labels in points.items()}
+    try:
+        charts.dots(folder / f"{table}.png", table, shares)
+        charts.curves(folder / f"{table}-curves.png", table, means)
+    except ImportError:
+        print("no pictures: pip install matplotlib")
+
+
+def progress(row):
+    """[(seconds after SFT, sampled)] at the end of each stage."""
+    seconds, points = 0.0, [(0.0, row["sft"]["fwm"]["sampled"])]
+    for stage in row["stages"][1:-1]:
+        seconds += stage["seconds"]
+        points.append((seconds, stage["fwm"]["sampled"]))
+    return points
+
+
+def mean_curve(paths):
+    """The mean over seeds of curves with as many points."""
+    return [tuple(map(statistics.mean, zip(*points))) for points in zip(*paths)]
+
+
 def unique_sft(rows):
     """One row for each seed, whose SFT models have the world's own data."""
     seen = {}
@@ -329,7 +363,9 @@ def main(argv=None):
                  for seed in args.seeds for label in args.rows[table] for world in worlds]
     run_all(jobs, args)
     for table in args.tables:
-        print(markdown(table, args.results.load(table)))
+        rows = args.results.load(table)
+        print(markdown(table, rows))
+        draw(table, rows, folder)
     return 0
 
 
