@@ -80,23 +80,24 @@ def iterations_table(tuned):
             for method in ("swirl", "share")}
 
 
-def busy_table(tuned):
-    """How often somebody else acts as well."""
-    return across("busy", (0.0, 0.25, 0.75, 1.0), tuned)
+def map_table(tuned):
+    """When does Eq. 3 beat likelihood on pseudo-labels? By how often somebody else acts as well,
+    and by the number of state-only pairs."""
+    rows = {}
+    for busy in (0.0, 0.33, 0.67, 1.0):
+        for n in (105, 420, 1680):
+            for method in ("bootstrap", "swirl"):
+                flags = method_flags(method, tuned) | {"state-only": n}
+                rows[f"{method}, busy {busy}, {n} pairs"] = flags, {"busy": busy}
+    return rows
 
 
 def labelled_table(tuned):
     """How many transitions have labels."""
-    return across("labelled", (80, 160, 400, 800), tuned)
-
-
-def across(name, values, tuned):
-    """Rows in which the data differ, so that each value has SFT models of its own."""
     rows = {}
-    for value in values:
-        rows[f"sft, {name} {value}"] = {"method": "sft"}, {name: value}
-        for method in ("bootstrap", "swirl", "bootstrap+swirl"):
-            rows[f"{method}, {name} {value}"] = method_flags(method, tuned), {name: value}
+    for n in (80, 160, 400, 800):
+        for method in ("sft", "bootstrap", "swirl", "bootstrap+swirl"):
+            rows[f"{method}, {n} labels"] = method_flags(method, tuned), {"labelled": n}
     return rows
 
 
@@ -120,7 +121,7 @@ def departures_table(tuned):
 
 
 TABLES = {"methods": methods_table, "sizes": sizes_table, "groups": groups_table,
-          "iterations": iterations_table, "busy": busy_table, "labelled": labelled_table,
+          "iterations": iterations_table, "map": map_table, "labelled": labelled_table,
           "departures": departures_table}
 
 
@@ -282,8 +283,23 @@ def draw(table, rows, folder):
     try:
         charts.dots(folder / f"{table}.png", table, shares)
         charts.curves(folder / f"{table}-curves.png", table, means)
+        if table == "map":
+            charts.heat(folder / "who-wins.png", *who_wins(rows))
     except ImportError:
         print("no pictures: pip install matplotlib")
+
+
+def who_wins(rows):
+    """(busy values, pair numbers, SWIRL minus Bootstrap in points, sampled) of the map."""
+    cells = {}
+    for row in rows.values():
+        method, busy, pairs = row["label"].split(", ")
+        cell = cells.setdefault((float(busy.split()[1]), int(pairs.split()[0])), {})
+        cell.setdefault(method, []).append(100 * last(row)["fwm"]["sampled"])
+    gains = {key: statistics.mean(cell["swirl"]) - statistics.mean(cell["bootstrap"])
+             for key, cell in cells.items() if len(cell) == 2}
+    across, up = sorted({busy for busy, _ in gains}), sorted({n for _, n in gains})
+    return across, up, [[gains.get((busy, n)) for busy in across] for n in up]
 
 
 def progress(row):

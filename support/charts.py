@@ -39,6 +39,24 @@ def curves(path, title, groups):
     finish(plt, figure, path, title)
 
 
+def heat(path, across, up, gains):
+    """SWIRL minus Bootstrap, by busy (across) and number of pairs (up); None: not run."""
+    plt = matplotlib()
+    figure, panel = plt.subplots(figsize=(6, 4))
+    most = max(abs(gain) for row in gains for gain in row if gain is not None)
+    values = [[float("nan") if gain is None else gain for gain in row] for row in gains]
+    image = panel.imshow(values, cmap="RdBu", vmin=-most, vmax=most, origin="lower")
+    for i, row in enumerate(gains):
+        for j, gain in enumerate(row):
+            panel.text(j, i, "" if gain is None else f"{gain:+.1f}", ha="center", va="center")
+    panel.set_xticks(range(len(across)), across)
+    panel.set_yticks(range(len(up)), up)
+    panel.set_xlabel("share of transitions in which somebody else acts as well")
+    panel.set_ylabel("state-only pairs")
+    figure.colorbar(image, label="points")
+    finish(plt, figure, path, "sampled: SWIRL minus Bootstrap")
+
+
 def matplotlib():
     """pyplot, without a window."""
     import matplotlib

@@ -126,6 +126,19 @@ def test_pictures_are_drawn(stage):
         assert (folder / name).stat().st_size > 5000
 
 
+def test_the_map_says_who_wins():
+    rows = {}
+    for busy, swirl in ((0.0, 0.4), (1.0, 0.7)):
+        for seed in (1, 2):
+            for method, sampled in (("swirl", swirl), ("bootstrap", 0.5)):
+                label = f"{method}, busy {busy}, 105 pairs"
+                of = scores(sampled + seed / 100)
+                rows[f"{label} {seed}"] = {"label": label, "stages": [of, of, of]}
+    across, up, gains = reproduce.who_wins(rows)
+    assert (across, up) == ([0.0, 1.0], [105])
+    assert gains == [pytest.approx([-10.0, 20.0])]
+
+
 @pytest.mark.slow
 def test_quick_runs_for_real(tmp_path):
     argv = ["--quick", "--worlds", "tools", "--results", str(tmp_path), "--runs",
