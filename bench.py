@@ -362,7 +362,7 @@ def step_flop(B, P, T, G, width, layers, V):
 
 def policy_pass_share(B, P, T, G, width, layers, V, repeats=5):
     """Share of the machine's rate, measured in turn with it, that forward and backward of
-    `grpo.update` reach."""
+    `grpo.step` reach."""
     model, (prompts, _) = make_model(width, layers, V), make_work(B, P, V)
     rows, owner = make_work(B * G, T, V)[0], list(range(B)) * G        # all different
     options = lm.Options(-1)

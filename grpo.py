@@ -21,8 +21,8 @@ Departures from the paper and its released scripts
    default, divide by the standard deviation (`scale="std"`).
 3. The KL is in the reward, for each row (`k1`). The released scripts put `k3` into the loss, for
    each token: `kl="loss"`.
-4. Only the first of several `updates` on one batch is on-policy. There the ratio is 1 and the
-   gradient of the loss is -A grad log pi; a loss near 0 is normal. Later ones clip the ratio.
+4. One optimizer step on each batch of rollouts, as in the paper. So the ratio is 1, the clip never
+   acts, and the gradient of the loss is -A grad log pi. A loss near 0 is normal.
 5. Rows without advantage are not run through the model. This is exact.
 6. Rollouts are scored at the temperature and with the `min_p` that drew them.
 7. Under torchrun the prompts of a step are divided among the processes; B counts all of them.
@@ -50,7 +50,6 @@ class Phase:
     scale: str = "mean"         # advantage: mean (Eq. 4), std (released), loo (leave-one-out)
     beta: float = 0.0           # weight of the KL to the reference. Paper: .1; 1 is the exact ELBO
     kl: str = "reward"          # reward (exact for Eq. 5) or loss (k3, as released)
-    updates: int = 1            # optimizer steps on one batch of rollouts. Paper: 1
     clip: float = 0.2           # the ratio's range is 1 - clip .. 1 + clip
     max_norm: float = 1.0       # gradient norm clip
 
@@ -144,14 +143,12 @@ def step(policy, ref, optimizers, rollouts, R, phase, lr):
     """One GRPO step on rollouts with rewards R (B, G). Returns a dict to log: `kl` is the KL of a
     whole row to ref, in nats (None without ref); `gap` is the largest difference of a token's
     log-prob between sampler and trainer. ref may be None if beta is 0."""
-    R = R.cpu()
+    net, options, R = policy.net, rollouts.options, R.cpu()
     kl, logp_ref, shaped = None, None, R
     if ref is not None and len(R):
         # What pi may draw, ref may draw: min_p is off for ref
-        options = dataclasses.replace(rollouts.options, min_p=0.0)
-        logp_ref = score(ref.net, rollouts, options)                                  # (B * G, T)
-        kl = k1(logp_of(policy, rollouts), logp_ref.sum(1))
-        kl = kl.view(R.shape)                                                         # (B, G)
+        logp_ref = score(ref.net, rollouts, dataclasses.replace(options, min_p=0.0))  # (N, T)
+        kl = k1(logp_of(policy, rollouts), logp_ref.sum(1)).view(R.shape)             # (B, G)
         if phase.kl == "reward":
             # Eq. 5: R - beta * log(pi / pi_ref)
             shaped = R - phase.beta * kl
@@ -159,43 +156,34 @@ def step(policy, ref, optimizers, rollouts, R, phase, lr):
     if phase.scale == "std":
         # A flat reward says nothing: only the noise of the KL would be blown up to 1
         A = A.masked_fill(flat(R)[:, None], 0.0)
-    log = update(policy, optimizers, rollouts, A.flatten(), logp_ref, phase, lr)
+
+    N = parallel.total(A.numel())
+    A = A.flatten()                                                                   # (N,)
+    parts = micro_batches(net, rollouts, A, phase)
+    total, gaps = 0.0, [0.0]
+    for part in parts:
+        logp = lm.logprobs(net, *rollouts.take(part), options)                        # (n, T)
+        drawn, live = batches.as_tensor([rollouts.logps[k] for k in part])            # (n, T)
+        gap = logp.detach().cpu() - drawn
+        gaps.append(gap.abs().max().item())
+        ref_part = None
+        if logp_ref is not None:
+            ref_part = logp_ref[part, :logp.shape[1]].to(logp)
+        # One step a batch: pi_old is pi, the ratio is 1, and the clip never acts
+        loss = loss_sum(logp, logp.detach(), ref_part, A[part].to(logp), live.to(logp), phase)
+        (loss / N).backward()
+        total += loss.item() / N
+    gap = torch.tensor(gaps).max().item()                                             # of nan, nan
+    check_gap(gap, options)
+    norm = 0.0
+    if parallel.total(len(parts)):                                    # all ranks step, or none
+        norm = optim.step(net, optimizers, lr, phase.max_norm)
+
+    log = {"loss": total, "grad_norm": norm, "gap": gap, "tokens": sum(map(len, rollouts.rows))}
     if len(R):
         log["kl"] = None if kl is None else kl.mean().item()
         log |= summary(R, rollouts, phase)
     return parallel.merge(log, len(R))
-
-
-def update(policy, optimizers, rollouts, A, logp_ref, phase, lr):
-    """`phase.updates` optimizer steps on rollouts with advantages A (N,), N = B * G. Returns a dict
-    to log."""
-    net, options = policy.net, rollouts.options
-    N = parallel.total(len(A))
-    parts = micro_batches(net, rollouts, A, phase)
-    steps = phase.updates if parallel.total(len(parts)) else 0        # all ranks step, or none
-    logp_old, losses, norms, gaps = {}, [], [], [0.0]
-    for _ in range(steps):
-        for i, part in enumerate(parts):
-            logp = lm.logprobs(net, *rollouts.take(part), options)                    # (n, T)
-            drawn, live = batches.as_tensor([rollouts.logps[k] for k in part])        # (n, T)
-            if i not in logp_old:
-                # The first update is on-policy: the ratio is 1
-                logp_old[i] = logp.detach()
-                gap = logp_old[i].cpu() - drawn
-                gaps.append(gap.abs().max().item())
-            ref = logp_ref
-            if ref is not None:
-                ref = logp_ref[part, :logp.shape[1]].to(logp)
-            A_part, live = A[part].to(logp), live.to(logp)
-            loss = loss_sum(logp, logp_old[i], ref, A_part, live, phase) / N
-            loss.backward()
-            losses.append(loss.item())
-        norms.append(optim.step(net, optimizers, lr, phase.max_norm))
-    gap = torch.tensor(gaps).max().item()                             # of nan, nan
-    check_gap(gap, options)
-    steps = max(1, steps)
-    return {"loss": sum(losses) / steps, "grad_norm": sum(norms) / steps, "gap": gap,
-            "tokens": sum(map(len, rollouts.rows))}
 
 
 def micro_batches(net, rollouts, A, phase):

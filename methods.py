@@ -55,6 +55,15 @@ METHODS = {
 }
 
 
+def stages(method, iterations):
+    """The stages of a method, in order: Algorithm 1 for "swirl"."""
+    once, in_turn = METHODS[method]
+    out = [Stage(kind) for kind in once]
+    for i in range(1, iterations + 1):
+        out += [Stage(kind, i) for kind in in_turn]
+    return out
+
+
 def pairs_of(stage, phase, lab):
     """The pairs (x, y) of an iteration: its own share, or all where a share is less than the phase
     takes."""

@@ -123,13 +123,13 @@ def phase1_reward(Q, xs, z_rows, y_hats):
     return Q.score(xs, z_rows, y_hats)
 
 
-def phase1_step(P, Q, ref, optimizers, pairs, phase, lr, generator):
-    """One step on pairs [(x, y)]: theta moves, phi is frozen. Returns (log, examples); log is None
-    if Q reads no action in any pair."""
+def phase1_rollouts(P, Q, pairs, phase, generator):
+    """G futures for each pair (x, y), and their rewards: (rollouts, R (B, G), examples). None if Q
+    reads no action in any pair."""
     # z ~ Q(. | x, y): one guess for each pair, as ids; without pairs where Q reads no action
     guessed = Q.label(pairs, generator)
     if not parallel.total(len(guessed)):
-        return None, []
+        return None
     xs, z_rows, ys = columns(guessed) or ([], [], [])
     zs = list(map(Q.read, z_rows))
 
@@ -142,6 +142,5 @@ def phase1_step(P, Q, ref, optimizers, pairs, phase, lr, generator):
     R = phase1_reward(Q, repeat(xs, G), z_rows, y_hats)                               # (B * G,)
     R = grpo.shape(R, z_rows, phase).view(len(xs), G)
 
-    log = grpo.step(P, ref, optimizers, rollouts, R, phase, lr)
     first = R[:, 0].tolist()
-    return log, dicts(x=xs, z=zs, y=ys, y_hat=y_hats[::G], reward=first)
+    return rollouts, R, dicts(x=xs, z=zs, y=ys, y_hat=y_hats[::G], reward=first)

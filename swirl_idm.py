@@ -185,21 +185,19 @@ def phase2_reward(P, xs, zs, ys):
     return P.logp(xs, zs, ys)
 
 
-def phase2_step(Q, P, ref, optimizers, pairs, phase, lr, generator):
-    """One step on pairs [(x, y)]: phi moves, theta is frozen. Returns (log, examples)."""
+def phase2_rollouts(Q, P, pairs, phase, generator):
+    """G actions for each pair (x, y), and their rewards: (rollouts, R (B, G), examples)."""
     xs, ys = columns(pairs)
 
     # z_1, .., z_G ~ Q(. | x, y)
     G = phase.group_size
-    options = dataclasses.replace(
-        Q.no_refusal(), temperature=phase.temperature, min_p=phase.min_p
-    )
+    allowed = Q.no_refusal()
+    options = dataclasses.replace(allowed, temperature=phase.temperature, min_p=phase.min_p)
     rollouts = Q.rollouts(xs, ys, G, options, generator)
     zs = list(map(Q.read, rollouts.rows))
     R = phase2_reward(P, repeat(xs, G), zs, repeat(ys, G))                            # (B * G,)
     y_rows = repeat(map(P.target, ys), G)
     R = grpo.shape(R, y_rows, phase).view(len(xs), G)
 
-    log = grpo.step(Q, ref, optimizers, rollouts, R, phase, lr)
     first = R[:, 0].tolist()
-    return log, dicts(x=xs, y=ys, z_hat=zs[::G], reward=first)
+    return rollouts, R, dicts(x=xs, y=ys, z_hat=zs[::G], reward=first)

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 
+import grpo
 import lm
 import methods
 import sft
@@ -59,7 +60,7 @@ def train(cfg):
     # The rivals start from the same P and Q, beside Algorithm 1
     with_rivals = cfg.rivals and cfg.method == "swirl"
     beside = aside.start(cfg, rivals, cfg) if with_rivals else None
-    P, Q = alternate(P, Q, lab, cfg.method, cfg.iterations)
+    P, Q = follow(methods.stages(cfg.method, cfg.iterations), P, Q, lab)
     rows = beside.result() if beside else {}
     return finish(P, Q, lab, rows) if parallel.rank() == 0 else 0
 
@@ -74,44 +75,33 @@ def warm_up(P, Q, lab):
     return P, Q
 
 
-def alternate(P, Q, lab, method, iterations):
-    """Phase I and Phase II in turn. Other methods have other stages; see `methods.py`."""
-    once, in_turn = methods.METHODS[method]                # SWIRL: (), ("phase1", "phase2")
-    for kind in once:
-        P, Q = run_stage(methods.Stage(kind), P, Q, lab)
-    for i in range(1, iterations + 1):
-        for kind in in_turn:
-            P, Q = run_stage(methods.Stage(kind, i), P, Q, lab)
+def follow(stages, P, Q, lab):
+    """The stages of a method, each with its scores. Those of SWIRL are Phase I and Phase II in
+    turn."""
+    cfg = lab.cfg
+    for stage in stages:
+        if lab.run.done(stage.name):
+            continue
+        since = time.monotonic()
+        if stage.kind == "phase1":
+            # Phase I: theta moves, phi is frozen (Eq. 3, Theorem 3.1)
+            phase = cfg.phase1(stage.iteration)
+            steps = run_phase(swirl_fwm.phase1_rollouts, P, Q, phase, stage, lab)
+        elif stage.kind == "phase2":
+            # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
+            phase = cfg.phase2(stage.iteration)
+            steps = run_phase(swirl_idm.phase2_rollouts, Q, P, phase, stage, lab)
+        else:
+            P, Q, steps = methods.likelihood(stage, P, Q, lab)
+        end_stage(stage, P, Q, lab, since, steps)
     return P, Q
 
 
-def run_stage(stage, P, Q, lab):
-    """One stage, then its scores; nothing if it is done. Returns (P, Q)."""
-    cfg, since = lab.cfg, time.monotonic()
-    if lab.run.done(stage.name):
-        return P, Q
-    if stage.kind == "phase1":
-        # Phase I: theta moves, phi is frozen (Eq. 3, Theorem 3.1)
-        phase = cfg.phase1(stage.iteration)
-        pairs = methods.pairs_of(stage, phase, lab)
-        run_phase(swirl_fwm.phase1_step, P, Q, pairs, phase, stage, lab)
-        steps = phase.steps
-    elif stage.kind == "phase2":
-        # Phase II: phi moves, theta is frozen (Eq. 5, Theorem 3.2)
-        phase = cfg.phase2(stage.iteration)
-        pairs = methods.pairs_of(stage, phase, lab)
-        run_phase(swirl_idm.phase2_step, Q, P, pairs, phase, stage, lab)
-        steps = phase.steps
-    else:
-        P, Q, steps = methods.likelihood(stage, P, Q, lab)
-    end_stage(stage, P, Q, lab, since, steps)
-    return P, Q
-
-
-def run_phase(step, policy, frozen, pairs, phase, stage, lab):
-    """GRPO steps of `policy` against `frozen` on pairs (x, y)."""
+def run_phase(draw, policy, frozen, phase, stage, lab):
+    """GRPO steps of `policy` on what `draw` makes of pairs (x, y): rollouts that `frozen`
+    rewards. Returns their number."""
     run, rng = lab.run, random.Random(f"{lab.cfg.seed} {stage.name}")
-    batches = sft.shuffled(pairs, phase.batch, rng)
+    batches = sft.shuffled(methods.pairs_of(stage, phase, lab), phase.batch, rng)
     generator = torch.Generator(policy.net.device)
     generator.manual_seed(rng.randrange(2**31) + parallel.rank())
     ref = lm.frozen(policy)                                # pi_ref: pi as the phase begins
@@ -122,13 +112,13 @@ def run_phase(step, policy, frozen, pairs, phase, stage, lab):
     bar, logs = run.bar(run.label + stage.name, phase.steps), []
     for t in range(1, phase.steps + 1):
         since = time.monotonic()
-        lr = phase.rate(t)
-        # Without beta the KL is only logged, now and then
-        some_ref = ref if phase.beta or t % 10 == 1 else None
-        batch = parallel.share(next(batches))
-        log, examples = step(policy, frozen, some_ref, optimizers, batch, phase, lr, generator)
-        log = log or {"reward": None, "kl": None}          # Q read no action: nothing to learn
-        if "tokens" in log:
+        log, examples = {"reward": None, "kl": None}, []   # where Q reads no action
+        drawn = draw(policy, frozen, parallel.share(next(batches)), phase, generator)
+        if drawn is not None:
+            rollouts, R, examples = drawn
+            # Without beta the KL is only logged, now and then
+            some_ref = ref if phase.beta or t % 10 == 1 else None
+            log = grpo.step(policy, some_ref, optimizers, rollouts, R, phase, phase.rate(t))
             log["tokens_per_second"] = log.pop("tokens") / (time.monotonic() - since)
             logs.append(log)
         run.log("metrics.jsonl", phase=stage.kind, iteration=stage.iteration, step=t,
@@ -139,6 +129,7 @@ def run_phase(step, policy, frozen, pairs, phase, stage, lab):
     bar.close()
     assert all(map(torch.equal, before, weights(frozen))), "the frozen model moved"
     tables.warn(stage.name, logs)
+    return phase.steps
 
 
 def weights(model):
@@ -160,7 +151,7 @@ def rivals(cfg):
     if not run.progress["baselines"]:
         run.progress["baselines"] = {"best_of_8": best_of_8(P, Q, lab)}
         run.save_progress()
-    alternate(P, Q, lab, "bootstrap+swirl", iterations=1)
+    follow(methods.stages("bootstrap+swirl", 1), P, Q, lab)
     return {"baselines": run.progress["baselines"], "stages": run.progress["stages"]}
 
 

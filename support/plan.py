@@ -10,6 +10,7 @@ import random
 import time
 from pathlib import Path
 
+import grpo
 import lm
 import sft
 import swirl_fwm
@@ -83,13 +84,16 @@ def measure(P, Q, lab):
         sft.step(Q, next(rows_Q), for_Q, cfg.warmup_lr)
 
     def phase1():
+        phase, mine = cfg.phase1(1), parallel.share(next(pairs))
         ref = frozen_P if cfg.beta_fwm else None
-        mine = parallel.share(next(pairs))
-        swirl_fwm.phase1_step(P, frozen_Q, ref, for_P, mine, cfg.phase1(1), 0.0, None)
+        drawn = swirl_fwm.phase1_rollouts(P, frozen_Q, mine, phase, None)
+        if drawn:
+            grpo.step(P, ref, for_P, *drawn[:2], phase, 0.0)
 
     def phase2():
-        mine = parallel.share(next(pairs))
-        swirl_idm.phase2_step(Q, frozen_P, frozen_Q, for_Q, mine, cfg.phase2(1), 0.0, None)
+        phase, mine = cfg.phase2(1), parallel.share(next(pairs))
+        rollouts, R, _ = swirl_idm.phase2_rollouts(Q, frozen_P, mine, phase, None)
+        grpo.step(Q, frozen_Q, for_Q, rollouts, R, phase, 0.0)
 
     def evaluate():
         evaluate_P(P, some)

@@ -257,7 +257,7 @@ def short(tmp_path_factory):
 def resumed(short, tmp_path_factory):
     """A whole run and one that was cut in Phase II and went on: their folders and exit codes, and
     what the latter said."""
-    step, calls, folder = train.swirl_idm.phase2_step, [], tmp_path_factory.mktemp("runs")
+    step, calls, folder = train.swirl_idm.phase2_rollouts, [], tmp_path_factory.mktemp("runs")
     whole, cut, said = folder / "whole", folder / "cut", io.StringIO()
 
     def copied(*args, **kwargs):
@@ -267,7 +267,7 @@ def resumed(short, tmp_path_factory):
         return step(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.swirl_idm, "phase2_step", copied)
+        patch.setattr(train.swirl_idm, "phase2_rollouts", copied)
         codes = [train.main([*short, "--out", str(whole)])]
         with contextlib.redirect_stdout(said):
             codes.append(train.main([*short, "--out", str(cut)]))

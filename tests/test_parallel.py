@@ -28,6 +28,7 @@ from conftest import (
 from test_grpo import PROMPTS, naive_loss, reward, settings, take_step
 from test_train import SMALL
 
+import grpo
 import lm
 import methods
 import sft
@@ -144,11 +145,15 @@ def cases(prepare):
             ),
         )
         recorder = Recorder(P.net)
-        step = lambda pairs: swirl_fwm.phase1_step(
-            P, Q, None, [recorder], parallel.share(pairs), phase=settings(), lr=0.1, generator=None
-        )
-        out["phase 1"] = step(PAIRS)[0], recorder.seen
-        out["unread"] = step([PAIRS[1]] * 2)[0]
+        def step(pairs):
+            mine, phase = parallel.share(pairs), settings()
+            drawn = swirl_fwm.phase1_rollouts(P, Q, mine, phase, None)
+            if drawn is None:
+                return None
+            return grpo.step(P, None, [recorder], *drawn[:2], phase=phase, lr=0.1)
+
+        out["phase 1"] = step(PAIRS), recorder.seen
+        out["unread"] = step([PAIRS[1]] * 2)
     return out
 
 
@@ -156,24 +161,22 @@ def a_phase(prepare):
     """[of each of two steps: the pairs, a number drawn], and the weights at the end."""
     policy, other, seen = Net(prepare(tiny_llama(9, 1))), Net(prepare(tiny_llama(9, 2))), []
 
-    def step(policy, frozen, ref, optimizers, pairs, phase, lr, generator):
+    def draw(policy, frozen, pairs, phase, generator):
         seen.append((pairs, torch.rand(1, generator=generator).item()))
+        return None, None, []
+
+    def step(policy, ref, optimizers, rollouts, R, phase, lr):
         (
             lm.logprobs(policy.net, [[1]], [[2]], [0], policy.options).sum() / parallel.world()
         ).backward()
         optim.step(policy.net, optimizers, lr)
-        return {"reward": 0.0, "kl": None, "tokens": 1, "zero_std_groups": 0.0, "floored": 0.0}, []
+        return {"reward": 0.0, "kl": None, "tokens": 1, "zero_std_groups": 0.0, "floored": 0.0}
 
     phase = Phase(steps=2, peak=0.1, batch=5)
-    train.run_phase(
-        step,
-        policy,
-        other,
-        pairs=[(n, n) for n in range(20)],
-        phase=phase,
-        stage=methods.Stage("phase1", 1),
-        lab=lab_of([]),
-    )
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(grpo, "step", step)
+        m.setattr(methods, "pairs_of", lambda *_: [(n, n) for n in range(20)])
+        train.run_phase(draw, policy, other, phase, methods.Stage("phase1", 1), lab_of([]))
     return seen, weights(policy.net)
 
 

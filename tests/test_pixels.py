@@ -22,7 +22,7 @@ from envs.pixels import Room, Toy, step
 from evals import aurora, bytemorph, export, metrics, rollout, visual, worldprediction
 from grpo import Phase
 from models import images as image_models
-from models import optim, tiny
+from models import tiny
 from support import evaluate, loading, pictures, rollouts, tables
 
 
@@ -527,16 +527,7 @@ def test_images_begin_as_a_guess_and_end_as_without(rows, pixel_tok, monkeypatch
     swirl_fwm.best_of_n(P, Q, xs, zs, n=2, generator=torch.Generator().manual_seed(0))
     named = [(xs[i], Q.target(zs[i]), ys[i]) for i in (0, 2, 3)]
     monkeypatch.setattr(Q, "label", lambda *_: named)
-    swirl_fwm.phase1_step(
-        P,
-        Q,
-        None,
-        optim.make_optimizers(P.net, 1e-4, muon=False),
-        pairs=list(zip(xs, ys)),
-        phase=Phase(group_size=2),
-        lr=1e-4,
-        generator=None,
-    )
+    swirl_fwm.phase1_rollouts(P, Q, list(zip(xs, ys)), Phase(group_size=2), None)
     pairs = [dict(zip(map(tuple, prefixes), guess)) for prefixes, guess in guesses]
 
     def asked(states, kept):
@@ -830,15 +821,15 @@ def watched(tmp_path_factory):
     out, steps, windows = tmp_path_factory.mktemp("run") / "pixels", [], []
     roll_out = evaluate.roll_out
 
-    def noting(step):
-        def call(policy, frozen, ref, optimizers, pairs, phase, *rest):
+    def noting(draw):
+        def call(policy, frozen, pairs, phase, generator):
             steps.append((phase.temperature, phase.min_p, len(pairs)))
-            return step(policy, frozen, ref, optimizers, pairs, phase, *rest)
+            return draw(policy, frozen, pairs, phase, generator)
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(swirl_fwm, "phase1_step", noting(swirl_fwm.phase1_step))
-        patch.setattr(swirl_idm, "phase2_step", noting(swirl_idm.phase2_step))
+        patch.setattr(swirl_fwm, "phase1_rollouts", noting(swirl_fwm.phase1_rollouts))
+        patch.setattr(swirl_idm, "phase2_rollouts", noting(swirl_idm.phase2_rollouts))
         patch.setattr(evaluate, "roll_out", lambda P, lab: windows.append(lab.windows)
                       or roll_out(P, lab))
         train.main([*SMALL, "--out", str(out)])

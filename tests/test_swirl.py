@@ -45,7 +45,7 @@ def seeing(Q, view, longest=MAX_Z):
 
 def settings(**kw):
     plain = dict(group_size=3, temperature=1.0, form="sum", floor=0.0, scale="mean", beta=0.0,
-                 kl="reward", updates=1, clip=0.2, max_norm=1.0)
+                 kl="reward", clip=0.2, max_norm=1.0)
     return grpo.Phase(**plain | kw)
 
 
@@ -92,12 +92,13 @@ def shaped(logp, length, form, floor):
 def take_step(which, P, Q, phase, pairs=PAIRS, optimizers=None, ref=None, seed=2):
     """One step of Phase `which`: (log, examples). With seed 2 Q names an action in every pair."""
     policy, frozen = (P, Q) if which == 1 else (Q, P)
-    step = swirl_fwm.phase1_step if which == 1 else swirl_idm.phase2_step
+    draw = swirl_fwm.phase1_rollouts if which == 1 else swirl_idm.phase2_rollouts
     optimizers = optimizers or optim.make_optimizers(policy.net, 1e-2)
-    generator = torch.Generator().manual_seed(seed)
-    return step(
-        policy, frozen, ref, optimizers, pairs, phase=phase, lr=1e-2, generator=generator
-    )
+    drawn = draw(policy, frozen, pairs, phase, torch.Generator().manual_seed(seed))
+    if drawn is None:
+        return None, []
+    rollouts, R, examples = drawn
+    return grpo.step(policy, ref, optimizers, rollouts, R, phase=phase, lr=1e-2), examples
 
 
 # --- prompts --------------------------------------------------------------------------------------

@@ -311,12 +311,12 @@ def test_a_second_process_wants_one_thread_and_a_core(monkeypatch, changed, fine
     assert aside.start(cfg, sorted, [2, 1]).result() == [1, 2]
 
 
-CUTS = {"in the rivals' Phase II": ("swirl_idm", "phase2_step", 2,
+CUTS = {"in the rivals' Phase II": ("swirl_idm", "phase2_rollouts", 2,
                                     "resuming after bootstrap, iteration1/phase1"),
         "in best of 8": (None, "best_of_8", 1, "resuming after sft"),
         "in Bootstrap": ("methods", "bootstrap", 1, "resuming after sft"),
-        "in Phase II": ("swirl_idm", "phase2_step", 4, "resuming after iteration1/phase1"),
-        "in the rivals' Phase I": ("swirl_fwm", "phase1_step", 1,
+        "in Phase II": ("swirl_idm", "phase2_rollouts", 4, "resuming after iteration1/phase1"),
+        "in the rivals' Phase I": ("swirl_fwm", "phase1_rollouts", 1,
                                    "resuming after bootstrap, bootstrap"),
         "at the end": (None, "finish", 1, "resuming after iteration1/phase2")}
 
@@ -430,8 +430,9 @@ def test_resumed_run_keeps_the_steps_of_minutes(lamps, tmp_path, monkeypatch, ca
     argv = [*argv, "--minutes", repr(minutes_for(2, argv)), "--out", str(out)]
     with monkeypatch.context() as patch:
         measured = timed(patch)
-        cut = interrupted_at(7, train.swirl_idm.phase2_step)       # measured, 4 of the rivals, 2
-        patch.setattr(train.swirl_idm, "phase2_step", cut)
+        # Measured, 4 of the rivals, 2
+        cut = interrupted_at(7, train.swirl_idm.phase2_rollouts)
+        patch.setattr(train.swirl_idm, "phase2_rollouts", cut)
         assert train.main(argv) == 130
     assert len(measured) == 6 and "--minutes" in capsys.readouterr().out
     settings = json.loads((out / "config.json").read_text())["settings"]
@@ -501,10 +502,12 @@ def noted(data, tmp_path_factory):
         seen[name] = types.SimpleNamespace(model=model, rows=rows, size=len(first), steps=steps)
         return model
 
-    def run_phase(step, policy, frozen, pairs, phase, stage, lab):
+    def run_phase(draw, policy, frozen, phase, stage, lab):
+        pairs = methods.pairs_of(stage, phase, lab)
         seen[lab.run.label + stage.name] = types.SimpleNamespace(
-            step=step, policy=policy, frozen=frozen, pairs=pairs, phase=phase, lab=lab
+            draw=draw, policy=policy, frozen=frozen, pairs=pairs, phase=phase, lab=lab
         )
+        return phase.steps
 
     argv = [*SMALL, "--data", str(data), "--warmup-batch", "3", "--warmup-batch-idm", "5",
             "--lr-fwm", ".1", "--lr-idm", ".2", "--beta", ".3", "--beta-fwm", ".4",
@@ -535,7 +538,8 @@ def test_policy_of_one_phase_is_frozen_in_the_other(noted, label):
     assert (one.policy, one.frozen) == (two.frozen, two.policy)
     assert (label == "") == (one.policy is noted["FWM"].model)
     assert one.frozen.view == "full" and one.policy.longest > one.frozen.longest
-    assert one.step is train.swirl_fwm.phase1_step and two.step is train.swirl_idm.phase2_step
+    assert one.draw is train.swirl_fwm.phase1_rollouts
+    assert two.draw is train.swirl_idm.phase2_rollouts
 
 
 @both_runs
@@ -568,13 +572,13 @@ def test_iterations_take_separate_pairs_if_enough():
 
 def test_later_iterations_take_a_fifth_of_the_rates(monkeypatch):
     rates = {}
-    monkeypatch.setattr(train, "run_phase", lambda step, policy, frozen, pairs, phase, stage, lab:
+    monkeypatch.setattr(train, "run_phase", lambda draw, policy, frozen, phase, stage, lab:
                         rates.update({stage.name: phase.peak}))
     monkeypatch.setattr(train, "end_stage", lambda *_: None)
     lab = types.SimpleNamespace(cfg=train.parse(["--lr-fwm", ".5", "--lr-idm", ".1"]),
                                 run=types.SimpleNamespace(done=lambda name: False),
                                 state_only=[("a", "b")] * 3)
-    train.alternate(None, None, lab, "swirl", 3)
+    train.follow(methods.stages("swirl", 3), None, None, lab)
     assert rates == pytest.approx({
         "iteration1/phase1": .5, "iteration1/phase2": .1, "iteration2/phase1": .1,
         "iteration2/phase2": .02, "iteration3/phase1": .1, "iteration3/phase2": .02})
@@ -583,30 +587,39 @@ def test_later_iterations_take_a_fifth_of_the_rates(monkeypatch):
 PLAIN = {"reward": 0.0, "kl": None, "gap": 0.0, "tokens": 1, "zero_std_groups": 0.0, "floored": 0.0}
 
 
-def run(step, policy=None, frozen=None, seed=0, iteration=1, **phase):
-    """`train.run_phase` with step in place of a phase's; returns (policy, the lines that are
-    logged)."""
+def run(drawn_and_step, policy=None, frozen=None, seed=0, iteration=1, **phase):
+    """`train.run_phase` with these in place of a phase's rollouts and of `grpo.step`; returns
+    (policy, the lines that are logged)."""
+    draw, step = drawn_and_step
     logged, bar = [], types.SimpleNamespace(show=lambda *_, **__: None, close=lambda: None)
     run = types.SimpleNamespace(log=lambda file, **line: logged.append((file, line)),
                                 elapsed=lambda: 0.0, label="", bar=lambda name, steps: bar)
-    lab = types.SimpleNamespace(cfg=train.parse(["--seed", str(seed)]), run=run)
+    pairs = [(n, -n - 1) for n in range(40)]
+    cfg = train.parse(["--seed", str(seed), "--iterations", "1"])
+    lab = types.SimpleNamespace(cfg=cfg, run=run, state_only=pairs)
     policy, frozen = policy or Net(tiny_llama(9, 0)), frozen or Net(tiny_llama(9, 1))
     phase = Phase(**dict(steps=3, peak=0.1) | phase)
-    pairs = [(n, n) for n in range(40)]
     stage = methods.Stage("phase1", iteration)
-    train.run_phase(step, policy, frozen, pairs, phase=phase, stage=stage, lab=lab)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "pairs_of", lambda *_: pairs)
+        patch.setattr(train.grpo, "step", step)
+        train.run_phase(draw, policy, frozen, phase, stage, lab)
     return policy, logged
 
 
 def step_that(log=PLAIN, note=None, examples=()):
-    """A phase's step that only notes its arguments, as note(policy=, pairs=, ..), and returns this
-    log."""
-    def step(policy, frozen, ref, optimizers, pairs, phase, lr, generator):
+    """(rollouts of a phase, step) that only note their arguments, as note(policy=, pairs=, ..);
+    the step returns this log."""
+    def draw(policy, frozen, pairs, phase, generator):
+        u = torch.rand(1, generator=generator).item()
+        return log and ((pairs, u), None, list(examples))
+
+    def step(policy, ref, optimizers, rollouts, R, phase, lr):
+        pairs, u = rollouts
         if note:
-            u = torch.rand(1, generator=generator).item()
             note(policy=policy, ref=ref, pairs=pairs, lr=lr, u=u)
-        return log and dict(log), list(examples)
-    return step
+        return dict(log)
+    return draw, step
 
 
 def test_a_phase_that_moves_the_frozen_model_stops():
