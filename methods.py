@@ -68,10 +68,15 @@ def pairs_of(stage, phase, lab):
     """The pairs (x, y) of an iteration: its own share, or all where a share is less than the phase
     takes."""
     cfg, i = lab.cfg, stage.iteration
-    pairs = [(x, y) for x, y in lab.state_only if x != y or not cfg.skip_unchanged]
+    pairs = kept_pairs(lab)
     size = len(pairs) // cfg.iterations
     enough = size >= phase.steps * phase.batch
     return pairs[(i - 1) * size:i * size] if enough else pairs
+
+
+def kept_pairs(lab):
+    """The state-only pairs that all methods learn from."""
+    return [(x, y) for x, y in lab.state_only if x != y or not lab.cfg.skip_unchanged]
 
 
 def likelihood(stage, P, Q, lab):
@@ -108,12 +113,14 @@ def merge(P, Q, lab, stage):
 
 def oracle(P, Q, lab, stage):
     """Likelihood on the true actions of the state-only half."""
-    return go_on(P, Q, lab, stage, lab.labelled + envs.with_actions(lab.cfg))
+    kept = set(kept_pairs(lab))
+    true = [(x, z, y) for x, z, y in envs.with_actions(lab.cfg) if (x, y) in kept]
+    return go_on(P, Q, lab, stage, lab.labelled + true)
 
 
 def em(P, Q, lab, stage):
     """Steps on the ELBO in theta."""
-    steps = lab.cfg.bootstrap_steps // lab.cfg.iterations
+    steps = max(1, lab.cfg.bootstrap_steps // lab.cfg.iterations)
     P = sft.fit(P, stage.name, em_batches(P, Q, lab, stage), steps, sft.validate_P, lab)
     return P, Q, steps
 
@@ -121,7 +128,8 @@ def em(P, Q, lab, stage):
 def joint(P, Q, lab, stage):
     """theta = phi: one model learns both directions from the pretrained start."""
     P.net = Q.net = lab.fresh_net(P.net.device)
-    rows = P.rows(lab.labelled) + Q.rows(lab.labelled)
+    rows = P.rows(lab.labelled)
+    rows += rng_of(lab, stage).sample(sft.rows_of(Q, lab), len(rows))
     batches = sft.shuffled(rows, 2 * lab.cfg.warmup_batch, rng_of(lab, stage))
     steps = lab.cfg.warmup_steps
     sft.fit(P, stage.name, batches, steps, sft.validate_P, lab)
@@ -140,14 +148,14 @@ def go_on(P, Q, lab, stage, triples, steps=None):
 
 def pseudo_labels(Q, lab):
     """[(x, z', y)] of the state-only pairs: what Q reads in each."""
-    xs, ys = columns(lab.state_only)
+    xs, ys = columns(kept_pairs(lab))
     zs = parallel.divide(Q.predict, xs, ys)
     return list(zip(xs, zs, ys))
 
 
 def em_batches(P, Q, lab, stage):
     """Endless batches of labels and of state-only pairs; these get a fresh z ~ Q(. | x, y)."""
-    triples = lab.labelled + [(x, None, y) for x, y in lab.state_only]
+    triples = lab.labelled + [(x, None, y) for x, y in kept_pairs(lab)]
     rng = rng_of(lab, stage)
     generator = torch.Generator(Q.net.device).manual_seed(rng.randrange(2**31))
     for batch in sft.shuffled(triples, lab.cfg.warmup_batch, rng):

@@ -6,15 +6,18 @@
     python reproduce.py --tune                       # choose each method's rate and length again
 
 A row of a table is one command of train.py. All rows of a world and a seed start from the same SFT
-models (--start). Two rows run side by side, one thread each. A killed run goes on: what is in
-results/TABLE.json is not run again. When all is done, the tables are printed as Markdown, means and
-ranges over seeds, and drawn.
+models (--start). Two rows run side by side, one thread each. A killed run goes on: a row whose
+command is in results/TABLE.json is not run again. At the end the tables are written as Markdown to
+results/TABLE.md, means and ranges over seeds, and drawn.
 
-Every method gets about the seconds of SWIRL. Its rate and its length were chosen by --tune: the
-same four tries for each, in physics with seed 7, by the chance of y on the validation transitions.
+Every method gets about the seconds of SWIRL after SFT, but for two that begin again from the
+pretrained model: sft-merge and share. Rates and lengths were chosen by --tune: the same four tries
+for each method, in physics with seed 7, by the chance of y on the validation transitions.
 """
 import argparse
 import concurrent.futures
+import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -38,7 +41,7 @@ TUNING_SEED = 7
 SWIRL = {"phase1-steps": 35, "phase2-steps": 25}
 STEPS = {
     "sft": {},
-    "phase1": {"phase1-steps": 39},
+    "phase1": {"iterations": 1, "phase1-steps": 78},       # the paper's IDM to FWM
     "share": {**SWIRL, "warmup-steps": 600},
     "swirl": SWIRL,
     "em": {"bootstrap-steps": 300, "phase2-steps": 25},
@@ -138,7 +141,8 @@ def grid(method):
     for label, times in (("rate / 3", 1 / 3), ("rate", 1), ("rate x 3", 3)):
         rates = {name: float(f"{rate * times:.2g}") for name, rate in RATES.items()}
         rows[f"{method}, {label}"] = {"method": method} | steps | rates, {}
-    half = {name: max(1, n // 2) for name, n in steps.items()}
+    fixed = ("warmup-steps", "iterations")
+    half = {name: n if name in fixed else max(1, n // 2) for name, n in steps.items()}
     rows[f"{method}, half the steps"] = {"method": method} | half | RATES, {}
     return rows
 
@@ -146,7 +150,7 @@ def grid(method):
 # --- rows -------------------------------------------------------------------------------------
 
 class Results:
-    """results/TABLE.json: {row: what train.py found}, written whole after each row."""
+    """FOLDER/TABLE.json: {row: what train.py found}, written whole after each row."""
 
     def __init__(self, folder):
         self.folder, self.lock = folder, threading.Lock()
@@ -157,10 +161,46 @@ class Results:
 
     def add(self, table, key, row):
         with self.lock:
-            rows = self.load(table) | {key: row}
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with records.whole(self.folder / f"{table}.json") as file:
-                file.write((json.dumps(rows, indent=1) + "\n").encode())
+            self.write(f"{table}.json", json.dumps(self.load(table) | {key: row}, indent=1))
+
+    def write(self, name, text):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with records.whole(self.folder / name) as file:
+            file.write((text + "\n").encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a table."""
+    table: str
+    world: str
+    seed: int
+    label: str
+    flags: dict             # of its method
+    data: dict              # of its data, and so of its SFT models
+    quick: bool
+    runs: str               # folder of the runs
+
+    @property
+    def key(self):
+        return f"{self.world}, seed {self.seed}, {self.label}"
+
+    def sft_command(self):
+        return self.command("sft", {"method": "sft"})
+
+    def method_command(self):
+        start = self.sft_command()[-1]
+        return self.command(f"{self.table} {self.label}", self.flags, ["--start", start])
+
+    def command(self, name, flags, more=()):
+        """Arguments of train.py; the last one is the folder, another one for other flags."""
+        argv = ["--env", self.world, "--seed", str(self.seed), "--threads", "1", "--no-rivals"]
+        argv += [*words(flags), *words(self.data), *more]
+        if self.quick:
+            argv += QUICK + words(QUICK_STEPS)
+        digest = hashlib.sha256(" ".join(argv).encode()).hexdigest()[:6]
+        name = re.sub(r"[^\w.]+", "-", name)
+        return [*argv, "--out", f"{self.runs}/{self.world}-{self.seed}/{name}-{digest}"]
 
 
 def words(flags):
@@ -170,66 +210,49 @@ def words(flags):
 
 def run(argv):
     """One command of train.py on one thread, in results.json's terms. RuntimeError if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "train.py", *argv], cwd=HERE, env=environment,
-                          capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"train.py {' '.join(argv)}: {done.stderr.strip()[-300:]}")
-    out = Path(argv[argv.index("--out") + 1])
-    return json.loads((HERE / out / "results.json").read_text())
+    results = HERE / argv[-1] / "results.json"
+    if not results.exists():
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "train.py", *argv], cwd=HERE, env=environment,
+                              capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"train.py {' '.join(argv)}: {done.stderr.strip()[-300:]}")
+    return json.loads(results.read_text())
 
 
-def sft_of(world, seed, data, args):
-    """(folder, results) of the SFT models of a world, a seed and flags of the data; made if need
-    be."""
-    name = "-".join(["sft", *map(str, data.values())])
-    out = f"{args.runs}/{world}-{seed}/{name}"
-    if (HERE / out / "results.json").exists():
-        return out, json.loads((HERE / out / "results.json").read_text())
-    quick = QUICK + words(QUICK_STEPS) if args.quick else []
-    flags = words({"env": world, "seed": seed, "method": "sft", "threads": 1, **data, "out": out})
-    return out, run([*flags, *quick])
-
-
-def one_row(table, world, seed, label, args):
+def one_row(row, results, locks):
     """Run a row and keep what it found."""
-    flags, data = args.rows[table][label]
-    key = f"{world}, seed {seed}, {label}"
-    if key in args.results.load(table):
+    argv = row.sft_command() if row.flags["method"] == "sft" else row.method_command()
+    command = " ".join(["train.py", *argv])
+    if results.load(row.table).get(row.key, {}).get("command") == command:
         return
-    with args.locks.setdefault((world, seed, str(data)), threading.Lock()):
-        start, sft = sft_of(world, seed, data, args)
-    found, argv = sft, []
-    if flags["method"] != "sft":
-        name = re.sub(r"[^\w.]+", "-", f"{table} {label}")
-        out = f"{args.runs}/{world}-{seed}/{name}"
-        quick = QUICK + words(QUICK_STEPS) if args.quick else []
-        argv = words({"env": world, "seed": seed, "threads": 1, **flags, **data})
-        argv += ["--no-rivals", "--start", start, *quick, "--out", out]
-        found = run(argv)
-    args.results.add(table, key, {
-        "world": world, "seed": seed, "label": label, "command": " ".join(["train.py", *argv]),
-        "sft": sft["stages"][0], "stages": found["stages"], "validation": found["validation"],
+    with locks.setdefault(row.sft_command()[-1], threading.Lock()):
+        sft = run(row.sft_command())
+    found = run(argv)
+    results.add(row.table, row.key, {
+        "world": row.world, "seed": row.seed, "label": row.label, "command": command,
+        "data": " ".join(words(row.data)), "sft": sft["stages"][0], "stages": found["stages"],
+        "copy_x": found["baselines"]["copy_x"], "validation": found["validation"],
         "collapse": found["collapse"], "splits": found["splits"], "hardware": found["hardware"]})
 
 
-def run_all(jobs, args):
-    """All rows, two at a time; says how far it is."""
-    begin, done = time.monotonic(), 0
-    with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
-        waiting = {pool.submit(one_row, *job, args): job for job in jobs}
+def run_all(rows, results, processes):
+    """All rows, some side by side; says how far it is."""
+    begin, done, locks = time.monotonic(), 0, {}
+    pool = concurrent.futures.ThreadPoolExecutor(processes)
+    waiting = {pool.submit(one_row, row, results, locks): row for row in rows}
+    try:
         for future in concurrent.futures.as_completed(waiting):
-            try:
-                future.result()
-            except RuntimeError as error:
-                pool.shutdown(cancel_futures=True)
-                records.fail(error)
+            future.result()
             done += 1
             passed = time.monotonic() - begin
-            left = passed / done * (len(jobs) - done)
-            table, world, seed, label = waiting[future]
-            print(f"{done} of {len(jobs)} rows, {passed / 60:.0f} min, about {left / 60:.0f} left: "
-                  f"{table}, {world}, seed {seed}, {label}", flush=True)
+            left = passed / done * (len(rows) - done)
+            print(f"{done} of {len(rows)} rows, {passed / 60:.0f} min, about {left / 60:.0f} left: "
+                  f"{waiting[future].table}, {waiting[future].key}", flush=True)
+    except RuntimeError as error:
+        records.fail(error)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # --- what is printed ----------------------------------------------------------------------------
@@ -242,38 +265,56 @@ def last(row):
 
 def spread(values, scale=100):
     """Mean and range, as text."""
-    values = [scale * (value or 0) for value in values]
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
+    values = [scale * value for value in values if value is not None]
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else "-"
     return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def markdown(table, rows):
     """A table for each world: a line a label, mean and range over seeds."""
     lines = []
-    for world in dict.fromkeys(row["world"] for row in rows.values()):
-        here = [row for row in rows.values() if row["world"] == world]
-        by_label = {"SFT": [row["sft"] for row in unique_sft(here)]}
+    for world in dict.fromkeys(row["world"] for row in rows):
+        here = [row for row in rows if row["world"] == world]
+        seeds = {row["seed"] for row in here}
+        by_label = {"copy x": [{"fwm": row["copy_x"]} for row in here[:1]]}
         for row in here:
-            by_label.setdefault(row["label"], []).append(last(row))
-        lines += [f"\n{table}, {world}, {len(by_label['SFT'])} seeds\n",
-                  "| | changed | sampled | IDM exact | seconds |",
-                  "| --- | --- | --- | --- | --- |"]
+            by_label.setdefault(f"SFT {row['data']}".strip(), {})[row["seed"]] = row["sft"]
+        by_label = {label: list(stages.values()) if isinstance(stages, dict) else stages
+                    for label, stages in by_label.items()}
+        for row in here:
+            for label, stage in stages_of(row):
+                by_label.setdefault(label, []).append(stage)
+        lines += [f"\n{table}, {world}, {len(seeds)} seeds\n",
+                  "| | exact | changed | sampled | IDM exact | seconds |",
+                  "| --- | --- | --- | --- | --- | --- |"]
         for label, stages in by_label.items():
-            cells = [
-                spread([stage["fwm"]["exact_changed"] for stage in stages]),
-                spread([stage["fwm"]["sampled"] for stage in stages]),
-                spread([stage["idm"]["exact"] for stage in stages]),
-                spread([stage["seconds"] for stage in stages], scale=1),
-            ]
+            fwm = [stage["fwm"] for stage in stages]
+            idm = [stage["idm"]["exact"] for stage in stages if "idm" in stage]
+            cells = [spread([scores["exact"] for scores in fwm]),
+                     spread([scores["exact_changed"] for scores in fwm]),
+                     spread([scores.get("sampled") for scores in fwm]), spread(idm),
+                     spread([stage.get("seconds") for stage in stages], scale=1)]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def stages_of(row):
+    """[(label, stage)] that a row shows: its end; for several iterations the end of each."""
+    if row["label"] == "sft" or len(row["stages"]) < 3:
+        return []
+    ends = {}
+    for stage in row["stages"][1:-1]:
+        ends[stage["name"].rpartition("/")[0]] = stage
+    if len(ends) < 3:
+        return [(row["label"], last(row))]
+    return [(f"{row['label']}, {name or 'start'}", stage) for name, stage in ends.items()]
 
 
 def draw(table, rows, folder):
     """TABLE.png and TABLE-curves.png, if matplotlib is there."""
     shares, points = {}, {}
-    for row in rows.values():
+    for row in rows:
         labels = shares.setdefault(row["world"], {})
         labels.setdefault(row["label"], []).append(last(row)["fwm"]["sampled"])
         path = points.setdefault(row["world"], {}).setdefault(row["label"], [])
@@ -292,7 +333,7 @@ def draw(table, rows, folder):
 def who_wins(rows):
     """(busy values, pair numbers, SWIRL minus Bootstrap in points, sampled) of the map."""
     cells = {}
-    for row in rows.values():
+    for row in rows:
         method, busy, pairs = row["label"].split(", ")
         cell = cells.setdefault((float(busy.split()[1]), int(pairs.split()[0])), {})
         cell.setdefault(method, []).append(100 * last(row)["fwm"]["sampled"])
@@ -316,37 +357,28 @@ def mean_curve(paths):
     return [tuple(map(statistics.mean, zip(*points))) for points in zip(*paths)]
 
 
-def unique_sft(rows):
-    """One row for each seed, whose SFT models have the world's own data."""
-    seen = {}
-    for row in rows:
-        seen.setdefault((row["seed"], row["sft"]["fwm"]["logp"]), row)
-    return list(seen.values())
+# --- the command --------------------------------------------------------------------------------
+
+def rows_of(table, labels, args):
+    """The Rows of a table. Side by side stand different worlds: none waits for the other's SFT."""
+    worlds = args.worlds or (TEXT_WORLDS if table == "methods" else ["physics"])
+    runs = args.runs + "/quick" * args.quick
+    return [Row(table, world, seed, label, *labels[label], args.quick, runs)
+            for seed in args.seeds for label in labels for world in worlds]
 
 
-def tuned(folder):
-    """{method: the flags that --tune chose}, {} before it ran."""
-    path = folder / "tuned.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def tune(args):
+def tune(results, args):
     """Run the grid of every method; keep the flags with the best chance of y on validation."""
-    args.rows = {"grid": {}}
-    for method in METHODS:
-        if method != "sft":
-            args.rows["grid"] |= grid(method)
-    run_all([("grid", "physics", TUNING_SEED, label) for label in args.rows["grid"]], args)
-    rows, best = args.results.load("grid"), {}
-    for method in METHODS:
-        tries = [row for row in rows.values() if row["label"].startswith(method + ", ")]
-        if tries:
-            chosen = max(tries, key=lambda row: row["validation"]["sampled"])["label"]
-            flags = args.rows["grid"][chosen][0]
-            best[method] = {name: value for name, value in flags.items() if name != "method"}
-            print(f"{method}: {chosen.partition(', ')[2]}")
-    with records.whole(args.results.folder / "tuned.json") as file:
-        file.write((json.dumps(best, indent=1) + "\n").encode())
+    best = {}
+    args.worlds, args.seeds = ["physics"], [TUNING_SEED]
+    grids = {method: rows_of("grid", grid(method), args) for method in METHODS if method != "sft"}
+    run_all([row for rows in grids.values() for row in rows], results, args.processes)
+    found = results.load("grid")
+    for method, rows in grids.items():
+        chosen = max(rows, key=lambda row: found[row.key]["validation"]["sampled"])
+        print(f"{method}: {chosen.label.partition(', ')[2]}")
+        best[method] = {name: value for name, value in chosen.flags.items() if name != "method"}
+    results.write("tuned.json", json.dumps(best, indent=1))
 
 
 def main(argv=None):
@@ -363,25 +395,23 @@ def main(argv=None):
     parser.error = records.fail
     args = parser.parse_args(argv)
     folder = HERE / args.results
+    chosen = folder / "tuned.json"
+    tuned = json.loads(chosen.read_text()) if chosen.exists() else {}
     if args.quick:
-        folder, args.runs, args.seeds = folder / "quick", args.runs + "/quick", args.seeds[:1]
-    args.results, args.locks = Results(folder), {}
+        folder, args.seeds = folder / "quick", args.seeds[:1]
+    results = Results(folder)
     if args.tune:
-        tune(args)
+        tune(results, args)
         return 0
-    chosen = tuned(HERE / "results")
-    args.rows = {table: TABLES[table](chosen) for table in args.tables}
-    jobs = []
+    rows = {table: rows_of(table, TABLES[table](tuned), args) for table in args.tables}
+    run_all([row for of_table in rows.values() for row in of_table], results, args.processes)
     for table in args.tables:
-        worlds = args.worlds or (TEXT_WORLDS if table == "methods" else ["physics"])
-        # Side by side stand rows of different worlds: none waits for the other's SFT models
-        jobs += [(table, world, seed, label)
-                 for seed in args.seeds for label in args.rows[table] for world in worlds]
-    run_all(jobs, args)
-    for table in args.tables:
-        rows = args.results.load(table)
-        print(markdown(table, rows))
-        draw(table, rows, folder)
+        found = results.load(table)
+        found = [found[row.key] for row in rows[table]]
+        text = markdown(table, found)
+        print(text)
+        results.write(f"{table}.md", text.strip())
+        draw(table, found, folder)
     return 0
 
 

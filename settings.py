@@ -46,11 +46,12 @@ class Config:
     reward_form: str = setting("sum", "sum of token log-probs (theorems) or mean (released)",
                                choices=["sum", "mean"])
     floor: float = setting(0.0, "least reward is -floor; 0: none (theorems); released: 10")
-    skip_unchanged: bool = setting(True, "leave out pairs with y = x; paper: all pairs")
+    skip_unchanged: bool = setting(True, "no method uses pairs with y = x; paper: all pairs")
     view: str = setting("diff", "Q reads the changed lines (diff) or x and y (full; the paper)",
                         choices=["diff", "full"])
 
-    warmup_steps: int = setting(600, "steps of P", group="warm-up and rivals")
+    warmup_steps: int = setting(600, "steps of P, and of methods that begin again",
+                                group="warm-up and rivals")
     warmup_steps_idm: int = setting(200, "steps of Q")
     warmup_batch: int = setting(8, "transitions a step of P; paper: 128")
     warmup_batch_idm: int = setting(32, "transitions a step of Q; paper: 128")
@@ -58,7 +59,7 @@ class Config:
     muon: bool = setting(True, "Muon on weight matrices, and weight decay .1; paper: AdamW")
     spoiled: float = setting(0.0, "share of Q's pairs with a wrong y and no action; paper: 0")
     rivals: bool = setting(True, "best of 8, Bootstrap, and Bootstrap followed by SWIRL, too")
-    bootstrap_steps: int = setting(450, "of Bootstrap and other likelihood: as long as Phases I")
+    bootstrap_steps: int = setting(450, "steps of Bootstrap and of other stages of methods.py")
 
     env: str = setting("tools", "built-in world", choices=sorted(WORLDS), group="data")
     data: str = setting("", "transitions file (JSONL, .gz) instead of a world")

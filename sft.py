@@ -1,8 +1,6 @@
-"""Likelihood: the warm-up of both models on labels (SFT), and Bootstrap, the obvious rival.
+"""Likelihood (SFT): the warm-up of both models on labels. `methods.py` goes on from there.
 
-SFT        ascend  E_{(x,z,y) with labels} log P(y | x, z)  in theta, and log Q(z | x, y) in phi
-Bootstrap  z' = argmax_z Q(z | x, y) for each state-only pair, once;
-           then SFT of P on (x, z', y) and the labels together
+Ascend  E_{(x,z,y) with labels} log P(y | x, z)  in theta, and log Q(z | x, y) in phi.
 
 Departures from the paper: the rate stays, then falls to 0 over the last half of the steps, in place
 of a cosine; Muon on the weight matrices (`models/optim.py`).
@@ -56,16 +54,16 @@ def step(model, rows, optimizers, lr):
     return parallel.total(loss), norm
 
 
-def fit(model, name, batches, steps, validate, lab):
-    """SFT of an FWM or IDM on batches of rows [(prompt, target)]. validate(model, lab) -> share
-    right, called four times on the way."""
+def fit(model, name, endless, steps, validate, lab):
+    """SFT of an FWM or IDM on endless batches of rows [(prompt, target)]. validate(model, lab) ->
+    share right, called four times on the way."""
     cfg, run = lab.cfg, lab.run
     decay = 0.1 if cfg.muon else 0.0
     optimizers = optim.make_optimizers(model.net, cfg.warmup_lr, cfg.muon, decay)
     bar, every = run.bar(name, steps), max(1, steps // 4)
     for t in range(1, steps + 1):
         lr = rate(t, steps, cfg.warmup_lr)
-        loss, norm = step(model, next(batches), optimizers, lr)
+        loss, norm = step(model, next(endless), optimizers, lr)
         share = validate(model, lab) if t % every == 0 else None
         run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=t,
                 seconds=run.elapsed(), loss=loss, grad_norm=norm, validation=share)

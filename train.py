@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 4 train.py --shard    four GPUs, or four processes on the CPU
 
 Splits are by episode. Half of the training episodes keep their actions, for the warm-up. The other
-half lose them for good: Phase I, Phase II and Bootstrap get their pairs (x, y) and nothing else.
+half lose them: Phase I, Phase II and Bootstrap get their pairs (x, y) and nothing else.
 Every stage has a fixed number of steps, and no number depends on a clock. The same command again
 resumes an unfinished run after its last finished stage.
 
@@ -43,6 +43,7 @@ def train(cfg):
     if not cfg.fresh and (Path(cfg.out) / "results.json").is_file():
         return tables.report(rundir.Run(cfg, started).load("results.json"))
     device = begin(cfg)
+    loading.check_start(cfg)
     P, Q, lab = loading.open_lab(cfg, device)
     plan.fix_steps(cfg, P, Q, lab)                         # only with --minutes
     run = lab.run = rundir.Run(cfg, started)               # nothing is written before this
@@ -50,12 +51,12 @@ def train(cfg):
     run.save_codebook(lab.book)                            # only of images
     tables.introduce(P, lab)
 
-    if not run.done("sft"):
-        if cfg.start:
-            P, Q = loading.begin_with_sft(P, Q, lab, device)
-        else:
-            P, Q = warm_up(P, Q, lab)
+    if cfg.start and not run.done("sft"):
+        P, Q, scores = loading.begin_with_sft(P, Q, lab, device)
         run.keep("sft", P, Q)
+        run.finish_stage(scores, P, Q)
+    elif not run.done("sft"):
+        P, Q = warm_up(P, Q, lab)
 
     # The rivals start from the same P and Q, beside Algorithm 1
     with_rivals = cfg.rivals and cfg.method == "swirl"
@@ -71,6 +72,7 @@ def warm_up(P, Q, lab):
     beside = aside.start(lab.cfg, sft.warm_up_Q, Q, lab)
     P = sft.warm_up_P(P, lab)
     Q = beside.result()
+    lab.run.keep("sft", P, Q)
     end_stage(methods.Stage("sft"), P, Q, lab, since, lab.cfg.warmup_steps)
     return P, Q
 

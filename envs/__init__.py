@@ -72,7 +72,13 @@ def episodes(cfg, split, peek=False):
 
 def with_actions(cfg):
     """[(x, z, y)]: the state-only half of a world with its actions, for the method `oracle`."""
-    return [t for steps in episodes(cfg, "state-only", peek=True) for t in steps]
+    triples = [t for steps in episodes(cfg, "state-only", peek=True) for t in steps]
+    return pick(cfg, triples, cfg.state_only, "state-only") if cfg.state_only else triples
+
+
+def pick(cfg, rows, n, what):
+    """n of the rows, or all if there are fewer. The same for as many rows in the same order."""
+    return random.Random(f"{cfg.seed} {what}").sample(rows, min(n, len(rows)))
 
 
 def load_splits(cfg):
@@ -99,19 +105,15 @@ def load_splits(cfg):
             f"warning: {cfg.data or cfg.env}: training holds the states of all {len(test)} test "
             "transitions; they are scored all the same"
         )
-
-    def pick(rows, n, what):
-        return random.Random(f"{cfg.seed} {what}").sample(rows, min(n, len(rows)))
-
     if cfg.labelled:
-        labelled = pick(labelled, cfg.labelled, "labelled")
+        labelled = pick(cfg, labelled, cfg.labelled, "labelled")
     if cfg.state_only:
-        state_only = pick(state_only, cfg.state_only, "state-only")
+        state_only = pick(cfg, state_only, cfg.state_only, "state-only")
     return (
         labelled,
-        pick(validation, cfg.validation_size, "validation"),
+        pick(cfg, validation, cfg.validation_size, "validation"),
         state_only,
-        pick(fresh or test, cfg.eval_size, "test"),
+        pick(cfg, fresh or test, cfg.eval_size, "test"),
     )
 
 

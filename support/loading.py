@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import lm
-from envs import codebook, images, load_splits, test_episodes
+from envs import codebook, images, load_splits, records, test_episodes
 from models import adapters, parallel, pretrained, tiny
 from models import images as image_models
 from models.text import encode, frame, shorten
@@ -36,6 +36,9 @@ class Lab:
 
     def fresh_net(self, device):
         """The net that P began with, before the warm-up."""
+        if self.cfg.lora or self.cfg.shard:
+            rundir.fail(f"--method {self.cfg.method} begins again from the pretrained model; "
+                        "leave out --lora and --shard")
         P, _, _ = open_lab(self.cfg, device)
         return P.net
 
@@ -170,16 +173,40 @@ def settle(P, Q, lab, device, folder):
     return P, Q
 
 
-def begin_with_sft(P, Q, lab, device):
-    """P and Q as --start left them after its warm-up, with the scores that they had there."""
-    folder = Path(lab.cfg.start)
+# What shapes the data and the warm-up: --start must have been given the same
+SAME = ("env", "data", "seed", "model", "lora", "view", "spoiled", "busy", "episodes", "labelled",
+        "eval_size", "validation_size", "max_state")
+
+
+def check_start(cfg):
+    """Fails if --start is no finished run, or one of other data or another model."""
+    if not cfg.start:
+        return
+    folder = Path(cfg.start)
+    if folder.resolve() == Path(cfg.out).resolve():
+        rundir.fail("--start and --out are one folder; give another --out")
     try:
-        scores = json.loads((folder / "results.json").read_text())["stages"][0]
-        P, Q = settle(P, Q, lab, device, (folder / "sft").resolve())
-    except (OSError, ValueError, LookupError) as error:
-        rundir.fail(f"--start {folder}: no finished run with sft/ is there ({error}); give one")
-    lab.run.finish_stage(scores, P, Q)
-    return P, Q
+        config = json.loads((folder / "config.json").read_text())
+        before = config["settings"]
+        found = all((folder / name).exists() for name in ("results.json", "sft/fwm", "sft/idm"))
+    except (OSError, ValueError, LookupError):
+        found = False
+    if not found:
+        rundir.fail(f"--start {folder}: no finished run with sft/ is there; give one")
+    for name in SAME:
+        if before.get(name) != getattr(cfg, name):
+            rundir.fail(f"--start {folder} has {name}={before.get(name)}, this run has "
+                        f"{name}={getattr(cfg, name)}; give the same, or leave out --start")
+    if config.get("data_sha256") != records.sha256(cfg.data):
+        rundir.fail(f"{cfg.data} has changed since the run in {folder}; leave out --start")
+
+
+def begin_with_sft(P, Q, lab, device):
+    """P and Q as --start left them after its warm-up, and the scores that they had there."""
+    folder = Path(lab.cfg.start)
+    scores = json.loads((folder / "results.json").read_text())["stages"][0]
+    P, Q = settle(P, Q, lab, device, (folder / "sft").resolve())
+    return P, Q, scores
 
 
 def saved_model(run_dir, folder, side):

@@ -16,7 +16,7 @@ from swirl_fwm import FWM
 
 LABELLED = [("a", "true", "b"), ("b", "true", "b")]
 PAIRS = [("c", "d"), ("e", "e"), ("f", "g")]
-PSEUDO = [("c", "guess c", "d"), ("e", "guess e", "e"), ("f", "guess f", "g")]
+PSEUDO = [("c", "guess c", "d"), ("f", "guess f", "g")]            # not of ("e", "e")
 
 
 class Guesser:
@@ -63,7 +63,7 @@ def test_what_p_goes_on_with(kind, triples, taught, tok):
     for row in FWM(None, tok).rows(triples):
         assert row in rows
     assert all(row in FWM(None, tok).rows(triples) for row in rows) and steps == 7
-    assert Q.asked == ([] if kind == "longer" else [PAIRS])         # once, greedily
+    assert Q.asked == ([] if kind == "longer" else [[("c", "d"), ("f", "g")]])     # once
 
 
 def test_merge_is_bootstrap_from_the_start(tok, monkeypatch):
@@ -92,6 +92,8 @@ def test_the_oracle_sees_the_actions_that_were_taken(tok):
     true = envs.with_actions(cfg)
     state_only = envs.load_splits(cfg)[2]
     assert [(x, y) for x, _, y in true] == state_only and all(z for _, z, _ in true)
+    few = parse(["--env", "tools", "--episodes", "8", "--seed", "3", "--state-only", "9"])
+    assert [(x, y) for x, _, y in envs.with_actions(few)] == envs.load_splits(few)[2]
     episodes = [envs.tools.episode(random.Random(f"3 state-only {i}"))
                 for i in range(envs.shares(cfg)["state-only"])]
     assert true == [row for rows in episodes for row in rows]
@@ -174,6 +176,27 @@ def test_a_start_without_sft_is_one_line(small_folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         train.main([*argv, "--start", str(tmp_path), "--out", str(tmp_path / "run")])
     assert error.value.code == 2 and "--start" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--seed", "5"], "seed=0"), (["--view", "full"], "view=diff"),
+    (["--eval-size", "5"], "eval_size")])
+def test_a_start_of_other_data_is_one_line(flags, says, job, tmp_path, capsys):
+    first = job("sft")
+    config = json.loads((first / "config.json").read_text())["settings"]
+    argv = [*SMALL, "--model", config["model"], "--data", config["data"], *flags]
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--start", str(first), "--out", str(tmp_path / "run")])
+    assert says in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_start_is_never_the_folder_that_is_deleted(job, capsys):
+    first = job("sft")
+    config = json.loads((first / "config.json").read_text())["settings"]
+    argv = [*SMALL, "--model", config["model"], "--data", config["data"]]
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--start", str(first), "--out", str(first), "--fresh"])
+    assert "one folder" in capsys.readouterr().err and (first / "results.json").exists()
 
 
 def test_q_of_em_is_scored_after_phase_ii(job):

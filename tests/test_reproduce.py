@@ -1,6 +1,7 @@
 """The tables: what is run, what is kept, what is chosen."""
 import json
 import shutil
+import types
 
 import pytest
 
@@ -9,95 +10,128 @@ import settings
 from methods import METHODS
 
 
-def scores(sampled, changed=0.5, logp=-1.0):
-    return {"fwm": {"exact_changed": changed, "sampled": sampled, "logp": logp},
+def scores(sampled, changed=0.5):
+    return {"fwm": {"exact": 0.4, "exact_changed": changed, "sampled": sampled},
             "idm": {"exact": 0.8}, "steps": 5, "seconds": 10.0}
 
 
+def after(argv, flag):
+    return argv[argv.index(flag) + 1]
+
+
 @pytest.fixture
-def stage(monkeypatch, tmp_path):
-    """stage(*argv): (exit code, the commands of train.py that ran, the folder of results)."""
+def go(monkeypatch, tmp_path):
+    """go(*argv): (exit code, the commands of train.py that ran, the folder of results)."""
     monkeypatch.setattr(reproduce, "HERE", tmp_path)
     commands = []
 
-    def run(argv):
+    def train(command, **_):
+        argv = command[2:]
         commands.append(argv)
-        of = dict(zip(argv[::2], argv[1::2])) if "--no-rivals" not in argv else {}
-        method = argv[argv.index("--method") + 1]
-        rate = float(argv[argv.index("--lr-fwm") + 1]) if "--lr-fwm" in argv else 1e-4
-        first = {"name": "sft", **scores(0.3, logp=-float(argv[argv.index("--seed") + 1]))}
+        method = after(argv, "--method")
+        rate = float(after(argv, "--lr-fwm")) if "--lr-fwm" in argv else 1e-4
+        first = {"name": "sft", **scores(0.3)}
         last = {"name": method, **scores(0.6 if rate > 2e-4 else 0.5)}
-        found = {"stages": [first, last] if method == "sft" else [first, last, last],
-                 "validation": {"sampled": last["fwm"]["sampled"]}, "collapse": {},
-                 "splits": {}, "hardware": "a CPU"}
-        out = tmp_path / argv[argv.index("--out") + 1]
+        stages = [first, last] if method == "sft" else [first, last, last]
+        out = tmp_path / after(argv, "--out")
         out.mkdir(parents=True)
-        (out / "results.json").write_text(json.dumps(found))
-        assert of.get("--env", "tools") in reproduce.WORLDS
-        return found
+        (out / "results.json").write_text(json.dumps({
+            "stages": stages, "validation": {"sampled": last["fwm"]["sampled"]}, "collapse": {},
+            "baselines": {"copy_x": {"exact": 0.1, "exact_changed": 0.0}}, "splits": {},
+            "hardware": "a CPU"}))
+        return types.SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(reproduce, "run", run)
+    monkeypatch.setattr(reproduce.subprocess, "run", train)
 
-    def go(*argv):
+    def call(*argv):
         commands.clear()
         code = reproduce.main([*argv])
         return code, list(commands), tmp_path / "results"
-    return go
+    return call
 
 
-def test_all_rows_begin_with_one_sft_model_a_seed(stage, capsys):
-    code, commands, _ = stage("--worlds", "physics", "--seeds", "50", "51")
-    warmups = [argv for argv in commands if argv[argv.index("--method") + 1] == "sft"]
+def test_all_rows_begin_with_one_sft_model_a_seed(go):
+    code, commands, _ = go("--worlds", "physics", "--seeds", "50", "51")
+    warmups = [argv for argv in commands if after(argv, "--method") == "sft"]
     rows = [argv for argv in commands if argv not in warmups]
     assert code == 0 and len(warmups) == 2 and len(rows) == 2 * (len(METHODS) - 1)
+    start = {after(argv, "--seed"): after(argv, "--out") for argv in warmups}
     for argv in rows:
-        seed = argv[argv.index("--seed") + 1]
-        assert argv[argv.index("--start") + 1] == f"runs/reproduce/physics-{seed}/sft"
+        assert after(argv, "--start") == start[after(argv, "--seed")]
         settings.parse(argv)                                       # a command that train.py takes
 
 
-def test_a_killed_run_goes_on_where_it_was(stage, monkeypatch):
-    stage("--worlds", "tools", "--seeds", "50")
-    code, commands, folder = stage("--worlds", "tools", "--seeds", "50")
+def test_a_killed_run_goes_on_where_it_was(go):
+    go("--worlds", "tools", "--seeds", "50")
+    code, commands, folder = go("--worlds", "tools", "--seeds", "50")
     assert code == 0 and commands == []
     path = folder / "methods.json"
     rows = json.loads(path.read_text())
-    lost = "tools, seed 50, em"
-    path.write_text(json.dumps({key: row for key, row in rows.items() if key != lost}))
-    shutil.rmtree(folder.parent / "runs/reproduce/tools-50/methods-em")
-    _, commands, _ = stage("--worlds", "tools", "--seeds", "50")
-    assert len(commands) == 1 and "em" in commands[0]
-    assert set(json.loads(path.read_text())) == set(rows)
+    lost = rows["tools, seed 50, em"]["command"]
+    path.write_text(json.dumps({key: row for key, row in rows.items() if row["command"] != lost}))
+    shutil.rmtree(folder.parent / lost.split()[-1])
+    _, commands, _ = go("--worlds", "tools", "--seeds", "50")
+    assert [" ".join(["train.py", *argv]) for argv in commands] == [lost]
+    assert json.loads(path.read_text()) == rows
 
 
-def test_a_failed_row_is_one_line(stage, monkeypatch, capsys):
-    def fails(argv):
-        raise RuntimeError("train.py --env tools: no room")
+def test_a_row_with_other_flags_runs_again(go, monkeypatch):
+    go("--worlds", "tools", "--seeds", "50", "--tables", "groups")
+    monkeypatch.setitem(reproduce.STEPS, "phase1", {"phase1-steps": 5})
+    _, commands, folder = go("--worlds", "tools", "--seeds", "50", "--tables", "groups")
+    assert len(commands) == 5 and {after(argv, "--phase1-steps") for argv in commands} == {"5"}
+    rows = json.loads((folder / "groups.json").read_text())
+    assert len(rows) == 5 and all("--phase1-steps 5" in row["command"] for row in rows.values())
 
-    monkeypatch.setattr(reproduce, "run", fails)
+
+def test_a_failed_row_is_one_line(go, monkeypatch, capsys):
+    def fails(command, **_):
+        return types.SimpleNamespace(returncode=2, stderr="error: no room")
+
+    monkeypatch.setattr(reproduce.subprocess, "run", fails)
     with pytest.raises(SystemExit) as stop:
-        stage("--worlds", "tools", "--seeds", "50")
+        go("--worlds", "tools", "--seeds", "50")
     assert stop.value.code == 2 and "no room" in capsys.readouterr().err
 
 
-def test_the_table_has_means_and_ranges(stage, capsys):
-    stage("--worlds", "tools", "--seeds", "50", "51", "52")
-    text = capsys.readouterr().out
-    assert "| SFT | 50.0 (50.0 to 50.0) | 30.0 (30.0 to 30.0) |" in text
-    assert "| swirl | 50.0 (50.0 to 50.0) | 50.0 (50.0 to 50.0) |" in text
-    assert "methods, tools, 3 seeds" in text
+def test_the_table_has_means_and_ranges(go, capsys):
+    _, _, folder = go("--worlds", "tools", "--seeds", "50", "51", "52")
+    text = (folder / "methods.md").read_text()
+    same = "50.0 (50.0 to 50.0)"
+    assert text.strip() in capsys.readouterr().out and "methods, tools, 3 seeds" in text
+    assert f"| SFT | 40.0 (40.0 to 40.0) | {same} | 30.0 (30.0 to 30.0) |" in text
+    assert f"| swirl | 40.0 (40.0 to 40.0) | {same} | {same} |" in text
+    assert "| copy x | 10.0 | 0.0 | - | - | - |" in text
     assert reproduce.spread([0.1, 0.2, 0.6]) == "30.0 (10.0 to 60.0)"
-    assert reproduce.spread([0.25]) == "25.0"
+    assert reproduce.spread([0.25]) == "25.0" and reproduce.spread([None]) == "-"
 
 
-def test_tuning_keeps_the_best_rate_on_validation(stage):
-    _, commands, folder = stage("--tune")
+def test_each_kind_of_data_has_its_own_sft_line(go):
+    _, _, folder = go("--tables", "labelled", "--seeds", "50", "51")
+    text = (folder / "labelled.md").read_text()
+    assert "labelled, physics, 2 seeds" in text
+    assert [f"| SFT --labelled {n} |" in text for n in (80, 160, 400, 800)] == [True] * 4
+
+
+def test_four_iterations_have_a_line_each():
+    stages = [{"name": name, **scores(0.5)} for name in
+              ["sft", "iteration1/phase1", "iteration1/phase2", "iteration2/phase1",
+               "iteration2/phase2", "iteration3/phase1", "iteration3/phase2", "swirl"]]
+    lines = reproduce.stages_of({"label": "swirl", "stages": stages})
+    assert [label for label, _ in lines] == [f"swirl, iteration{i}" for i in (1, 2, 3)]
+    assert lines[0][1]["name"] == "iteration1/phase2"
+
+
+def test_tuning_keeps_the_best_rate_on_validation(go):
+    _, commands, folder = go("--tune")
     chosen = json.loads((folder / "tuned.json").read_text())
     assert set(chosen) == set(METHODS) - {"sft"}
     assert all(flags["lr-fwm"] == 3e-4 for flags in chosen.values())       # of the stub above
     assert len([argv for argv in commands if "--start" in argv]) == 4 * len(chosen)
-    for argv in commands:
-        assert argv[argv.index("--seed") + 1] == str(reproduce.TUNING_SEED)
+    assert {after(argv, "--seed") for argv in commands} == {str(reproduce.TUNING_SEED)}
+    # What was chosen is used
+    _, commands, _ = go("--worlds", "tools", "--seeds", "50")
+    assert {after(argv, "--lr-fwm") for argv in commands if "--start" in argv} == {"0.0003"}
 
 
 def test_each_method_gets_the_same_four_tries():
@@ -105,8 +139,9 @@ def test_each_method_gets_the_same_four_tries():
         tries = [flags for flags, _ in reproduce.grid(method).values()]
         rates = sorted({flags["warmup-lr"] for flags in tries})
         assert len(tries) == 4 and rates == [1e-3, 3e-3, 9e-3]
-        steps = [flags[name] for flags in tries for name in flags if name.endswith("steps")]
-        assert min(steps) < max(steps)
+        moved = [name for name in tries[0] if len({flags[name] for flags in tries}) > 1]
+        assert [name for name in moved if name.endswith("steps")]
+        assert "warmup-steps" not in moved and "iterations" not in moved
 
 
 @pytest.mark.parametrize("table", list(reproduce.TABLES))
@@ -119,21 +154,21 @@ def test_tuning_and_final_seeds_differ():
     assert reproduce.TUNING_SEED not in reproduce.SEEDS
 
 
-def test_pictures_are_drawn(stage):
+def test_pictures_are_drawn(go):
     pytest.importorskip("matplotlib")
-    _, _, folder = stage("--worlds", "tools", "physics", "--seeds", "50", "51")
+    _, _, folder = go("--worlds", "tools", "physics", "--seeds", "50", "51")
     for name in ("methods.png", "methods-curves.png"):
         assert (folder / name).stat().st_size > 5000
 
 
 def test_the_map_says_who_wins():
-    rows = {}
+    rows = []
     for busy, swirl in ((0.0, 0.4), (1.0, 0.7)):
         for seed in (1, 2):
             for method, sampled in (("swirl", swirl), ("bootstrap", 0.5)):
                 label = f"{method}, busy {busy}, 105 pairs"
                 of = scores(sampled + seed / 100)
-                rows[f"{label} {seed}"] = {"label": label, "stages": [of, of, of]}
+                rows.append({"label": label, "stages": [of, of, of]})
     across, up, gains = reproduce.who_wins(rows)
     assert (across, up) == ([0.0, 1.0], [105])
     assert gains == [pytest.approx([-10.0, 20.0])]
