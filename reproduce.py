@@ -1,7 +1,7 @@
 """The paper's tables in miniature, with every rival.
 
     python reproduce.py                              # all methods, three text worlds, three seeds
-    python reproduce.py --quick                      # the same, small: ten minutes
+    python reproduce.py --quick                      # one world, one seed, few steps: ten minutes
     python reproduce.py --tables sizes groups        # ablations, in the world physics
     python reproduce.py --tune                       # choose each method's rate and length again
 
@@ -50,7 +50,7 @@ STEPS = {
 }
 LIKELIHOOD = {"bootstrap-steps": 375}           # of every other method
 RATES = {"warmup-lr": 3e-3, "lr-fwm": 1e-4, "lr-idm": 5e-5}
-QUICK = ["--episodes", "80", "--eval-size", "60", "--validation-size", "30"]
+QUICK = ["--episodes", "80", "--eval-size", "40", "--validation-size", "14", "--iterations", "1"]
 QUICK_STEPS = {"warmup-steps": 80, "warmup-steps-idm": 40, "bootstrap-steps": 24, "phase1-steps": 4,
                "phase2-steps": 3}
 
@@ -361,7 +361,8 @@ def mean_curve(paths):
 
 def rows_of(table, labels, args):
     """The Rows of a table. Side by side stand different worlds: none waits for the other's SFT."""
-    worlds = args.worlds or (TEXT_WORLDS if table == "methods" else ["physics"])
+    several = table == "methods" and not args.quick
+    worlds = args.worlds or (TEXT_WORLDS if several else ["physics"])
     runs = args.runs + "/quick" * args.quick
     return [Row(table, world, seed, label, *labels[label], args.quick, runs)
             for seed in args.seeds for label in labels for world in worlds]
@@ -387,7 +388,7 @@ def main(argv=None):
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), help="[tools physics web]")
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=["methods"])
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="[40 41 42]")
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps: ten minutes")
+    parser.add_argument("--quick", action="store_true", help="one world, one seed, few steps")
     parser.add_argument("--tune", action="store_true", help="choose rates and lengths again")
     parser.add_argument("--processes", type=int, default=2, help="rows side by side [2]")
     parser.add_argument("--results", default="results", help="folder of the tables [results]")
