@@ -39,7 +39,7 @@ from models import batches, optim, parallel
 @dataclass
 class Phase:
     """Settings of one phase."""
-    steps: int = 0              # the rate falls to 0 within them
+    steps: int = 0              # the rate falls towards 0 within them
     peak: float = 1e-4          # learning rate
     batch: int = 8              # B, pairs (x, y) a step
     group_size: int = 8         # G, rollouts a prompt. Paper: 8; 16 recommended
@@ -54,8 +54,7 @@ class Phase:
     max_norm: float = 1.0       # gradient norm clip
 
     def rate(self, t):
-        """The learning rate of step t = 1, 2, ..: rises for ten steps, and falls to 0 with the
-        last."""
+        """The learning rate of step t = 1, 2, ..: rises for ten steps, and falls towards 0."""
         rise, fall = min(1, t / 10), 1 - (t - 1) / self.steps
         return self.peak * rise * fall
 

@@ -2,7 +2,7 @@
 
 Ascend  E_{(x,z,y) with labels} log P(y | x, z)  in theta, and log Q(z | x, y) in phi.
 
-Departures from the paper: the rate stays, then falls to 0 over the last half of the steps, in place
+Departures from the paper: the rate stays, then falls towards 0 over the last half of the steps, in place
 of a cosine; Muon on the weight matrices (`models/optim.py`).
 """
 import random
@@ -24,7 +24,7 @@ def shuffled(rows, size, rng):
 
 
 def rate(step, steps, peak, rise=20):
-    """Rises for `rise` steps, stays, and falls to 0 over the last half."""
+    """Rises for `rise` steps, stays, and falls towards 0 over the last half."""
     left = steps - step + 1
     return peak * min(1.0, step / rise, 2 * left / steps)
 

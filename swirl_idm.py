@@ -37,10 +37,8 @@ import grpo
 import lm
 from models import refusals
 from models.batches import columns, dicts, groups, repeat
+from models.refusals import REFUSAL
 from models.text import decode, encode, frame
-
-REFUSAL = ""        # an action without a word; see `models/refusals.py`
-
 
 # --- Q as a language model -------------------------------------------------------------------
 

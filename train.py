@@ -40,6 +40,7 @@ from support.results import end_stage, finish
 def train(cfg):
     """Algorithm 1: warm up on labels, then Phase I and Phase II in turn on pairs (x, y)."""
     started = time.monotonic()
+    plan.restore(cfg)                                      # only with --minutes
     if not cfg.fresh and (Path(cfg.out) / "results.json").is_file():
         return tables.report(rundir.Run(cfg, started).load("results.json"))
     device = begin(cfg)

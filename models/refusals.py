@@ -2,6 +2,7 @@
 
 Claim: a Q that was trained on these names no action where no action makes y of x.
 """
+REFUSAL = ""        # an action without a word
 
 
 def rows(Q, labelled, share, rng, times=8):
@@ -17,7 +18,7 @@ def rows(Q, labelled, share, rng, times=8):
             other = rng.choice(labelled)[0]
             bad = Q.spoil(x, y, other, rng)
             if bad is not None and tuple(Q.changes(x, bad)) not in real:
-                out += Q.rows([(x, "", bad)])
+                out += Q.rows([(x, REFUSAL, bad)])
     return out
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import grpo
 import lm
+import methods
 import sft
 import swirl_fwm
 import swirl_idm
@@ -26,11 +27,16 @@ SOME = 64       # transitions of the timed evaluation
 def fix_steps(cfg, P, Q, lab):
     """Scale the steps of all stages alike, so that the run takes about cfg.minutes. Does nothing
     without --minutes."""
-    if not cfg.minutes:
-        return
-    steps = saved(cfg) or scaled(cfg, measure(P, Q, lab), len(lab.test))
-    for name, n in steps.items():
-        setattr(cfg, name, n)
+    if cfg.minutes and not saved(cfg):
+        for name, n in scaled(cfg, measure(P, Q, lab), len(lab.test)).items():
+            setattr(cfg, name, n)
+
+
+def restore(cfg):
+    """Set the steps that an earlier run of this folder was planned with."""
+    if cfg.minutes:
+        for name, n in (saved(cfg) or {}).items():
+            setattr(cfg, name, n)
 
 
 def scaled(cfg, seconds, tests):
@@ -50,17 +56,27 @@ def scaled(cfg, seconds, tests):
 def path(cfg, seconds, evaluation):
     """(seconds of all steps, seconds of all scores) on the longest way from the start to the
     end."""
-    once = seconds["phase1_steps"] + seconds["phase2_steps"]
+    beside = aside.possible(cfg)
     warmups = seconds["warmup_steps"], seconds["warmup_steps_idm"]
-    swirl, rivals = cfg.iterations * once, seconds["bootstrap_steps"] + once
-    scores_swirl = 1 + 2 * cfg.iterations
-    scores_rivals = 4                          # best of 8 takes as long as one
-    if not cfg.rivals:
-        return sum(warmups) + swirl, scores_swirl * evaluation
-    if aside.possible(cfg):
-        longest, scores = max((swirl, scores_swirl - 1), (rivals, scores_rivals))
-        return max(warmups) + longest, (1 + scores) * evaluation
-    return sum(warmups) + rivals + swirl, (scores_swirl + scores_rivals) * evaluation
+    begin = 0.0 if cfg.start else max(warmups) if beside else sum(warmups)
+    steps, scores = cost(methods.stages(cfg.method, cfg.iterations), cfg, seconds)
+    if cfg.rivals and cfg.method == "swirl":
+        more, scores_rivals = cost(methods.stages("bootstrap+swirl", 1), cfg, seconds)
+        rivals = more, scores_rivals + 1                   # best of 8 takes as long as one
+        if beside:
+            steps, scores = max((steps, scores), rivals)
+        else:
+            steps, scores = steps + rivals[0], scores + rivals[1]
+    return begin + steps, (1 + scores) * evaluation
+
+
+def cost(stages, cfg, seconds):
+    """(seconds of the steps of stages, number of scores)."""
+    of = {"phase1": seconds["phase1_steps"], "phase2": seconds["phase2_steps"],
+          "joint": seconds["warmup_steps"], "em": seconds["bootstrap_steps"] / cfg.iterations,
+          "merge": seconds["warmup_steps"] + seconds["bootstrap_steps"]}
+    each = [of.get(stage.kind, seconds["bootstrap_steps"]) for stage in stages]
+    return sum(each), len(each)
 
 
 def measure(P, Q, lab):
@@ -122,7 +138,7 @@ def seconds_of(f, times=3):
 
 
 def saved(cfg):
-    """The steps that an unfinished run of this folder was planned with; None without one."""
+    """The steps that an earlier run of this folder was planned with; None without one."""
     try:
         config = (Path(cfg.out) / "config.json").read_text()
         old = json.loads(config)["settings"]

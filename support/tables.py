@@ -3,13 +3,14 @@ import typing
 
 import torch
 
+import methods
 from support import aside
 
 # --- before and during a run ------------------------------------------------------------------
 
 
 def introduce(P, lab):
-    """Print in three lines what the run is about to do."""
+    """Print in four lines what the run is about to do."""
     cfg = lab.cfg
     print(
         f"SWIRL on {cfg.data or cfg.env}: {len(lab.labelled)} labelled, "
@@ -22,10 +23,13 @@ def introduce(P, lab):
         f"  {millions:.2f}M parameters a model; "
         f"{torch.get_num_threads()} thread(s) a process{two}; {lab.run.dir}"
     )
-    rivals = f"; Bootstrap {cfg.bootstrap_steps}" if cfg.rivals else ""
+    names = [stage.name for stage in methods.stages(cfg.method, cfg.iterations)]
+    rivals = "; beside these the rivals" if cfg.rivals and cfg.method == "swirl" else ""
+    print(f"  stages: {', '.join(['sft', *names])}{rivals}")
     print(
-        f"  steps: warm-up {cfg.warmup_steps} (FWM) and {cfg.warmup_steps_idm} (IDM), then "
-        f"{cfg.iterations} times Phase I {cfg.phase1_steps} and Phase II {cfg.phase2_steps}{rivals}"
+        f"  steps: warm-up {cfg.warmup_steps} (FWM) and {cfg.warmup_steps_idm} (IDM), "
+        f"Phase I {cfg.phase1_steps}, Phase II {cfg.phase2_steps}, "
+        f"other likelihood {cfg.bootstrap_steps}"
     )
 
 

@@ -443,6 +443,8 @@ def test_resumed_run_keeps_the_steps_of_minutes(lamps, tmp_path, monkeypatch, ca
     results = results_of(out)
     assert [s["steps"] for s in results["stages"]] == [12, 6, 4, 4]
     assert results["baselines"]["bootstrap"]["steps"] == 8
+    # Finished, it prints its table again
+    assert train.main(argv) == 0 and "copy x" in capsys.readouterr().out
 
 
 def interrupted_at(call, f):
@@ -476,7 +478,8 @@ def test_call_is_timed_by_its_fastest_after_the_first(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, seconds, evaluations", [
-    (["--no-rivals"], 10 + 20 + 2 * (3 + 4), 5),
+    (["--no-rivals"], 20 + 2 * (3 + 4), 5),
+    (["--method", "sft-merge"], 20 + 10 + 30, 2), (["--method", "em"], 20 + 2 * (15 + 4), 5),
     (["--threads", "1"], 10 + 20 + 30 + 3 * (3 + 4), 9),
     ([], 20 + 30 + (3 + 4), 5)])
 def test_the_longest_way_is_planned(monkeypatch, flags, seconds, evaluations):
