@@ -2,8 +2,8 @@
 
 Ascend  E_{(x,z,y) with labels} log P(y | x, z)  in theta, and log Q(z | x, y) in phi.
 
-Departures from the paper: the rate stays, then falls towards 0 over the last half of the steps, in place
-of a cosine; Muon on the weight matrices (`models/optim.py`).
+Departures from the paper: the rate stays, then falls towards 0 over the last half of the steps, in
+place of a cosine; Muon on the weight matrices (`models/optim.py`).
 """
 import random
 

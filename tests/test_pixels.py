@@ -845,7 +845,7 @@ def done(watched):
 def test_pixels_run_has_its_own_temperature(watched):
     """Phase I, Phase II; of the rivals first."""
     _, steps, windows = watched
-    assert steps == ([(1.3, 0.05, 4)] * 2 + [(1, 0, 4)] * 2) * 2
+    assert steps == [(1.3, 0.05, 4)] * 8
     firsts = [episode[0] for episode in envs.test_episodes(train.parse(SMALL))[:4]]
     assert len(windows) == 4 and all([window[0] for window in some] == firsts for some in windows)
 
