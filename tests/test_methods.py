@@ -178,6 +178,24 @@ def test_a_start_without_sft_is_one_line(small_folder, tmp_path, capsys):
     assert error.value.code == 2 and "--start" in capsys.readouterr().err
 
 
+def test_a_cut_share_goes_on_as_one_model(job, monkeypatch):
+    whole = job("share")
+    config = json.loads((whole / "config.json").read_text())["settings"]
+    argv = [*SMALL, "--model", config["model"], "--data", config["data"], "--method", "share",
+            "--out", str(whole.parent / "cut")]
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.swirl_idm, "phase2_rollouts", cut)
+        assert train.main(argv) == 130
+    assert train.main(argv) == 0
+    for side in ("fwm", "idm"):
+        file = f"{side}/model.safetensors"
+        assert (whole / file).read_bytes() == (whole.parent / "cut" / file).read_bytes()
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--seed", "5"], "seed=0"), (["--view", "full"], "view=diff"),
     (["--eval-size", "5"], "eval_size")])

@@ -84,6 +84,15 @@ def test_a_row_with_other_flags_runs_again(go, monkeypatch):
     assert len(rows) == 5 and all("--phase1-steps 5" in row["command"] for row in rows.values())
 
 
+def test_quick_is_one_world_one_seed_few_steps(go):
+    _, commands, folder = go("--quick")
+    assert len(commands) == len(METHODS) and (folder / "quick" / "methods.json").exists()
+    for argv in commands:
+        cfg = settings.parse(argv)
+        assert (cfg.env, cfg.seed, cfg.iterations) == ("physics", reproduce.SEEDS[0], 1)
+        assert cfg.warmup_steps <= 100 and cfg.bootstrap_steps <= 30 and cfg.phase1_steps <= 5
+
+
 def test_a_failed_row_is_one_line(go, monkeypatch, capsys):
     def fails(command, **_):
         return types.SimpleNamespace(returncode=2, stderr="error: no room")
