@@ -143,6 +143,22 @@ def test_a_method_leaves_its_stages(method, stages, job):
     assert set(got["baselines"]) == {"copy_x"}
 
 
+def test_six_calls_lead_from_main_to_the_surrogate(small_folder, tmp_path, monkeypatch):
+    write_lamps(tmp_path / "lamps.jsonl")
+    surrogate, ways, root = grpo.surrogate, set(), str(Path(grpo.__file__).parent)
+
+    def noting(*args):
+        frames = [f for f in inspect.stack()[1:] if f.filename.startswith(root)]
+        names = [f.function for f in frames if "/tests/" not in f.filename]
+        ways.add(tuple(names[::-1]))
+        return surrogate(*args)
+
+    monkeypatch.setattr(grpo, "surrogate", noting)
+    argv = [*SMALL, "--model", str(small_folder), "--data", str(tmp_path / "lamps.jsonl")]
+    assert train.main([*argv, "--no-rivals", "--out", str(tmp_path / "run")]) == 0
+    assert ways == {("main", "train", "follow", "run_phase", "step", "loss_sum")}
+
+
 def test_share_trains_one_model_in_both_roles(job):
     out = job("share")
     names = [stage["name"] for stage in results(out)["stages"]]
