@@ -1,13 +1,16 @@
 """Each method trains on what it says, and on nothing else."""
+import inspect
 import json
 import random
 import types
+from pathlib import Path
 
 import pytest
 from conftest import write_lamps
 from test_train import SMALL
 
 import envs
+import grpo
 import methods
 import sft
 import train
