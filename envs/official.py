@@ -227,14 +227,15 @@ def main(parser, make, argv=None):
     if broken:
         print(f"warning: {len(broken)} left out; the first: {broken[0]}", file=sys.stderr)
     by_split = collections.Counter(episode.split("-")[0] for episode in episodes)
+    shares = ", ".join(f"{split} {by_split[split]}" for split in SPLITS)
+    # ids without a split are split by the seed of each run
+    shares = f" ({shares})" if set(by_split) & set(SPLITS) else ""
     with open(args.out, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     print(
-        f"{args.out}: {sizes['rows']} transitions of {len(episodes)} episodes "
-        f"({', '.join(f'{split} {by_split[split]}' for split in SPLITS)}); y differs from x in "
-        f"{100 * sizes['changed'] / sizes['rows']:.1f}%; at most {sizes['x']}, {sizes['z']}, "
-        f"{sizes['y']} "
-        "characters of x, z, y"
+        f"{args.out}: {sizes['rows']} transitions of {len(episodes)} episodes{shares}; "
+        f"y differs from x in {100 * sizes['changed'] / sizes['rows']:.1f}%; at most "
+        f"{sizes['x']}, {sizes['z']}, {sizes['y']} characters of x, z, y"
     )
     for sentence, number in counts.items():
         print(f"{sentence}: {number}")
