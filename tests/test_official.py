@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from envs import mind2web, mirrorapi, official, records, scienceworld
+from envs import cloud, mind2web, mirrorapi, official, records, scienceworld
 from envs.records import BadData
 
 TEST, TRAIN = (
@@ -219,7 +219,7 @@ def test_force_replaces(tmp_path, capsys):
     assert len(records.read(out)) == 5 and os.listdir(tmp_path) == ["d.jsonl"]
 
 
-@pytest.mark.parametrize("module", [scienceworld, mirrorapi, mind2web])
+@pytest.mark.parametrize("module", [scienceworld, mirrorapi, mind2web, cloud])
 def test_help(module, capsys):
     with pytest.raises(SystemExit) as caught:
         module.main(["--help"])
