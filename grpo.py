@@ -74,6 +74,15 @@ class Rollouts:
         return batches.take(self.prompts, self.rows, owner, part)
 
 
+def sampling(options, phase):
+    """A model's options, as a phase draws with them."""
+    return dataclasses.replace(
+        options,
+        temperature=phase.temperature,
+        min_p=phase.min_p,
+    )
+
+
 # --- Eq. 4, piece by piece -------------------------------------------------------------------
 
 def advantages(R, scale="mean"):
@@ -146,8 +155,10 @@ def step(policy, ref, optimizers, rollouts, R, phase, lr):
     kl, logp_ref, shaped = None, None, R
     if ref is not None and len(R):
         # What pi may draw, ref may draw: min_p is off for ref
-        logp_ref = score(ref.net, rollouts, dataclasses.replace(options, min_p=0.0))  # (N, T)
-        kl = k1(logp_of(policy, rollouts), logp_ref.sum(1)).view(R.shape)             # (B, G)
+        wide = dataclasses.replace(options, min_p=0.0)
+        logp_ref = score(ref.net, rollouts, wide)                                     # (N, T)
+        kl = k1(logp_of(policy, rollouts), logp_ref.sum(1))
+        kl = kl.view(R.shape)                                                         # (B, G)
         if phase.kl == "reward":
             # Eq. 5: R - beta * log(pi / pi_ref)
             shaped = R - phase.beta * kl
@@ -169,16 +180,23 @@ def step(policy, ref, optimizers, rollouts, R, phase, lr):
         if logp_ref is not None:
             ref_part = logp_ref[part, :logp.shape[1]].to(logp)
         # One step a batch: pi_old is pi, the ratio is 1, and the clip never acts
-        loss = loss_sum(logp, logp.detach(), ref_part, A[part].to(logp), live.to(logp), phase)
-        (loss / N).backward()
-        total += loss.item() / N
+        logp_old, A_part = logp.detach(), A[part].to(logp)
+        loss = loss_sum(logp, logp_old, ref_part, A_part, live.to(logp), phase)
+        loss = loss / N
+        loss.backward()
+        total += loss.item()
     gap = torch.tensor(gaps).max().item()                                             # of nan, nan
     check_gap(gap, options)
     norm = 0.0
     if parallel.total(len(parts)):                                    # all ranks step, or none
         norm = optim.step(net, optimizers, lr, phase.max_norm)
 
-    log = {"loss": total, "grad_norm": norm, "gap": gap, "tokens": sum(map(len, rollouts.rows))}
+    log = {
+        "loss": total,
+        "grad_norm": norm,
+        "gap": gap,
+        "tokens": sum(map(len, rollouts.rows)),
+    }
     if len(R):
         log["kl"] = None if kl is None else kl.mean().item()
         log |= summary(R, rollouts, phase)
@@ -208,11 +226,13 @@ def summary(R, rollouts, phase):
     """What a step says about its rewards R (B, G)."""
     cut = [row[-1] != rollouts.options.eos for row in rollouts.rows]
     on_floor = R <= -phase.floor if phase.floor else torch.zeros(1)
-    return {"reward": R.mean().item(),
-            "reward_std": R.std(1).mean().item(),
-            "zero_std_groups": flat(R).float().mean().item(),
-            "floored": on_floor.float().mean().item(),    # a group of these teaches nothing
-            "truncated": sum(cut) / len(cut)}
+    return {
+        "reward": R.mean().item(),
+        "reward_std": R.std(1).mean().item(),
+        "zero_std_groups": flat(R).float().mean().item(),
+        "floored": on_floor.float().mean().item(),         # a group of these teaches nothing
+        "truncated": sum(cut) / len(cut),
+    }
 
 
 def score(net, rollouts, options):

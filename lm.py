@@ -75,7 +75,8 @@ def sample(net, prefixes, n, longest, options: Options, generator=None):
     for i in range(0, B, size):
         part = by_length[i:i + size]
         some = [prefixes[b] for b in part]
-        drawn = sample_batch(net, some, n, u[part].flatten(0, 1), options)
+        u_part = u[part].flatten(0, 1)    # (N, T)
+        drawn = sample_batch(net, some, n, u_part, options)
         for b, *lists in zip(part, *drawn):
             rows[b], logps[b] = lists
     return sum(rows, []), sum(logps, [])

@@ -161,7 +161,7 @@ def em_batches(P, Q, lab, stage):
     for batch in sft.shuffled(triples, lab.cfg.warmup_batch, rng):
         known = [(x, z, y) for x, z, y in batch if z is not None]
         pairs = [(x, y) for x, z, y in batch if z is None]
-        xs, ys = columns(pairs) or ([], [])
+        xs, ys = columns(pairs, 2)
         zs = Q.sample(xs, ys, 1, generator)
         yield P.rows(known + list(zip(xs, zs, ys)))
 

@@ -33,7 +33,7 @@ import dataclasses
 import grpo
 import lm
 from models import parallel
-from models.batches import columns, dicts, groups, repeat
+from models.batches import columns, dicts, repeat, take_best
 from models.text import decode, encode, frame
 
 # --- P as a language model -------------------------------------------------------------------
@@ -58,7 +58,8 @@ class FWM:
         """The ids before y."""
         action = encode(self.tok, "\naction: " + z)
         question = encode(self.tok, "\nnext:")
-        return [*self.before(x), *action, *question, *self.frame.tail]
+        tail = self.frame.tail
+        return [*self.before(x), *action, *question, *tail]
 
     def target(self, y):
         """The ids of y with its end. Without the end, log P would score "y as a beginning"."""
@@ -71,7 +72,10 @@ class FWM:
 
     def rows(self, triples):
         """[(prompt, target)] of (x, z, y): what likelihood learns from."""
-        return [(self.prompt(x, z), self.target(y)) for x, z, y in triples]
+        xs, zs, ys = columns(triples, 3)
+        prompts = map(self.prompt, xs, zs)
+        targets = map(self.target, ys)
+        return list(zip(prompts, targets))
 
     # Score and sample
 
@@ -108,10 +112,9 @@ class FWM:
 def best_of_n(P, Q, xs, zs, n=8, generator=None):
     """The future, among n drawn, in which Q reads z best: the paper's test-time verification."""
     y_hats = P.sample(xs, zs, n, generator)
-    z_rows = repeat(map(Q.target, zs), n)
-    R = phase1_reward(Q, repeat(xs, n), z_rows, y_hats)    # (B * n,)
-    best = R.view(-1, n).argmax(1).tolist()
-    return [futures[k] for futures, k in zip(groups(y_hats, n), best)]
+    z_rows = map(Q.target, zs)
+    R = phase1_reward(Q, repeat(xs, n), repeat(z_rows, n), y_hats)                    # (B * n,)
+    return take_best(y_hats, R.view(-1, n))
 
 
 # --- Phase I ---------------------------------------------------------------------------------
@@ -130,17 +133,23 @@ def phase1_rollouts(P, Q, pairs, phase, generator):
     guessed = Q.label(pairs, generator)
     if not parallel.total(len(guessed)):
         return None
-    xs, z_rows, ys = columns(guessed) or ([], [], [])
+    xs, z_rows, ys = columns(guessed, 3)
     zs = list(map(Q.read, z_rows))
 
     # y_hat_1, .., y_hat_G ~ P(. | x, z)
     G = phase.group_size
-    options = dataclasses.replace(P.options, temperature=phase.temperature, min_p=phase.min_p)
+    options = grpo.sampling(P.options, phase)
     rollouts = P.rollouts(xs, zs, G, options, generator, guess=ys)
     y_hats = list(map(P.read, rollouts.rows))
     z_rows = repeat(z_rows, G)
     R = phase1_reward(Q, repeat(xs, G), z_rows, y_hats)                               # (B * G,)
-    R = grpo.shape(R, z_rows, phase).view(len(xs), G)
-
-    first = R[:, 0].tolist()
-    return rollouts, R, dicts(x=xs, z=zs, y=ys, y_hat=y_hats[::G], reward=first)
+    R = grpo.shape(R, z_rows, phase)
+    R = R.view(-1, G)                                                                 # (B, G)
+    examples = dicts(
+        x=xs,
+        z=zs,
+        y=ys,
+        y_hat=y_hats[::G],
+        reward=R[:, 0].tolist(),
+    )
+    return rollouts, R, examples

@@ -36,7 +36,7 @@ import torch
 import grpo
 import lm
 from models import refusals
-from models.batches import columns, dicts, groups, repeat
+from models.batches import columns, dicts, repeat, take_best
 from models.refusals import REFUSAL
 from models.text import decode, encode, frame
 
@@ -69,13 +69,20 @@ class IDM:
 
     def prompt(self, x, y):
         """The ids before z."""
-        seen = [x, "next:", y] if self.view == "full" else self.changes(x, y)
-        return [*self.before([*seen, "action:"]), *self.frame.tail]
+        if self.view == "full":
+            seen = [x, "next:", y]
+        else:
+            seen = self.changes(x, y)
+        question = self.before([*seen, "action:"])
+        return [*question, *self.frame.tail]
 
     def target(self, z):
         """The ids of z with its end. The refusal is the end and nothing else."""
-        action = encode(self.tok, self.frame.space + z) if z != REFUSAL else []
-        return [*action, self.tok.eos_token_id]
+        end = self.tok.eos_token_id
+        if z == REFUSAL:
+            return [end]
+        action = encode(self.tok, self.frame.space + z)
+        return [*action, end]
 
     def read(self, ids):
         """The action that sampled ids spell."""
@@ -83,7 +90,10 @@ class IDM:
 
     def rows(self, triples):
         """[(prompt, target)] of (x, z, y): what likelihood learns from."""
-        return [(self.prompt(x, y), self.target(z)) for x, z, y in triples]
+        xs, zs, ys = columns(triples, 3)
+        prompts = map(self.prompt, xs, ys)
+        targets = map(self.target, zs)
+        return list(zip(prompts, targets))
 
     def spoil(self, x, y, other, rng):
         """y with one wrong line, as a careless P would write it; None if there is none."""
@@ -129,7 +139,8 @@ class IDM:
         where z is cut, are left out."""
         xs, ys = columns(pairs)
         rows = self.rollouts(xs, ys, 1, self.options, generator).rows
-        return [(x, z, y) for x, z, y in zip(xs, rows, ys) if self.named(z)]
+        labelled = zip(xs, rows, ys)
+        return [triple for triple in labelled if self.named(triple[1])]
 
     def named(self, ids):
         """Whether sampled ids are an action and its end."""
@@ -171,8 +182,7 @@ def best_of_n(Q, P, xs, ys, n=8, generator=None):
     """The action, among n drawn, under which P expects y most."""
     zs = Q.sample(xs, ys, n, generator)
     R = phase2_reward(P, repeat(xs, n), zs, repeat(ys, n))                            # (B * n,)
-    best = R.view(-1, n).argmax(1).tolist()
-    return [actions[k] for actions, k in zip(groups(zs, n), best)]
+    return take_best(zs, R.view(-1, n))
 
 
 # --- Phase II --------------------------------------------------------------------------------
@@ -189,13 +199,17 @@ def phase2_rollouts(Q, P, pairs, phase, generator):
 
     # z_1, .., z_G ~ Q(. | x, y)
     G = phase.group_size
-    allowed = Q.no_refusal()
-    options = dataclasses.replace(allowed, temperature=phase.temperature, min_p=phase.min_p)
+    options = grpo.sampling(Q.no_refusal(), phase)
     rollouts = Q.rollouts(xs, ys, G, options, generator)
     zs = list(map(Q.read, rollouts.rows))
     R = phase2_reward(P, repeat(xs, G), zs, repeat(ys, G))                            # (B * G,)
     y_rows = repeat(map(P.target, ys), G)
-    R = grpo.shape(R, y_rows, phase).view(len(xs), G)
-
-    first = R[:, 0].tolist()
-    return rollouts, R, dicts(x=xs, y=ys, z_hat=zs[::G], reward=first)
+    R = grpo.shape(R, y_rows, phase)
+    R = R.view(-1, G)                                                                 # (B, G)
+    examples = dicts(
+        x=xs,
+        y=ys,
+        z_hat=zs[::G],
+        reward=R[:, 0].tolist(),
+    )
+    return rollouts, R, examples

@@ -16,8 +16,11 @@ def pad(rows, side, device):
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def columns(rows):
-    """The columns of rows, as lists: xs, zs, ys of [(x, z, y)]."""
+def columns(rows, n=None):
+    """The columns of rows, as lists: xs, zs, ys of [(x, z, y)]. n: their number, if there may be no
+    rows."""
+    if not rows and n:
+        return [[] for _ in range(n)]
     return [list(column) for column in zip(*rows)]
 
 
@@ -34,6 +37,12 @@ def repeat(values, n):
 def groups(values, n):
     """Lists of n values that stand side by side: n rollouts of each prompt."""
     return [values[i:i + n] for i in range(0, len(values), n)]
+
+
+def take_best(values, R):
+    """Of each group of n values the one with the highest R (B, n)."""
+    best = R.argmax(1).tolist()
+    return [group[k] for group, k in zip(groups(values, R.shape[1]), best)]
 
 
 def distinct(keys):
