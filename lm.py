@@ -71,7 +71,8 @@ def sample(net, prefixes, n, longest, options: Options, generator=None):
     u = uniform((B, n, longest), net.device, generator)
     by_length = sorted(range(B), key=lambda b: len(prefixes[b]))
     size = batch_size(prefixes, n, longest, options)
-    rows, logps = [None] * B, [None] * B
+    rows = [None] * B
+    logps = [None] * B
     for i in range(0, B, size):
         part = by_length[i:i + size]
         some = [prefixes[b] for b in part]
