@@ -73,37 +73,42 @@ def read(path, min_steps=2):
     every episode). Raises BadData for anything that the docstring above does not allow, with file
     and line.
     """
+    return sorted(each(path, min_steps), key=_order)
+
+
+def each(path, min_steps=2):
+    """Yields what `read` lists, in the order of the file, so that it may be larger than memory."""
     path = os.fspath(path)
-    # seen: (episode, t) -> line; steps: episode -> number of lines
-    transitions, seen, steps = [], {}, {}
-    for number, raw in lines(path):
-        if not raw.strip():
-            continue
-        transition = _parse(raw, f"{path}:{number}")
-        key = (transition.episode, transition.t)
+    parsed = (_parse(raw, f"{path}:{number}") for number, raw in lines(path) if raw.strip())
+    return whole_episodes(parsed, path, min_steps)
+
+
+def whole_episodes(transitions, path, min_steps=2):
+    """Yields the transitions, which hold their source. BadData for a step that comes twice and, at
+    the end, for an episode that is too short or if there is none."""
+    # seen: (episode, t) -> line; steps: episode -> [number of lines, where the first is]
+    seen, steps = {}, {}
+    for tr in transitions:
+        key, line = (tr.episode, tr.t), tr.source.rpartition(":")[2]
         if key in seen:
             raise BadData(
-                f"{transition.source}: episode {_show(key[0])} has t = {key[1]} twice, first on "
+                f"{tr.source}: episode {_show(tr.episode)} has t = {tr.t} twice, first on "
                 f"line {seen[key]}; remove or renumber one of them"
             )
-        seen[key] = number
-        steps[transition.episode] = steps.get(transition.episode, 0) + 1
-        transitions.append(transition)
-    if not transitions:
+        seen[key] = line
+        steps.setdefault(tr.episode, [0, tr.source])[0] += 1
+        yield tr
+    if not steps:
         raise BadData(
             f"{path}: the file holds no transitions; write one JSON object a line with the keys "
             "episode, t, x, z, y"
         )
-    for transition in transitions:
-        if steps[transition.episode] < min_steps and not transition.episode.startswith(
-            ("train-", "dev-", "test-")
-        ):
+    for episode, (n, source) in steps.items():
+        if n < min_steps and not episode.startswith(("train-", "dev-", "test-")):
             raise BadData(
-                f"{transition.source}: episode {_show(transition.episode)} has "
-                f"{steps[transition.episode]} line(s), and at least {min_steps} are needed; "
-                "add the other steps or remove the episode"
+                f"{source}: episode {_show(episode)} has {n} line(s), and at least {min_steps} "
+                "are needed; add the other steps or remove the episode"
             )
-    return sorted(transitions, key=_order)
 
 
 def lines(path):
