@@ -51,6 +51,7 @@ def train(cfg):
     P, Q = loading.settle(P, Q, lab, device, run.progress["folder"])
     run.save_codebook(lab.book)                            # only of images
     tables.introduce(P, lab)
+    loading.warn_of_long_diffs(lab)                        # only of files
 
     if cfg.start and not run.done("sft"):
         P, Q, scores = loading.begin_with_sft(P, Q, lab, device)

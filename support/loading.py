@@ -18,7 +18,7 @@ from models.text import encode, frame, shorten
 from support import rollouts, rundir
 from support.evaluate import affordable
 from swirl_fwm import FWM
-from swirl_idm import IDM
+from swirl_idm import IDM, line_diff
 
 
 @dataclasses.dataclass
@@ -329,15 +329,45 @@ def check_context(net, tok, splits, sizes, longest_y, cfg):
     labelled, validation, _, test = splits
     longest = max(sizes, key=sizes.get)
     size = sizes[longest]
-    marks = 0
-    if cfg.view == "diff":                                 # what Q reads besides codes and lines
-        marks = 6 * (1 + longest.count("\n")) + longest.count("<c")
-    around = len(frame(tok).head) + len(frame(tok).tail) + 16
     z = longest_action(tok, labelled + validation + test)
-    needed = size + max(longest_y, size) + marks + 2 * z + around
+    needed = size + max(longest_y, size) + others(tok, longest, z, cfg.view)
     if needed > pretrained.context(net):
         rundir.fail(
             f"{cfg.data or cfg.env}: a state of {size} tokens ({longest[:40]!r}...) is "
             f"longer than the model takes ({pretrained.context(net)} tokens for x, z and y "
             "together); give --max-state, shorten the states or choose another --model"
+        )
+
+
+def others(tok, state, longest_z, view):
+    """Tokens besides x and y of the longest prompt and its reply, if x is `state`."""
+    marks = 0
+    if view == "diff":                                     # what Q reads besides codes and lines
+        marks = 6 * (1 + state.count("\n")) + state.count("<c")
+    around = len(frame(tok).head) + len(frame(tok).tail) + 16
+    return marks + 2 * longest_z + around
+
+
+# --- whether the line diff says anything -------------------------------------------------------
+
+def diff_is_short(x, y):
+    """Whether the line diff shows fewer than half of the lines of x and y."""
+    lines = x.count("\n") + y.count("\n") + 2
+    return 2 * len(line_diff(x, y)) < lines
+
+
+def warn_of_long_diffs(lab):
+    """Print one line if the line diff of most pairs of a file is nearly x and y. It looks at the
+    first 100 changed pairs."""
+    cfg = lab.cfg
+    pairs = [(row[0], row[-1]) for row in lab.labelled + lab.state_only if row[0] != row[-1]]
+    x, _ = pairs[0]
+    if not cfg.data or cfg.view == "full" or images.is_image(x) or parallel.rank():
+        return
+    some = pairs[:100]
+    long = len(some) - sum(diff_is_short(x, y) for x, y in some)
+    if 2 * long > len(some):
+        print(
+            f"warning: {cfg.data}: in {long} of {len(some)} changed pairs the line diff shows half "
+            "of x and y or more, so it says little; give --view full"
         )
