@@ -2,6 +2,7 @@
 the splits of all."""
 import functools
 import random
+import warnings
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from envs import images, physics, pixels, records, tools, web
 WORLDS = {"physics": physics, "web": web, "tools": tools, "pixels": pixels}
 # test episodes of a world
 TEST = 60
+
+# python -m envs.records: this file has imported it before, which does no harm
+warnings.filterwarnings("ignore", "'envs.records' found in sys.modules", RuntimeWarning)
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,6 +7,8 @@ whatever the line order.
 One JSON object a line, plain or .gz, UTF-8:
     {"episode": str, "t": int, "x": str, "z": str or absent, "y": str}    x --z--> y at step t
 
+    python -m envs.records FILE --check       what the file is fit for; --help: from CSV, folders
+
 Notes:
   1. An absent z: nobody wrote the action down. Such an episode can only be state-only training
      data.
@@ -321,3 +323,8 @@ def _show(value):
     """A value as JSON on one line, cut to what a message can bear."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+if __name__ == "__main__":
+    from envs.convert import main  # which imports this file
+    raise SystemExit(main())
