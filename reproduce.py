@@ -258,9 +258,11 @@ def run_all(rows, results, processes):
 # --- what is printed ----------------------------------------------------------------------------
 
 def last(row):
-    """The final stage of a row, with the seconds of all stages after SFT."""
+    """The final stage of a row, with the examples, tokens and seconds of all stages after SFT."""
     stages = row["stages"][1:-1]
-    return row["stages"][-1] | {"seconds": sum(stage["seconds"] for stage in stages)}
+    sums = {name: sum(stage.get(name, 0) for stage in stages)
+            for name in ("examples", "tokens", "seconds")}
+    return row["stages"][-1] | sums
 
 
 def spread(values, scale=100):
@@ -286,15 +288,16 @@ def markdown(table, rows):
             for label, stage in stages_of(row):
                 by_label.setdefault(label, []).append(stage)
         lines += [f"\n{table}, {world}, {len(seeds)} seeds\n",
-                  "| | exact | changed | sampled | IDM exact | seconds |",
-                  "| --- | --- | --- | --- | --- | --- |"]
+                  "| | exact | changed | sampled | IDM exact | examples | tokens | seconds |",
+                  "| --- | --- | --- | --- | --- | --- | --- | --- |"]
         for label, stages in by_label.items():
             fwm = [stage["fwm"] for stage in stages]
             idm = [stage["idm"]["exact"] for stage in stages if "idm" in stage]
             cells = [spread([scores["exact"] for scores in fwm]),
                      spread([scores["exact_changed"] for scores in fwm]),
-                     spread([scores.get("sampled") for scores in fwm]), spread(idm),
-                     spread([stage.get("seconds") for stage in stages], scale=1)]
+                     spread([scores.get("sampled") for scores in fwm]), spread(idm)]
+            cells += [mean([stage.get(name) for stage in stages])
+                      for name in ("examples", "tokens", "seconds")]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -355,6 +358,12 @@ def progress(row):
 def mean_curve(paths):
     """The mean over seeds of curves with as many points."""
     return [tuple(map(statistics.mean, zip(*points))) for points in zip(*paths)]
+
+
+def mean(values):
+    """The mean of what is known, as text."""
+    values = [value for value in values if value is not None]
+    return f"{statistics.mean(values):,.0f}" if values else "-"
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -63,7 +63,10 @@ def fit(model, name, endless, steps, validate, lab):
     bar, every = run.bar(name, steps), max(1, steps // 4)
     for t in range(1, steps + 1):
         lr = rate(t, steps, cfg.warmup_lr)
-        loss, norm = step(model, next(endless), optimizers, lr)
+        rows = next(endless)
+        loss, norm = step(model, rows, optimizers, lr)
+        tokens = sum(len(target) for _, target in rows)
+        lab.tally += {"examples": len(rows), "tokens": tokens}
         share = validate(model, lab) if t % every == 0 else None
         run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=t,
                 seconds=run.elapsed(), loss=loss, grad_norm=norm, validation=share)

@@ -72,6 +72,7 @@ def warm_up(P, Q, lab):
     """SFT of both directions on the labelled half, side by side."""
     since = time.monotonic()
     beside = aside.start(lab.cfg, sft.warm_up_Q, Q, lab)
+    lab.tally.clear()                                      # the row of SFT counts P's
     P = sft.warm_up_P(P, lab)
     Q = beside.result()
     lab.run.keep("sft", P, Q)
@@ -123,6 +124,7 @@ def run_phase(draw, policy, frozen, phase, stage, lab):
             # Without beta the KL is only logged, now and then
             some_ref = ref if phase.beta or t % 10 == 1 else None
             log = grpo.step(policy, some_ref, optimizers, rollouts, R, phase, phase.rate(t))
+            lab.tally += {"examples": phase.batch, "tokens": log["tokens"]}
             log["tokens_per_second"] = log.pop("tokens") / (time.monotonic() - since)
             logs.append(log)
         run.log("metrics.jsonl", phase=stage.kind, iteration=stage.iteration, step=t,

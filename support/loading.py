@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import typing
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ class Lab:
     book: typing.Any        # the image tokenizer; None for text
     run: typing.Any = None  # rundir.Run
     held_out: dict = dataclasses.field(default_factory=dict)    # side: (scores, predictions)
+    tally: Counter = dataclasses.field(default_factory=Counter)     # examples, tokens of a stage
 
     def fresh_net(self, device):
         """The net that P began with, before the warm-up."""

@@ -23,7 +23,8 @@ def end_stage(stage, P, Q, lab, since, steps):
     run.log("metrics.jsonl", phase="eval", stage=name, iteration=stage.iteration, step=0,
             seconds=run.elapsed(), **scores)
     run.spend("eval", since)
-    row = {"name": name, **scores, "steps": steps, "seconds": seconds}
+    row = {"name": name, **scores, "steps": steps, **lab.tally, "seconds": seconds}
+    lab.tally.clear()
     run.finish_stage(row, P, Q)
     tables.show_scores(run.label + name, scores, run.elapsed() / 60)
     tables.show_sample(sample, Q.changes)

@@ -236,6 +236,16 @@ def test_a_start_is_never_the_folder_that_is_deleted(job, capsys):
     assert "one folder" in capsys.readouterr().err and (first / "results.json").exists()
 
 
+def test_a_stage_counts_its_examples_and_tokens(job):
+    stages = results(job("em+swirl"))["stages"]
+    cfg = json.loads((job("em+swirl") / "config.json").read_text())["settings"]
+    rows = cfg["warmup_batch"]
+    # Steps times batch; of the warm-up P's
+    assert [stage["examples"] for stage in stages[:4]] == [6 * rows, 4 * rows, 3 * 6, 2 * 6]
+    # A rollout has at least one token, and there are four for an example
+    assert all(stage["tokens"] >= 4 * stage["examples"] for stage in stages[2:4])
+
+
 def test_q_of_em_is_scored_after_phase_ii(job):
     stages = results(job("em"))["stages"]
     assert stages[1]["idm"] == stages[0]["idm"] and stages[2]["fwm"] == stages[1]["fwm"]

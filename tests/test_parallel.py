@@ -1,5 +1,6 @@
 """Two processes (gloo, CPU) take the step of one: held against one process and against the naive
 losses, with copies and with shards."""
+import collections
 import dataclasses
 import json
 import os
@@ -82,7 +83,8 @@ def lab_of(logged, *argv):
     bar = types.SimpleNamespace(show=lambda *_, **__: None, close=lambda: None)
     run = types.SimpleNamespace(log=lambda _, **line: logged.append(line), elapsed=lambda: 0.0,
                                 label="", bar=lambda *_: bar)
-    return types.SimpleNamespace(cfg=train.parse([*argv]), run=run, tok=None)
+    return types.SimpleNamespace(cfg=train.parse([*argv]), run=run, tok=None,
+                                 tally=collections.Counter())
 
 
 def cases(prepare):

@@ -12,7 +12,7 @@ from methods import METHODS
 
 def scores(sampled, changed=0.5):
     return {"fwm": {"exact": 0.4, "exact_changed": changed, "sampled": sampled},
-            "idm": {"exact": 0.8}, "steps": 5, "seconds": 10.0}
+            "idm": {"exact": 0.8}, "steps": 5, "examples": 40, "tokens": 7, "seconds": 10.0}
 
 
 def after(argv, flag):
@@ -110,7 +110,8 @@ def test_the_table_has_means_and_ranges(go, capsys):
     assert text.strip() in capsys.readouterr().out and "methods, tools, 3 seeds" in text
     assert f"| SFT | 40.0 (40.0 to 40.0) | {same} | 30.0 (30.0 to 30.0) |" in text
     assert f"| swirl | 40.0 (40.0 to 40.0) | {same} | {same} |" in text
-    assert "| copy x | 10.0 | 0.0 | - | - | - |" in text
+    assert "| copy x | 10.0 | 0.0 | - | - | - | - | - |" in text
+    assert "| 50.0 (50.0 to 50.0) | 80.0 (80.0 to 80.0) | 40 | 7 | 10 |" in text
     assert reproduce.spread([0.1, 0.2, 0.6]) == "30.0 (10.0 to 60.0)"
     assert reproduce.spread([0.25]) == "25.0" and reproduce.spread([None]) == "-"
 

@@ -1,5 +1,6 @@
 """Claims of `sft.py`: the rate, the gradient, as many steps as it is told, and what Bootstrap is
 given to learn."""
+import collections
 import itertools
 import random
 import time
@@ -22,7 +23,8 @@ def lab_of(*argv, **parts):
     lines, bar = [], types.SimpleNamespace(show=lambda *_, **__: None, close=lambda: None)
     run = types.SimpleNamespace(log=lambda _, **line: lines.append(line), elapsed=lambda: 0.0,
                                 bar=lambda name, steps: bar)
-    return types.SimpleNamespace(cfg=parse([*argv]), run=run, lines=lines, **parts)
+    return types.SimpleNamespace(cfg=parse([*argv]), run=run, lines=lines,
+                                 tally=collections.Counter(), **parts)
 
 
 # --- the rate -------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """The whole job in small, what it leaves behind, and what it says to bad input."""
+import collections
 import contextlib
 import io
 import json
@@ -599,7 +600,7 @@ def run(drawn_and_step, policy=None, frozen=None, seed=0, iteration=1, **phase):
                                 elapsed=lambda: 0.0, label="", bar=lambda name, steps: bar)
     pairs = [(n, -n - 1) for n in range(40)]
     cfg = train.parse(["--seed", str(seed), "--iterations", "1"])
-    lab = types.SimpleNamespace(cfg=cfg, run=run, state_only=pairs)
+    lab = types.SimpleNamespace(cfg=cfg, run=run, state_only=pairs, tally=collections.Counter())
     policy, frozen = policy or Net(tiny_llama(9, 0)), frozen or Net(tiny_llama(9, 1))
     phase = Phase(**dict(steps=3, peak=0.1) | phase)
     stage = methods.Stage("phase1", iteration)
