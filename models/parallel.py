@@ -204,22 +204,6 @@ def plain(model):
     return out
 
 
-@torch.no_grad()
-def load(model, weights):
-    """`model.load_state_dict(weights)`, also of a sharded model; all ranks hold the same
-    weights."""
-    if not is_sharded(model):
-        return model.load_state_dict(weights)
-    from torch.distributed.tensor import distribute_tensor
-    with masters(model):
-        for name, p in model.named_parameters():
-            p.copy_(
-                distribute_tensor(
-                    weights[name].to(p.device), p.device_mesh, p.placements, src_data_rank=None
-                )
-            )
-
-
 def norm(value):
     """A gradient norm as a number; over all shards, if it is in shards."""
     return (value.full_tensor() if hasattr(value, "full_tensor") else value).item()

@@ -214,8 +214,6 @@ def three_steps(prepare, folder):
     if parallel.rank() == 0:
         pretrained.save(model, tok, folder)
     out = {"held": held, "whole": weights(model), "frozen": weights(frozen(model))}
-    parallel.load(model, tiny_llama(9, 3).state_dict())
-    out["loaded"] = weights(model)
     with parallel.masters(model):
         out["masters"] = torch.cat([full(p).flatten() for p in model.parameters()])
     return out
@@ -312,8 +310,7 @@ def test_muon_on_two_processes_matches_one(ranks, alone, how):
 
 @pytest.mark.parametrize("how", ["copies", "shards"])
 def test_weights_on_two_processes_match_one(ranks, folder, alone, how):
-    start, other, saved = (
-        weights(tiny_llama(9, 1)), weights(tiny_llama(9, 3)), pretrained.load(folder / how)[0])
+    start, saved = weights(tiny_llama(9, 1)), pretrained.load(folder / how)[0]
     for rank in ranks:
         ours = rank[how]["steps"]
         assert relative(ours["whole"] - start, alone["steps"]["whole"] - start) < 1e-3
@@ -322,7 +319,7 @@ def test_weights_on_two_processes_match_one(ranks, folder, alone, how):
         assert torch.equal(ours["frozen"], ours["whole"]) and torch.equal(
             weights(saved), ours["whole"]
         )
-        assert torch.equal(ours["loaded"], other) and torch.equal(ours["masters"], other)
+        assert torch.equal(ours["masters"], ours["whole"])
         share = ours["held"] / alone["steps"]["held"]
         assert share == 1 if how == "copies" else share < 0.55
     names = lambda folder: sorted(p.name for p in folder.iterdir())
