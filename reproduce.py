@@ -110,7 +110,7 @@ def departures_table(tuned):
     sums = {"reward-form": "mean", "floor": 10}
     kl = {"kl": "loss", "beta-fwm": 0.04}
     return {
-        "as it is": (flags, {}),
+        "default": (flags, {}),
         "advantage R - mean": (flags | {"scale": "mean"}, {}),
         "reward per token, floor": (flags | sums, {}),
         "KL in the loss": (flags | kl, {}),
@@ -231,7 +231,8 @@ def one_row(row, results, locks):
     found = run(argv)
     results.add(row.table, row.key, {
         "world": row.world, "seed": row.seed, "label": row.label, "command": command,
-        "data": " ".join(words(row.data)), "sft": sft["stages"][0], "stages": found["stages"],
+        "flags": row.flags | row.data, "data": " ".join(words(row.data)),
+        "sft": sft["stages"][0], "stages": found["stages"],
         "copy_x": found["baselines"]["copy_x"], "validation": found["validation"],
         "collapse": found["collapse"], "splits": found["splits"], "hardware": found["hardware"]})
 
@@ -304,7 +305,7 @@ def markdown(table, rows):
 
 def stages_of(row):
     """[(label, stage)] that a row shows: its end; for several iterations the end of each."""
-    if row["label"] == "sft" or len(row["stages"]) < 3:
+    if len(row["stages"]) < 3:                             # SFT has a line of its own
         return []
     ends = {}
     for stage in row["stages"][1:-1]:
@@ -337,9 +338,9 @@ def who_wins(rows):
     """(busy values, pair numbers, SWIRL minus Bootstrap in points, sampled) of the map."""
     cells = {}
     for row in rows:
-        method, busy, pairs = row["label"].split(", ")
-        cell = cells.setdefault((float(busy.split()[1]), int(pairs.split()[0])), {})
-        cell.setdefault(method, []).append(100 * last(row)["fwm"]["sampled"])
+        flags = row["flags"]
+        cell = cells.setdefault((flags["busy"], flags["state-only"]), {})
+        cell.setdefault(flags["method"], []).append(100 * last(row)["fwm"]["sampled"])
     gains = {key: statistics.mean(cell["swirl"]) - statistics.mean(cell["bootstrap"])
              for key, cell in cells.items() if len(cell) == 2}
     across, up = sorted({busy for busy, _ in gains}), sorted({n for _, n in gains})

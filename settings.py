@@ -88,6 +88,10 @@ class Config:
 
     preset: dict = dataclasses.field(default_factory=dict)     # what a preset has set
 
+    def has_rivals(self):
+        """Whether the rivals run, too: they are those of SWIRL."""
+        return self.rivals and self.method == "swirl"
+
     def phase1(self, iteration):
         """The settings of Phase I."""
         return grpo.Phase(steps=self.phase1_steps, peak=self.lr_fwm * later(iteration),

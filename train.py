@@ -44,25 +44,23 @@ def train(cfg):
     if not cfg.fresh and (Path(cfg.out) / "results.json").is_file():
         return tables.report(rundir.Run(cfg, started).load("results.json"))
     device = begin(cfg)
-    loading.check_start(cfg)
+    start, scores = loading.check_start(cfg)               # only with --start
     P, Q, lab = loading.open_lab(cfg, device)
     plan.fix_steps(cfg, P, Q, lab)                         # only with --minutes
     run = lab.run = rundir.Run(cfg, started)               # nothing is written before this
-    P, Q = loading.settle(P, Q, lab, device, run.progress["folder"])
+    P, Q = loading.settle(P, Q, lab, device, run.progress["folder"] or start)
     run.save_codebook(lab.book)                            # only of images
     tables.introduce(P, lab)
     loading.warn_of_long_diffs(lab)                        # only of files
 
-    if cfg.start and not run.done("sft"):
-        P, Q, scores = loading.begin_with_sft(P, Q, lab, device)
+    if start and not run.done("sft"):
         run.keep("sft", P, Q)
         run.finish_stage(scores, P, Q)
     elif not run.done("sft"):
         P, Q = warm_up(P, Q, lab)
 
     # The rivals start from the same P and Q, beside Algorithm 1
-    with_rivals = cfg.rivals and cfg.method == "swirl"
-    beside = aside.start(cfg, rivals, cfg) if with_rivals else None
+    beside = aside.start(cfg, rivals, cfg) if cfg.has_rivals() else None
     P, Q = follow(methods.stages(cfg.method, cfg.iterations), P, Q, lab)
     rows = beside.result() if beside else {}
     return finish(P, Q, lab, rows) if parallel.rank() == 0 else 0

@@ -181,9 +181,10 @@ SAME = ("env", "data", "seed", "model", "lora", "view", "spoiled", "busy", "epis
 
 
 def check_start(cfg):
-    """Fails if --start is no finished run, or one of other data or another model."""
+    """(the folder of --start's SFT models, the scores that they had there); (None, None) without
+    --start. Fails if it is no finished run, or one of other data or another model."""
     if not cfg.start:
-        return
+        return None, None
     folder = Path(cfg.start)
     if folder.resolve() == Path(cfg.out).resolve():
         rundir.fail("--start and --out are one folder; give another --out")
@@ -201,14 +202,8 @@ def check_start(cfg):
                         f"{name}={getattr(cfg, name)}; give the same, or leave out --start")
     if config.get("data_sha256") != records.sha256(cfg.data):
         rundir.fail(f"{cfg.data} has changed since the run in {folder}; leave out --start")
-
-
-def begin_with_sft(P, Q, lab, device):
-    """P and Q as --start left them after its warm-up, and the scores that they had there."""
-    folder = Path(lab.cfg.start)
     scores = json.loads((folder / "results.json").read_text())["stages"][0]
-    P, Q = settle(P, Q, lab, device, (folder / "sft").resolve())
-    return P, Q, scores
+    return (folder / "sft").resolve(), scores
 
 
 def saved_model(run_dir, folder, side):
@@ -362,10 +357,9 @@ def warn_of_long_diffs(lab):
     """Print one line if the line diff of most pairs of a file is nearly x and y. It looks at the
     first 100 changed pairs."""
     cfg = lab.cfg
-    pairs = [(row[0], row[-1]) for row in lab.labelled + lab.state_only if row[0] != row[-1]]
-    x, _ = pairs[0]
-    if not cfg.data or cfg.view == "full" or images.is_image(x) or parallel.rank():
+    if not cfg.data or cfg.view == "full" or images.is_image(lab.test[0][0]) or parallel.rank():
         return
+    pairs = [(row[0], row[-1]) for row in lab.labelled + lab.state_only if row[0] != row[-1]]
     some = pairs[:100]
     long = len(some) - sum(diff_is_short(x, y) for x, y in some)
     if 2 * long > len(some):

@@ -60,7 +60,7 @@ def path(cfg, seconds, evaluation):
     warmups = seconds["warmup_steps"], seconds["warmup_steps_idm"]
     begin = 0.0 if cfg.start else max(warmups) if beside else sum(warmups)
     steps, scores = cost(methods.stages(cfg.method, cfg.iterations), cfg, seconds)
-    if cfg.rivals and cfg.method == "swirl":
+    if cfg.has_rivals():
         more, scores_rivals = cost(methods.stages("bootstrap+swirl", 1), cfg, seconds)
         rivals = more, scores_rivals + 1                   # best of 8 takes as long as one
         if beside:

@@ -9,6 +9,7 @@ import torch
 import mi_bounds
 from evals import metrics
 from models import parallel
+from models.batches import columns
 from support import tables
 from support.evaluate import evaluate, sampled
 
@@ -100,7 +101,7 @@ def bounds(P, Q, lab):
     rng = random.Random(lab.cfg.seed)
     generator = torch.Generator(Q.net.device).manual_seed(lab.cfg.seed)
     n = min(256, len(lab.state_only), len(lab.labelled))
-    xs, ys = map(list, zip(*rng.sample(lab.state_only, n)))
+    xs, ys = columns(rng.sample(lab.state_only, n))
     true = [z for _, z, _ in rng.sample(lab.labelled, n)]
     zs = Q.sample(xs, ys, 1, generator)
     y_hats = P.sample(xs, zs, 1, generator)

@@ -24,7 +24,7 @@ def introduce(P, lab):
         f"{torch.get_num_threads()} thread(s) a process{two}; {lab.run.dir}"
     )
     names = [stage.name for stage in methods.stages(cfg.method, cfg.iterations)]
-    rivals = "; beside these the rivals" if cfg.rivals and cfg.method == "swirl" else ""
+    rivals = "; beside these the rivals" if cfg.has_rivals() else ""
     print(f"  stages: {', '.join(['sft', *names])}{rivals}")
     print(
         f"  steps: warm-up {cfg.warmup_steps} (FWM) and {cfg.warmup_steps_idm} (IDM), "

@@ -225,18 +225,28 @@ def test_a_cut_label_ends_as_an_uncut_one(labelled, play_on, tmp_path):
         assert (tmp_path / "out").read_bytes() == whole, size
 
 
-def test_a_stopped_label_goes_on(labelled, play_on, tmp_path, monkeypatch):
-    path, whole = labelled
-    argv, calls, fill = ["tools", "--label", path, "--out", tmp_path / "out"], [], play.fill
+def at_batch(patch, n, act):
+    """Call act() before the n-th batch is labelled."""
+    calls, fill = [], play.fill
 
-    def stop(*args):
+    def counted(*args):
         calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        if len(calls) == n:
+            act()
         return fill(*args)
 
+    patch.setattr(play, "fill", counted)
+
+
+def test_a_stopped_label_goes_on(labelled, play_on, tmp_path, monkeypatch):
+    path, whole = labelled
+    argv = ["tools", "--label", path, "--out", tmp_path / "out"]
+
+    def stop():
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(play, "fill", stop)
+        at_batch(patch, 3, stop)
         assert "the same command goes on" in play_on(*argv, code=130)
     assert (tmp_path / "out").read_bytes() == b"".join(whole.splitlines(True)[:8])
     assert "11 of 11 rows" in play_on(*argv) and (tmp_path / "out").read_bytes() == whole
@@ -244,16 +254,10 @@ def test_a_stopped_label_goes_on(labelled, play_on, tmp_path, monkeypatch):
 
 def test_a_second_process_is_noticed(labelled, play_on, tmp_path, monkeypatch):
     path, whole = labelled
-    argv, calls, fill = ["tools", "--label", path, "--out", tmp_path / "out"], [], play.fill
-
-    def other(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            (tmp_path / "out").write_bytes(whole)
-        return fill(*args)
+    argv = ["tools", "--label", path, "--out", tmp_path / "out"]
 
     with monkeypatch.context() as patch:
-        patch.setattr(play, "fill", other)
+        at_batch(patch, 2, lambda: (tmp_path / "out").write_bytes(whole))
         assert "another process" in play_on(*argv, code=2)
     assert (tmp_path / "out").read_bytes() == whole
 

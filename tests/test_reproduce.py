@@ -176,9 +176,9 @@ def test_the_map_says_who_wins():
     for busy, swirl in ((0.0, 0.4), (1.0, 0.7)):
         for seed in (1, 2):
             for method, sampled in (("swirl", swirl), ("bootstrap", 0.5)):
-                label = f"{method}, busy {busy}, 105 pairs"
+                flags = {"method": method, "busy": busy, "state-only": 105}
                 of = scores(sampled + seed / 100)
-                rows.append({"label": label, "stages": [of, of, of]})
+                rows.append({"flags": flags, "stages": [of, of, of]})
     across, up, gains = reproduce.who_wins(rows)
     assert (across, up) == ([0.0, 1.0], [105])
     assert gains == [pytest.approx([-10.0, 20.0])]

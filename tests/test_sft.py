@@ -1,5 +1,4 @@
-"""Claims of `sft.py`: the rate, the gradient, as many steps as it is told, and what Bootstrap is
-given to learn."""
+"""Claims of `sft.py`: the rate, the gradient, and as many steps as it is told."""
 import collections
 import itertools
 import random
