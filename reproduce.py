@@ -104,6 +104,15 @@ def labelled_table(tuned):
     return rows
 
 
+def plateau_table(tuned):
+    """How long SFT was: near its plateau more likelihood adds little."""
+    rows = {}
+    for steps in (600, 1200, 2400):
+        for method in ("sft", "bootstrap", "swirl", "bootstrap+swirl"):
+            rows[f"{method}, {steps} steps"] = method_flags(method, tuned), {"warmup-steps": steps}
+    return rows
+
+
 def departures_table(tuned):
     """Our departures from the paper taken back, one by one and together."""
     flags = method_flags("swirl", tuned)
@@ -125,7 +134,7 @@ def departures_table(tuned):
 
 TABLES = {"methods": methods_table, "sizes": sizes_table, "groups": groups_table,
           "iterations": iterations_table, "map": map_table, "labelled": labelled_table,
-          "departures": departures_table}
+          "plateau": plateau_table, "departures": departures_table}
 
 
 def method_flags(method, tuned):
@@ -274,33 +283,42 @@ def spread(values, scale=100):
     return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
+HEADER = ["| | exact | changed | sampled | IDM exact | examples | tokens | seconds |",
+          "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+
+
 def markdown(table, rows):
     """A table for each world: a line a label, mean and range over seeds."""
     lines = []
     for world in dict.fromkeys(row["world"] for row in rows):
         here = [row for row in rows if row["world"] == world]
         seeds = {row["seed"] for row in here}
-        by_label = {"copy x": [{"fwm": row["copy_x"]} for row in here[:1]]}
-        for row in here:
-            by_label.setdefault(f"SFT {row['data']}".strip(), {})[row["seed"]] = row["sft"]
-        by_label = {label: list(stages.values()) if isinstance(stages, dict) else stages
-                    for label, stages in by_label.items()}
-        for row in here:
-            for label, stage in stages_of(row):
-                by_label.setdefault(label, []).append(stage)
-        lines += [f"\n{table}, {world}, {len(seeds)} seeds\n",
-                  "| | exact | changed | sampled | IDM exact | examples | tokens | seconds |",
-                  "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-        for label, stages in by_label.items():
-            fwm = [stage["fwm"] for stage in stages]
-            idm = [stage["idm"]["exact"] for stage in stages if "idm" in stage]
-            cells = [spread([scores["exact"] for scores in fwm]),
-                     spread([scores["exact_changed"] for scores in fwm]),
-                     spread([scores.get("sampled") for scores in fwm]), spread(idm)]
-            cells += [mean([stage.get(name) for stage in stages])
-                      for name in ("examples", "tokens", "seconds")]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines += [f"\n{table}, {world}, {len(seeds)} seeds\n", *HEADER]
+        for label, stages in by_label(here).items():
+            lines.append(f"| {label} | " + " | ".join(cells(stages)) + " |")
     return "\n".join(lines)
+
+
+def by_label(rows):
+    """{label: [its stage for each seed]} of one world: copy x, SFT of each kind of data, methods.
+    Rows of one seed and the same data share one SFT."""
+    labels = {"copy x": [{"fwm": rows[0]["copy_x"]}]}
+    sfts = {(f"SFT {row['data']}".strip(), row["seed"]): row["sft"] for row in rows}
+    for (label, _), stage in sfts.items():
+        labels.setdefault(label, []).append(stage)
+    for row in rows:
+        for label, stage in stages_of(row):
+            labels.setdefault(label, []).append(stage)
+    return labels
+
+
+def cells(stages):
+    """The cells of a line of the table."""
+    fwm = [stage["fwm"] for stage in stages]
+    scores = [[one.get(name) for one in fwm] for name in ("exact", "exact_changed", "sampled")]
+    scores.append([stage["idm"]["exact"] for stage in stages if "idm" in stage])
+    costs = [[stage.get(name) for stage in stages] for name in ("examples", "tokens", "seconds")]
+    return [*map(spread, scores), *map(mean, costs)]
 
 
 def stages_of(row):
