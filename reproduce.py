@@ -7,8 +7,8 @@
 
 A row of a table is one command of train.py. All rows of a world and a seed start from the same SFT
 models (--start). Two rows run side by side, one thread each. A killed run goes on: a row whose
-command is in results/TABLE.json is not run again. At the end the tables are written as Markdown to
-results/TABLE.md, means and ranges over seeds, and drawn.
+command is in results/TABLE.json is not run again. At the end all tables are written to
+results/RESULTS.md, means and ranges over seeds, and drawn.
 
 Every method gets about the seconds of SWIRL after SFT, but for two that begin again from the
 pretrained model: sft-merge and share. Rates and lengths were chosen by --tune: the same four tries
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from envs import WORLDS, records
 from methods import METHODS
-from support import charts
+from support import charts, rundir
 
 HERE = Path(__file__).parent
 TEXT_WORLDS = ["tools", "physics", "web"]
@@ -58,6 +58,7 @@ QUICK_STEPS = {"warmup-steps": 80, "warmup-steps-idm": 40, "bootstrap-steps": 24
 # --- the tables: {label: (flags of the row, flags of its SFT models)} --------------------------
 
 def methods_table(tuned):
+    """Every method from the same SFT models."""
     return {method: (method_flags(method, tuned), {}) for method in METHODS if method != "sft"}
 
 
@@ -243,7 +244,8 @@ def one_row(row, results, locks):
         "flags": row.flags | row.data, "data": " ".join(words(row.data)),
         "sft": sft["stages"][0], "stages": found["stages"],
         "copy_x": found["baselines"]["copy_x"], "validation": found["validation"],
-        "collapse": found["collapse"], "splits": found["splits"], "hardware": found["hardware"]})
+        "collapse": found["collapse"], "splits": found["splits"], "hardware": found["hardware"],
+        "commit": (rundir.git_revision() or "unknown")[:7]})
 
 
 def run_all(rows, results, processes):
@@ -297,6 +299,37 @@ def markdown(table, rows):
         for label, stages in by_label(here).items():
             lines.append(f"| {label} | " + " | ".join(cells(stages)) + " |")
     return "\n".join(lines)
+
+
+def report(results):
+    """All tables that have been run, and how rates and lengths were chosen."""
+    parts = ["# The tables of reproduce.py"]
+    for table, make in TABLES.items():
+        rows = list(results.load(table).values())
+        if rows:
+            parts += [title(table, " ".join(make.__doc__.split()), rows), markdown(table, rows)]
+    tries = results.load("grid").values()
+    if tries:
+        parts += ["\n## The tries of --tune\n", *tries_table(tries)]
+    return "\n".join(parts)
+
+
+def title(table, about, rows):
+    """The head of a table: what it shows, its command, minutes, hardware and commits."""
+    minutes = sum(last(row)["seconds"] for row in rows) / 60
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    return (f"\n## {table}\n\n{about}\n\n`python reproduce.py --tables {table}`: {len(rows)} rows, "
+            f"{minutes:.0f} minutes after SFT, {rows[0]['hardware']}, commit {commits}. "
+            f"{table}.json holds the command of each row.")
+
+
+def tries_table(tries):
+    """Lines: what each try of a method reached, sampled. Validation chose."""
+    lines = ["| | validation | test |", "| --- | --- | --- |"]
+    for row in tries:
+        chance, test = 100 * row["validation"]["sampled"], 100 * last(row)["fwm"]["sampled"]
+        lines.append(f"| {row['label']} | {chance:.1f} | {test:.1f} |")
+    return lines
 
 
 def by_label(rows):
@@ -431,16 +464,16 @@ def main(argv=None):
     results = Results(folder)
     if args.tune:
         tune(results, args)
+        results.write("RESULTS.md", report(results))
         return 0
     rows = {table: rows_of(table, TABLES[table](tuned), args) for table in args.tables}
     run_all([row for of_table in rows.values() for row in of_table], results, args.processes)
     for table in args.tables:
         found = results.load(table)
         found = [found[row.key] for row in rows[table]]
-        text = markdown(table, found)
-        print(text)
-        results.write(f"{table}.md", text.strip())
+        print(markdown(table, found))
         draw(table, found, folder)
+    results.write("RESULTS.md", report(results))
     return 0
 
 

@@ -42,6 +42,7 @@ def go(monkeypatch, tmp_path):
         return types.SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(reproduce.subprocess, "run", train)
+    monkeypatch.setattr(reproduce.rundir, "git_revision", lambda: "abcdef0123")
 
     def call(*argv):
         commands.clear()
@@ -105,9 +106,11 @@ def test_a_failed_row_is_one_line(go, monkeypatch, capsys):
 
 def test_the_table_has_means_and_ranges(go, capsys):
     _, _, folder = go("--worlds", "tools", "--seeds", "50", "51", "52")
-    text = (folder / "methods.md").read_text()
+    text = (folder / "RESULTS.md").read_text()
     same = "50.0 (50.0 to 50.0)"
-    assert text.strip() in capsys.readouterr().out and "methods, tools, 3 seeds" in text
+    assert capsys.readouterr().out.strip().splitlines()[-1] in text
+    assert "methods, tools, 3 seeds" in text
+    assert "33 rows, 6 minutes after SFT, a CPU, commit abcdef0" in text
     assert f"| SFT | 40.0 (40.0 to 40.0) | {same} | 30.0 (30.0 to 30.0) |" in text
     assert f"| swirl | 40.0 (40.0 to 40.0) | {same} | {same} |" in text
     assert "| copy x | 10.0 | 0.0 | - | - | - | - | - |" in text
@@ -118,7 +121,7 @@ def test_the_table_has_means_and_ranges(go, capsys):
 
 def test_each_kind_of_data_has_its_own_sft_line(go):
     _, _, folder = go("--tables", "labelled", "--seeds", "50", "51")
-    text = (folder / "labelled.md").read_text()
+    text = (folder / "RESULTS.md").read_text()
     assert "labelled, physics, 2 seeds" in text
     assert [f"| SFT --labelled {n} |" in text for n in (80, 160, 400, 800)] == [True] * 4
 
@@ -139,6 +142,7 @@ def test_tuning_keeps_the_best_rate_on_validation(go):
     assert all(flags["lr-fwm"] == 3e-4 for flags in chosen.values())       # of the stub above
     assert len([argv for argv in commands if "--start" in argv]) == 4 * len(chosen)
     assert {after(argv, "--seed") for argv in commands} == {str(reproduce.TUNING_SEED)}
+    assert "| swirl, rate x 3 | 60.0 | 60.0 |" in (folder / "RESULTS.md").read_text()
     # What was chosen is used
     _, commands, _ = go("--worlds", "tools", "--seeds", "50")
     assert {after(argv, "--lr-fwm") for argv in commands if "--start" in argv} == {"0.0003"}
