@@ -14,7 +14,7 @@ import grpo
 import methods
 from envs import WORLDS, records
 from models import adapters, pretrained
-from support import rundir
+from support import rundir, sinks
 
 
 def setting(default, text, choices=None, group=None):
@@ -85,6 +85,8 @@ class Config:
     threads: int = setting(0, "CPU threads (0: for tiny two processes of one thread each)")
     tokens: int = setting(0, "tokens of a micro-batch: bounds memory, changes no gradient")
     shard: bool = setting(False, "under torchrun: FSDP2 (models/parallel.py)")
+    tensorboard: bool = setting(False, "send the metrics to TensorBoard, too (support/sinks.py)")
+    wandb: bool = setting(False, "send the metrics to wandb, too")
 
     preset: dict = dataclasses.field(default_factory=dict)     # what a preset has set
 
@@ -181,3 +183,4 @@ def check(cfg):
         rundir.fail("--busy is for the text worlds; leave it out with --env pixels")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         rundir.fail("--device cuda: no GPU is visible; use --device cpu")
+    sinks.check(cfg)

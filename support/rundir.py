@@ -9,8 +9,10 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,15 +21,15 @@ import transformers
 
 from envs import records
 from models import parallel, pretrained
-from support import progress
+from support import progress, sinks
 
 OURS = {
     "config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json",
     "fwm", "idm", "sft", "rivals", "checkpoint-a", "checkpoint-b",
-    "rollout.png", "rollout.gif", "codebook.npz",
+    "rollout.png", "rollout.gif", "codebook.npz", "curves.png", "report.html",
 }
 OURS |= {name + ".new" for name in OURS}
-FOLDERS = {"fwm", "idm", "adapter", "sft", "rivals", "checkpoint-a", "checkpoint-b"}
+FOLDERS = {"fwm", "idm", "adapter", "sft", "rivals", "checkpoint-a", "checkpoint-b", "tensorboard"}
 PICTURE = re.compile(r"picture-(iteration\d+-)?[a-z]+[12]?\.png")
 MODEL_FILE = re.compile(
     r"(adapter_)?(config|model|generation_config|tokenizer|tokenizer_config|special_tokens_map|"
@@ -35,7 +37,7 @@ MODEL_FILE = re.compile(
     r"README\.md"
 )
 # Settings that may differ when a run resumes
-FREE = ("tokens", "preset")
+FREE = ("tokens", "preset", "tensorboard", "wandb")
 
 
 def fail(message):
@@ -68,8 +70,14 @@ class Run:
             "bytes": {},
         }
         self.begin = started - self.progress["elapsed"]
+        self.sinks = None                                  # of --tensorboard and --wandb
         if parallel.rank() == 0:
             self.forget_cut_stage()
+            self.sinks = None if label else sinks.start(cfg)
+
+    def __getstate__(self):
+        """What a second process gets: it sends nothing."""
+        return self.__dict__ | {"sinks": None}
 
     def prepare(self, cfg):
         """Make the folder, with its config.json; or check that it holds the same run."""
@@ -91,6 +99,7 @@ class Run:
             "transformers": transformers.__version__,
         }
         config = {
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "settings": settings,
             "data_sha256": data,
             "git": git_revision(),
@@ -149,6 +158,8 @@ class Run:
             return
         with open(self.dir / name, "a") as f:
             f.write(json.dumps(line) + "\n")
+        if self.sinks:
+            self.sinks.send()
 
     def picture(self, draw, name, rows):
         """DIR/name by a function of `pictures`."""
@@ -253,6 +264,8 @@ def is_ours(path):
     """Whether a run may have written this file, by its name."""
     if path.name in OURS or PICTURE.fullmatch(path.name):
         return True
+    if path.parent.name == "tensorboard":
+        return path.name.startswith("events.out.tfevents.")
     in_model = path.parent.name in ("fwm", "idm", "adapter")
     return in_model and MODEL_FILE.fullmatch(path.name) is not None
 
