@@ -36,12 +36,13 @@ def evaluate(P, Q, lab, name, moved=("fwm", "idm")):
 
 def log_samples(Q, lab, name, y_hats, z_hats, n=20):
     """The first n test transitions beside what P and Q predict, also written to samples.jsonl with
-    the reward of y_hat in Phase I."""
+    the reward of y_hat in Phase I, and that of y."""
     xs, zs, ys = columns(lab.test[:n])
     z_rows = [Q.target(z) for z in zs]
-    rewards = swirl_fwm.phase1_reward(Q, xs, z_rows, y_hats[:n])
+    rewards = swirl_fwm.phase1_reward(Q, xs, z_rows, y_hats[:n]).tolist()
+    of_y = swirl_fwm.phase1_reward(Q, xs, z_rows, ys).tolist()
     samples = []
-    for i, reward in enumerate(rewards.tolist()):
+    for i in range(len(xs)):
         sample = {
             "x": xs[i],
             "z": zs[i],
@@ -50,7 +51,8 @@ def log_samples(Q, lab, name, y_hats, z_hats, n=20):
             "z_hat": z_hats[i],
         }
         samples.append(sample)
-        lab.run.log("samples.jsonl", stage=name, **sample, reward=reward)
+        lab.run.log("samples.jsonl", stage=name, **sample, reward=rewards[i],
+                    reward_of_y=of_y[i])
     return samples
 
 

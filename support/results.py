@@ -10,7 +10,7 @@ import mi_bounds
 from evals import metrics
 from models import parallel
 from models.batches import columns
-from support import tables
+from support import curves, report, tables
 from support.evaluate import evaluate, sampled
 
 
@@ -29,6 +29,7 @@ def end_stage(stage, P, Q, lab, since, steps):
     run.finish_stage(row, P, Q)
     tables.show_scores(run.label + name, scores, run.elapsed() / 60)
     tables.show_sample(sample, Q.changes)
+    curves.update(run)
 
 
 def moved(stage, P, Q):
@@ -66,6 +67,7 @@ def finish(P, Q, lab, beside):
         "sizes": sizes(P.net),
     }
     run.finish(results)
+    report.update(run)
     return tables.report(results)
 
 

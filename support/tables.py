@@ -82,6 +82,9 @@ def one_line(changes):
 
 # --- the final table --------------------------------------------------------------------------
 
+MEANING = ("exact: y_hat = y, greedily; changed: the same where y != x; "
+           "sampled: the chance, where y != x, that a future drawn is y; in %")
+
 
 class Column(typing.NamedTuple):
     """One column of the final table."""
@@ -159,10 +162,7 @@ def report(results):
         f"\n{results['env']}, seed {results['seed']}: {results['splits']['test']} held-out "
         f"transitions, {minutes:.1f} minutes on {results['hardware']}"
     )
-    print(
-        "exact: y_hat = y, greedily; changed: the same where y != x; "
-        "sampled: the chance, where y != x, that a future drawn is y; in %"
-    )
+    print(MEANING)
     print(" " * 22 + "".join(f"{column.head:>11}" for column in columns))
     for row in rows:
         cells = [cell(row, column) for column in columns]

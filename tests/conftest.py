@@ -12,6 +12,7 @@ import sft
 from envs import records, tools
 from models import images, optim, pretrained, tiny
 from models.next_token import uniform
+from support import curves
 from swirl_fwm import FWM
 from swirl_idm import IDM
 
@@ -196,6 +197,14 @@ class Recorder:
 
     def zero_grad(self, set_to_none=True):
         self.model.zero_grad(set_to_none=set_to_none)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    """A picture takes as long as a small run; test_report.py draws some."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "draw", lambda folder: None)
+        yield
 
 
 @pytest.fixture(scope="session")
