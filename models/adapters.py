@@ -222,6 +222,20 @@ def memory(config, r=0, half=False):
     ), token
 
 
+def qwen(name):
+    """The shape of a Qwen2.5, without weights."""
+    hidden, layers, heads, kv, intermediate = QWEN[name]
+    return Qwen2Config(
+        vocab_size=151936,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        intermediate_size=intermediate,
+        tie_word_embeddings=True,
+    )
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description="What a phase needs on a card, full fine-tuning against LoRA."
@@ -238,16 +252,8 @@ def main(argv=None):
         f"{'MiB/token':>11}"
         + "".join(f"{card:>9} GB" for card in CARDS)
     )
-    for name, (hidden, layers, heads, kv, intermediate) in QWEN.items():
-        config = Qwen2Config(
-            vocab_size=151936,
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv,
-            intermediate_size=intermediate,
-            tie_word_embeddings=True,
-        )
+    for name in QWEN:
+        config = qwen(name)
         for way, rank, half in (("full, float32", 0, False), ("full, bfloat16", 0, True),
                                 (f"LoRA {r}, float32", r, False), (f"LoRA {r}, bfloat16", r, True)):
             parts, token = memory(config, rank, half)
