@@ -172,9 +172,9 @@ def snapshots(folder):
     """Yields the Transitions of one episode."""
     files = [path for path in listing(folder) if path.name != ACTIONS]
     for path in files:
-        if path.is_dir():
-            raise BadData(f"{path}: a folder inside an episode; the episode's sub-folder holds "
-                          "files only")
+        if not path.is_file():             # a folder; a pipe, which would wait for ever
+            raise BadData(f"{path}: a folder inside an episode, or no plain file; the episode's "
+                          "sub-folder holds files only")
     if len(files) < 2:
         raise BadData(f"{folder}: {len(files)} state(s), and at least two make a transition; add "
                       "the others or remove the folder")
@@ -199,7 +199,7 @@ def state_of(path):
 
 def actions_of(path, n):
     """n actions; "" where nobody wrote one down."""
-    if not path.exists():
+    if not path.is_file():
         return [""] * n
     # The line break at the end of the last line begins no other
     actions = [line.strip() for line in content(path).removesuffix("\n").split("\n")]
@@ -279,6 +279,7 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
+    records.show_anything()
     sources = [args.from_csv, args.from_folder]
     wanted = [args.check, *sources]
     if sum(map(bool, wanted)) != 1 or args.check != bool(args.file) or args.check == bool(args.out):

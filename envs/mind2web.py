@@ -49,7 +49,9 @@ from envs.official import need
 from envs.records import BadData
 
 BUDGET = 4000  # characters; markup takes about 3 a token, so x, z and y fit a context of 4096
-_ID = re.compile(r'\s+backend_node_id="[^"]*"')
+# the lookbehind: no search begins in the middle of the blanks
+_ID = re.compile(r'(?<!\s)\s+backend_node_id="[^"]*"')
+_NODE = re.compile(r' backend_node_id="([^"]*)"')
 
 
 def stretch(html, at, budget):
@@ -85,16 +87,20 @@ def cut(html, at, budget):
 def find(html, nodes):
     """Position of the "<" of the first element of `nodes` (list of backend_node_id) in `html`, or
     None."""
-    for node in nodes:
-        at = html.find(f' backend_node_id="{node}"')
-        if at >= 0:
-            return max(0, html.rfind("<", 0, at))
-    return None
+    first = {}
+    for found in _NODE.finditer(html):
+        first.setdefault(found[1], found.start())
+    at = next((first[node] for node in nodes if node in first), None)
+    return None if at is None else max(0, html.rfind("<", 0, at))
 
 
 def targets(candidates):
     """The backend_node_ids of pos_candidates (list of dict), the original target first."""
-    candidates = [c for c in candidates if isinstance(c, dict) and "backend_node_id" in c]
+    candidates = [
+        c
+        for c in candidates
+        if isinstance(c, dict) and isinstance(c.get("backend_node_id"), (str, int))
+    ]
     return [
         str(c["backend_node_id"])
         for c in sorted(candidates, key=lambda c: not c.get("is_original_target"))

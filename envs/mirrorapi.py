@@ -67,14 +67,23 @@ def reply(text):
     server/main_mirrorapi.py, which keeps the closing quote and bracket where they are there.
     """
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
+        fields = records.from_json(text)
+    except ValueError:
         found = _FIELDS.search(text)
-        return found and (found[1], re.sub(r'"\s*\}?\s*$', "", found[2]))
+        return found and (found[1], without_end(found[2]))
     if not isinstance(fields, dict) or not {"error", "response"} <= set(fields):
         return None
-    return tuple(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-                 for value in (fields["error"], fields["response"]))
+    try:
+        return tuple(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                     for value in (fields["error"], fields["response"]))
+    except RecursionError:
+        return None
+
+
+def without_end(text):
+    """The text without the quote and the bracket that close a reply."""
+    end = text.rstrip().removesuffix("}").rstrip()
+    return end[:-1] if end.endswith('"') else text
 
 
 def make(args, broken, counts):

@@ -9,12 +9,13 @@ Notes:
   1. A row that its reader refuses is left out; the command counts such rows and names the first. So
      is a line of a JSONL file that is no JSON. In a list, nothing after broken JSON can be trusted:
      the file is refused.
-  2. Files may be gzipped (.gz). A file whose first character is [ is a list, any other is JSONL.
+  2. Files may be gzipped (.gz), within the bounds of `records.py`. A file whose first character is
+     [ is a list, any other is JSONL.
 """
 
 import collections
 import gzip
-import hashlib
+import itertools
 import json
 import os
 import re
@@ -44,9 +45,11 @@ def rows(path, broken):
         with (gzip.open if path.endswith(".gz") else open)(
             path, "rt", encoding="utf-8-sig"
         ) as file:
+            file = Bounded(file, path)
             text = file.read(CHUNK)
-            while text.isspace() and (more := file.read(CHUNK)):
-                text += more
+            while text.isspace():
+                place[1] += text.count("\n")
+                text = file.read(CHUNK)
             first = _SPACE.match(text).end()
             yield from (
                 _list(file, place, text, first)
@@ -69,33 +72,49 @@ def rows(path, broken):
         raise BadData(f"{path}: cannot read it ({error.strerror}); give a readable file") from None
 
 
+class Bounded:
+    """A text file of which no more can be read than `records.room` allows."""
+
+    def __init__(self, file, path):
+        self.file, self.path, self.left = file, path, records.room(path)
+
+    def read(self, size):
+        return self.counted(self.file.read(min(self.left + 1, size)))
+
+    def line(self):
+        """The next line with its end; "" at the end of the file."""
+        return self.counted(self.file.readline(min(self.left, records.LONGEST) + 1))
+
+    def counted(self, text):
+        self.left -= len(text)
+        if self.left < 0:
+            raise records.too_large(self.path)
+        return text
+
+
 def _lines(file, place, text, broken):
-    n = 0
-    while text:
-        *lines, rest = text.split("\n")
-        more = file.read(CHUNK)
-        if not more:
-            lines, rest = lines + [rest], ""
-        for line in lines:
-            place[1] += 1
-            if line.strip():
-                n += 1
-                where = f"{place[0]}:{place[1]}, row {n}"
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    broken.append(
-                        f"{where}: not valid JSON ({getattr(error, 'msg', 'too long or too deep')})"
-                    )
-                    continue
-                yield n, where, row
-        text = rest + more
+    """text: the beginning of the file."""
+    n, begin = 0, (text + file.line()).split("\n")
+    if not begin[-1]:
+        begin.pop()
+    for line in itertools.chain(begin, iter(file.line, "")):
+        place[1] += 1
+        if not line.strip():
+            continue
+        n += 1
+        where = f"{place[0]}:{place[1]}, row {n}"
+        try:
+            row = records.from_json(line)
+        except ValueError as error:
+            broken.append(f"{where}: not valid JSON ({error})")
+            continue
+        yield n, where, row
 
 
 def _list(file, place, text, at):
     """text[at] is the list's [."""
-    decode, n, last = json.JSONDecoder().raw_decode, 1, ""
-    line, counted, at = 1, 0, at + 1  # line: that of text[counted]
+    decode, n, last = json.JSONDecoder(object_pairs_hook=records.once).raw_decode, 1, ""
+    line, counted, at = place[1] + 1, 0, at + 1  # line: that of text[counted]
     while True:
         at = _SPACE.match(text, at).end()
         if text[at:at + 1] == "]" and n == 1:
@@ -122,10 +141,8 @@ def _list(file, place, text, at):
         line, counted = line + text.count("\n", counted, at), at
         place[1], where = line, f"{place[0]}:{line}, row {n}"
         if error is not None:
-            raise BadData(
-                f"{where}: not valid JSON ({getattr(error, 'msg', 'too long or too deep')}); "
-                "the file is damaged or was cut: download it again"
-            )
+            raise BadData(f"{where}: not valid JSON ({records.why_no_json(error)}); the file is "
+                          "damaged or was cut: download it again")
         yield n, where, row
         n, at, last = n + 1, end + 1, text[end]
         if last == "]":
@@ -196,6 +213,7 @@ def main(parser, make, argv=None):
     parser.add_argument("--force", action="store_true", help="replace --out if it is there")
     parser.error = records.fail
     args = parser.parse_args(argv)
+    records.show_anything()
     broken, counts, episodes, sizes = [], collections.Counter(), {}, collections.Counter()
 
     def watched():
@@ -225,13 +243,12 @@ def main(parser, make, argv=None):
     except KeyboardInterrupt:
         records.fail("stopped; nothing was written")
     if broken:
-        print(f"warning: {len(broken)} left out; the first: {broken[0]}", file=sys.stderr)
+        first = records.one_line(broken[0])
+        print(f"warning: {len(broken)} left out; the first: {first}", file=sys.stderr)
     by_split = collections.Counter(episode.split("-")[0] for episode in episodes)
     shares = ", ".join(f"{split} {by_split[split]}" for split in SPLITS)
     # ids without a split are split by the seed of each run
     shares = f" ({shares})" if set(by_split) & set(SPLITS) else ""
-    with open(args.out, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     print(
         f"{args.out}: {sizes['rows']} transitions of {len(episodes)} episodes{shares}; "
         f"y differs from x in {100 * sizes['changed'] / sizes['rows']:.1f}%; at most "
@@ -239,5 +256,5 @@ def main(parser, make, argv=None):
     )
     for sentence, number in counts.items():
         print(f"{sentence}: {number}")
-    print(f"sha256 {digest}")
+    print(f"sha256 {records.sha256(args.out)}")
     return 0

@@ -24,6 +24,9 @@ Notes:
   6. Blank lines and extra keys are skipped. An episode of one line is refused, unless its id fixes
      its split (cut windows of a longer record may hold one line) or `min_steps=1`. That y of one
      step is x of the next is not required.
+  7. A small file cannot fill the memory: a line has LONGEST bytes at most, and a .gz unpacks to
+     TIMES its size and SPARE bytes at most. A key that comes twice in an object is refused, since
+     one of its values would be lost.
 """
 
 import contextlib
@@ -42,14 +45,30 @@ PRESET = {
     "phase2_steps": 20}
 
 
+LONGEST = 2**28                 # bytes of a line
+TIMES, SPARE = 100, 2**24       # what a .gz may unpack to
+
+
 class BadData(ValueError):
     """The user's data is at fault; str() is one line that says where, what, and what to do."""
 
 
 def fail(message):
     """The user's input is at fault: one line, exit code 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    print("error: " + one_line(message), file=sys.stderr)
     raise SystemExit(2)
+
+
+def one_line(message):
+    """The message on one line, with ? for what a terminal would obey rather than show."""
+    text = " ".join(str(message).split())
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def show_anything():
+    """Standard output shows ? for a character that it cannot encode, and does not fail."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +113,7 @@ def whole_episodes(transitions, path, min_steps=2):
         key, line = (tr.episode, tr.t), tr.source.rpartition(":")[2]
         if key in seen:
             raise BadData(
-                f"{tr.source}: episode {_show(tr.episode)} has t = {tr.t} twice, first on "
+                f"{tr.source}: episode {shown(tr.episode)} has t = {tr.t} twice, first on "
                 f"line {seen[key]}; remove or renumber one of them"
             )
         seen[key] = line
@@ -108,7 +127,7 @@ def whole_episodes(transitions, path, min_steps=2):
     for episode, (n, source) in steps.items():
         if n < min_steps and not episode.startswith(("train-", "dev-", "test-")):
             raise BadData(
-                f"{source}: episode {_show(episode)} has {n} line(s), and at least {min_steps} "
+                f"{source}: episode {shown(episode)} has {n} line(s), and at least {min_steps} "
                 "are needed; add the other steps or remove the episode"
             )
 
@@ -118,8 +137,15 @@ def lines(path):
     line."""
     number = 0
     try:
+        left = room(path)
         with (gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")) as file:
-            for number, raw in enumerate(file, 1):
+            while raw := file.readline(min(left, LONGEST) + 1):
+                number, left = number + 1, left - len(raw)
+                if left < 0:
+                    raise too_large(path)
+                if len(raw) > LONGEST:
+                    raise BadData(f"{path}:{number}: a line of more than {LONGEST} bytes; give one "
+                                  "JSON object a line")
                 yield number, raw
     except FileNotFoundError:
         raise BadData(f"{path}: there is no such file; check the path") from None
@@ -133,20 +159,62 @@ def lines(path):
         raise BadData(f"{path}: cannot read it ({error.strerror}); give a readable file") from None
 
 
+def room(path):
+    """Bytes that may be read of a file."""
+    return unpacked(path) if path.endswith(".gz") else sys.maxsize - 1
+
+
+def unpacked(path):
+    """Bytes to which a packed file may unpack."""
+    return TIMES * os.path.getsize(path) + SPARE
+
+
+def too_large(path):
+    """The BadData of a packed file that may be made to fill the memory."""
+    return BadData(f"{path}: it unpacks to more than {TIMES} times its size; unpack it yourself if "
+                   "you trust it")
+
+
+def from_json(text):
+    """What JSON says, given as text or as bytes of UTF-8. ValueError says in a few words why it
+    says nothing."""
+    try:
+        # -sig: some editors begin a file with a byte-order mark
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        return json.loads(text, object_pairs_hook=once)
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(why_no_json(error)) from None
+
+
+class Twice(ValueError):
+    """A key comes twice in an object."""
+    msg = "a key comes twice in an object"
+
+
+def once(pairs):
+    """The dict of the pairs of an object."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Twice
+    return found
+
+
+def why_no_json(error):
+    """What a decoder of JSON means by a ValueError or RecursionError."""
+    return getattr(error, "msg", "a number too long or brackets too deep")
+
+
 def _parse(raw, source):
     """Transition from the bytes of one line, or BadData."""
     try:
-        # -sig: some editors begin a file with a byte-order mark
-        record = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise BadData(
-            f"{source}: not UTF-8 text; save it as UTF-8, or name it .gz if it is gzip"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "a number too long or brackets too deep")
-        raise BadData(
-            f"{source}: not valid JSON ({reason}); write one JSON object on each line"
-        ) from None
+        record = from_json(raw)
+    except ValueError as error:
+        todo = "write one JSON object on each line"
+        if "UTF-8" in str(error):
+            todo = "save it as UTF-8, or name it .gz if it is gzip"
+        raise BadData(f"{source}: not valid JSON ({error}); {todo}") from None
     return check(record, source)
 
 
@@ -155,7 +223,7 @@ def check(record, source):
     with `source`."""
     if not isinstance(record, dict):
         raise BadData(
-            f'{source}: {_show(record)} is not a JSON object; write {{"episode": .., "t": .., '
+            f'{source}: {shown(record)} is not a JSON object; write {{"episode": .., "t": .., '
             '"x": .., "z": .., "y": ..} on each line'
         )
     for key in ("episode", "t", "x", "y"):
@@ -166,14 +234,14 @@ def check(record, source):
     # type() is int: True is an int to isinstance, and 3.0 is no step number.
     if type(record["t"]) is not int:
         raise BadData(
-            f'{source}: "t" is {_show(record["t"])}; give the step as a whole number, as in 3'
+            f'{source}: "t" is {shown(record["t"])}; give the step as a whole number, as in 3'
         )
     for key in ("episode", "x", "z", "y"):
         if key not in record:  # only z may be absent
             continue
         if not isinstance(record[key], str):
             todo = ", or leave the key out if the action is unknown" if key == "z" else ""
-            raise BadData(f"{source}: \"{key}\" is {_show(record[key])}; give a string{todo}")
+            raise BadData(f"{source}: \"{key}\" is {shown(record[key])}; give a string{todo}")
         if not record[key].strip():
             todo = (
                 "leave the key out if the action is unknown" if key == "z" else "give it some text"
@@ -266,7 +334,7 @@ def split(transitions, seed):
         has_z[tr.episode] = has_z.get(tr.episode, True) and tr.z is not None
         if tr.z is None and tr.episode.startswith(("dev-", "test-")):
             raise BadData(
-                f"{tr.source or 'transitions'}: held-out episode {_show(tr.episode)} has no z at "
+                f"{tr.source or 'transitions'}: held-out episode {shown(tr.episode)} has no z at "
                 f"t = {tr.t}; add the action, or rename the episode to train-.. for state-only use"
             )
     for episode in has_z:  # sorted, as the transitions are
@@ -319,9 +387,12 @@ def _order(transition):
     return transition.episode, transition.t
 
 
-def _show(value):
+def shown(value):
     """A value as JSON on one line, cut to what a message can bear."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = "deep brackets"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
