@@ -7,6 +7,9 @@ Claim: P and Q remain language models, and the same functions serve text and pic
 turns frames (N, H, W, 3) of uint8 into codes (N, side, side), and `decode` turns codes into frames.
 Anything with these two calls can serve a world of frames.
 
+A code is a whole number of at most five digits. What begins with <image> and is not of that form is
+a text.
+
 Departure from the paper: its codes come from a VQ model that was trained on very many pictures
 (Liquid's, 1,024 a picture). `Codebook` is k-means on the patches of the run's own training frames.
 It is exact on them if they hold at most `size` different patches, as in `pixels.py`.
@@ -16,6 +19,7 @@ import re
 import numpy as np
 
 IMAGE, END = "<image>", "</image>"
+CODE = re.compile(r"<c(0|[1-9][0-9]{0,4})>")
 
 
 # ---- Codes and strings ---------------------------------------------------------------------------
@@ -29,7 +33,7 @@ def spell(codes):
 def patches(image):
     """The code tokens of an image's string, row by row: ["<c12>", ..]. None if the string is no
     image."""
-    found = re.findall(r"<c\d+>", image)
+    found = [code[0] for code in CODE.finditer(image)]
     side = round(len(found) ** 0.5)
     return (
         found
@@ -39,7 +43,7 @@ def patches(image):
 
 
 def is_image(state):
-    return state.startswith(IMAGE)
+    return state.startswith(IMAGE) and patches(state) is not None
 
 
 def codes(image):
@@ -151,7 +155,7 @@ def vocabulary(states, size=0):
     if not images:
         return []
     n = max(image.count("<c") for image in images)
-    top = max(int(code) for image in images for code in re.findall(r"<c(\d+)>", image))
+    top = max(int(code) for image in images for code in CODE.findall(image))
     return [
         IMAGE,
         END,

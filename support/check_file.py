@@ -7,8 +7,8 @@ Notes:
   1. Texts are read one transition at a time. Kept are a hash of each state, each distinct action
      and the longest state. The time is linear in the file's length. Where states are too long, the
      file is read again, to see what --max-state would hide.
-  2. For a pair of many lines the diff is estimated from the lines that only x or only y has. A line
-     that moved then counts as unchanged.
+  2. For a pair of many lines, or of many equal ones, the diff is estimated from the lines that only
+     x or only y has. A line that moved then counts as unchanged.
   3. Tokens are those of the tiny model. Another model has its own, and its own context.
 """
 import collections
@@ -30,7 +30,7 @@ MEASURED = [
     (985, "ScienceWorld", "14.5"),
 ]
 
-MANY = 250_000                  # products of lines beyond which note 2 holds
+MANY, EQUAL = 250_000, 50_000   # work of an exact diff beyond which note 2 holds
 STEP = 50                       # --max-state is a multiple of it
 
 spell = encode.__wrapped__      # not cached: the states of a file may be larger than memory
@@ -78,6 +78,7 @@ class Found:
     actions: collections.Counter = table()                 # z -> transitions
     kinds: collections.Counter = table()                   # form of a state -> states
     longest: str = ""                                      # the state of most tokens
+    size: int = 0                                          # its tokens
     steepest: float = 0.0                                  # most lines a token, of long states
     lost: int = 0                                          # states that the tokenizer changes
     changed: int = 0                                       # transitions with y != x
@@ -106,20 +107,21 @@ def count(path, tok):
 
 def add_state(found, tok, state):
     """Count a state that is new."""
-    kind = form(state)
-    if kind == "images":
-        tok.add_tokens(images.vocabulary([state]))
-    line = frame(tok).line
-    ids = spell(tok, line + state)
+    kind, line = form(state), frame(tok).line
+    if kind == "images":                                   # a token a code, and two marks
+        size = len(spell(tok, line)) + len(images.patches(state)) + 2
+    else:
+        ids = spell(tok, line + state)
+        size = len(ids)
+        found.lost += tok.decode(ids).removeprefix(line) != state
     lines = 1 + state.count("\n")
-    if len(ids) > max(found.tokens, default=0):
-        found.longest = state
-    if len(ids) > 10 * STEP:
-        found.steepest = max(found.steepest, lines / len(ids))
+    if size > found.size:
+        found.longest, found.size = state, size
+    if size > 10 * STEP:
+        found.steepest = max(found.steepest, lines / size)
     found.kinds[kind] += 1
     found.lines[lines] += 1
-    found.tokens[len(ids)] += 1
-    found.lost += tok.decode(ids).removeprefix(line) != state
+    found.tokens[size] += 1
 
 
 def form(state):
@@ -137,11 +139,13 @@ def form(state):
 
 def diff_is_short(x, y):
     """`loading.diff_is_short`; by note 2 for many lines."""
-    if x.count("\n") * y.count("\n") < MANY:
-        return loading.diff_is_short(x, y)
     before, after = (collections.Counter(state.split("\n")) for state in (x, y))
-    shown = (before - after).total() + (after - before).total()
-    return 2 * shown < before.total() + after.total()
+    same = (before & after).total()
+    lines = before.total() + after.total()
+    equal = sum(n * after[line] for line, n in before.items())     # pairs of equal lines
+    if before.total() * after.total() < MANY and (equal - same) * lines < EQUAL:
+        return loading.diff_is_short(x, y)
+    return 2 * (lines - 2 * same) < lines
 
 
 # --- the lines ------------------------------------------------------------------------------------
@@ -190,11 +194,11 @@ def about_states(found):
 
 def about_context(net, tok, path, found, view):
     """(what to print, --max-state to give or 0)."""
-    limit, size = pretrained.context(net), max(found.tokens)
+    limit = pretrained.context(net)
     z = 8
     if found.actions:
         z += max(len(spell(tok, " " + action)) for action in found.actions)
-    needed = room(tok, found.longest, size, z, view)
+    needed = room(tok, found.longest, found.size, z, view)
     text = f"context: the longest x, z and y take {needed:,} of {limit:,} tokens"
     if needed <= limit:
         return f"{text}: they fit", 0
