@@ -17,6 +17,10 @@ Notes:
      or is a miss; a line without a hash is taken at its word.
   3. Brackets are found in linear time, and literal_eval, which can exhaust the stack, reads at most
      2,000 characters.
+  4. A judge may think aloud between <think> and </think>. Only what follows its thoughts counts,
+     and thoughts without an end are a miss. --released reads the thoughts, too.
+  5. A model that refuses `max_tokens` is asked again with `max_completion_tokens`, one that refuses
+     a temperature without any. Any other refusal before the first answer ends the command.
 """
 import ast
 import base64
@@ -27,9 +31,11 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 
 from envs import records
 from envs.official import need
@@ -38,7 +44,8 @@ from envs.records import BadData, fail
 # What a request or its reply can raise
 BROKEN = (
     OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError)
-
+LONGEST = 2**22                 # bytes of an answer that are read
+THOUGHTS = re.compile(r"[<◁](/?)(?:think|thinking|thought|reasoning)[>▷]", re.IGNORECASE)
 
 
 def question(asked, images, system=None, jpeg=False, detail=None):
@@ -61,12 +68,12 @@ class OpenAIJudge:
     """messages -> text by a model behind any OpenAI-compatible endpoint (OPENAI_API_KEY,
     OPENAI_BASE_URL), at temperature 0.
 
-    BadData if it does not answer this question. A key, an address or a model that is refused before
-    any answer ends the command.
+    BadData if it does not answer this question. A refusal before any answer ends the command.
     """
 
     def __init__(self, model, max_tokens=256, wait=1.0):
-        self.name, self.max_tokens, self.wait, self.answered = model, max_tokens, wait, False
+        self.name, self.wait, self.answered = model, wait, False
+        self.how = {"temperature": 0, "max_tokens": max_tokens}
         self.base, self.key = os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY")
         if not self.key and not self.base:
             raise BadData(
@@ -76,9 +83,6 @@ class OpenAIJudge:
         self.base = (self.base or "https://api.openai.com/v1").rstrip("/")
 
     def __call__(self, messages):
-        body = {
-            "model": self.name, "messages": messages, "temperature": 0,
-            "max_tokens": self.max_tokens}
         header = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {self.key}"} if self.key else {}
         )
@@ -86,17 +90,23 @@ class OpenAIJudge:
             time.sleep(self.wait * (2 ** attempt - 1))
             fatal = True
             try:
+                body = {"model": self.name, "messages": messages} | self.how
                 request = urllib.request.Request(
                     self.base + "/chat/completions", json.dumps(body).encode(), header
                 )
                 with urllib.request.urlopen(request, timeout=120) as answer:
-                    reply = json.loads(answer.read())["choices"][0]["message"]["content"]
+                    answer = json.loads(answer.read(LONGEST))
+                reply = answer["choices"][0]["message"]["content"]
                 self.answered = True
                 # a refusal has no content
                 return reply if isinstance(reply, str) else ""
             except urllib.error.HTTPError as error:
-                why, fatal = f"HTTP {error.code}", error.code in (401, 403, 404)
+                said = self.words(error)
+                why, fatal = f"HTTP {error.code}: {said}", False
+                if error.code in (400, 422) and self.adapt(said):
+                    continue
                 if error.code < 500 and error.code not in (408, 409, 429):
+                    fatal = True
                     break
             except BROKEN as error:
                 # not its text, which can hold the key
@@ -107,6 +117,29 @@ class OpenAIJudge:
                 "OPENAI_API_KEY and the model"
             )
         raise BadData(f"{self.name} does not answer ({why})")
+
+    def words(self, error):
+        """What the server said with an error, without the key."""
+        said = str(error.reason)
+        try:
+            said = error.read(LONGEST).decode("utf-8", "replace") or said
+            said = str(json.loads(said)["error"]["message"])
+        except BROKEN:
+            pass
+        said = said.replace(self.key, "***") if self.key else said
+        return records.one_line(said)[:300]
+
+    def adapt(self, said):
+        """Note 5: change how the judge is asked; whether that may help."""
+        if "max_tokens" in said and "max_tokens" in self.how:
+            self.how["max_completion_tokens"] = self.how.pop("max_tokens")
+        elif "temperature" in said and "temperature" in self.how:
+            del self.how["temperature"]
+            print(f"warning: {self.name} takes no temperature; it is asked without one",
+                  file=sys.stderr)
+        else:
+            return False
+        return True
 
 
 class Recorded:
@@ -123,10 +156,10 @@ class Recorded:
         models, raw = set(), b"\n"
         for number, raw in records.lines(file) if judge is None or os.path.exists(file) else ():
             try:
-                row = json.loads(raw)
+                row = records.from_json(raw)
                 self.replies[need(row, "id", str, file)] = (
                     need(row, "reply", str, file), row.get("asked"))
-                models.add(str(row.get("model") or "unnamed"))
+                models.add(records.one_line(row.get("model") or "unnamed"))
             # BadData is a ValueError
             except (ValueError, RecursionError):
                 self.misses += (
@@ -197,6 +230,14 @@ def from_args(args, max_tokens):
 # ---- Parsers of replies --------------------------------------------------------------------------
 
 
+def without_thoughts(reply, released):
+    """The reply behind its thoughts, by note 4; "" if these have no end."""
+    marks = [] if released else list(THOUGHTS.finditer(reply))
+    if not marks:
+        return reply
+    return reply[marks[-1].end():] if marks[-1][1] else ""
+
+
 def _score(value, top, released):
     """float(value) if it is a number in [0, top], else None; released: note 1."""
     if isinstance(value, bool) and not released or not isinstance(value, (int, float)):
@@ -211,14 +252,15 @@ def _score(value, top, released):
 def _object(reply, start, end):
     """The JSON object in reply[start:end + 1], or {}."""
     try:
-        return json.loads(reply[start:end + 1]) if -1 < start < end else {}
-    except (ValueError, RecursionError):
+        return records.from_json(reply[start:end + 1]) if -1 < start < end else {}
+    except ValueError:
         return {}
 
 
 def aurora_scores(reply, released=False):
     """(success, overediting), each in [0, 10], of the first [...] of a reply; None if it holds no
     such two numbers."""
+    reply = without_thoughts(reply, released)
     for part in reply.split("\n") if released else [reply]:
         start = part.find("[")
         end = part.find("]", start)
@@ -228,11 +270,10 @@ def aurora_scores(reply, released=False):
         return None
     if released:
         try:
-            items = [
-                int(x)
-                for x in ast.literal_eval(part[start : end + 1][:2000])
-                if isinstance(x, (int, float))
-            ]
+            with warnings.catch_warnings():                # of odd syntax
+                warnings.simplefilter("ignore")
+                found = ast.literal_eval(part[start:end + 1][:2000])
+            items = [int(x) for x in found if isinstance(x, (int, float))]
         except (SyntaxError, ValueError, TypeError, OverflowError, MemoryError, RecursionError):
             return None
     else:
@@ -240,7 +281,7 @@ def aurora_scores(reply, released=False):
         items = [
             float(x)
             for x in items[:2]
-            if re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)\s*", x, re.ASCII)
+            if re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)", x.strip(), re.ASCII)
         ]
     scores = [_score(x, 10, released) for x in items[:2]]
     return None if len(scores) < 2 or None in scores else tuple(scores)
@@ -249,6 +290,7 @@ def aurora_scores(reply, released=False):
 def bytemorph_score(reply, released=False):
     """The number under "Score", in [0, 100], of the first {...} of a reply, which ends at its first
     }; or None."""
+    reply = without_thoughts(reply, released)
     start = reply.find("{")
     return _score(_object(reply, start, reply.find("}", start)).get("Score"), 100, released)
 
@@ -256,6 +298,7 @@ def bytemorph_score(reply, released=False):
 def worldprediction_score(reply, released=False):
     """The number under "score", in [0, 10], of what stands between a reply's first { and its last
     }; or None."""
+    reply = without_thoughts(reply, released)
     value = _object(reply, reply.find("{"), reply.rfind("}")).get("score")
     if released and isinstance(value, str):
         try:
