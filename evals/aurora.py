@@ -78,9 +78,9 @@ class Pair(typing.NamedTuple):
 # ---- Read ----------------------------------------------------------------------------------------
 
 
-def read(path, root=None, tasks=TASKS):
-    """Yields an Item, or a Missing, for each row of test.json that belongs to `tasks` (None:
-    all)."""
+def read(path, root=None, tasks=TASKS, anywhere=False):
+    """Yields an Item, or a Missing, for each row of test.json that belongs to `tasks` (None: all).
+    anywhere: see `visual.inside`."""
     broken, root = [], root or os.path.dirname(path)
     for n, place, row in official.rows(path, broken):
         groups = ()
@@ -88,15 +88,13 @@ def read(path, root=None, tasks=TASKS):
             groups = (visual.text(row, "task", place).lower().replace("/", "-"),)
             if tasks and groups[0] not in tasks:
                 continue
-            target = (
-                os.path.join(root, visual.text(row, "output", place))
-                if row.get("output") is not None
-                else None
-            )
+            source, target = visual.text(row, "input", place), None
+            if row.get("output") is not None:
+                target = visual.inside(root, visual.text(row, "output", place), anywhere)
             yield Item(
                 f"aurora_{n - 1:05d}",
                 groups,
-                os.path.join(root, visual.text(row, "input", place)),
+                visual.inside(root, source, anywhere),
                 target,
                 visual.text(row, "instruction", place),
             )
@@ -110,9 +108,9 @@ def image_path(generated, item):
     return Path(generated, "fullset", item.groups[0], f"{item.id}.png")
 
 
-def read_disc_edit(path, task, root=None):
-    """Yields a Pair, or a Missing, for each row of a DiscEdit file that is not left out (note
-    3)."""
+def read_disc_edit(path, task, root=None, anywhere=False):
+    """Yields a Pair, or a Missing, for each row of a DiscEdit file that is not left out (note 3).
+    anywhere: see `visual.inside`."""
     broken, root = [], root or os.path.dirname(path)
     for n, place, row in official.rows(path, broken):
         try:
@@ -128,13 +126,9 @@ def read_disc_edit(path, task, root=None):
             )
             if pos == neg or not (pos and neg):
                 raise BadData(f"{place}: pos and neg are the same prompt, or one is empty")
-            yield Pair(
-                f"{n - 1:05d}",
-                (task,),
-                os.path.join(root, given.get("input") or visual.text(row, "image", place)),
-                pos,
-                neg,
-            )
+            source = given.get("input") or visual.text(row, "image", place)
+            source = visual.inside(root, source, anywhere)
+            yield Pair(f"{n - 1:05d}", (task,), source, pos, neg)
         except BadData as error:
             yield Missing(str(error), (task,))
     yield from (Missing(why, (task,)) for why in broken)
@@ -179,7 +173,8 @@ def judged(ask, id, instruction, source, edited, released=False):
 def work(args, embedder, ask):
     """What visual.run needs for test.json."""
     def score(item):
-        edited, source = read_image(image_path(args.generated, item)), read_image(item.source)
+        edited = visual.inside(args.generated, image_path("", item), args.anywhere)
+        edited, source = read_image(edited), read_image(item.source)
         g, s, *t = embedder.images(
             [edited, source] + ([read_image(item.target)] if item.target else [])
         )
@@ -201,7 +196,8 @@ def work(args, embedder, ask):
         )
 
     about = {"tasks": " ".join(args.tasks)}
-    items = read(args.data, args.root, None if "all" in args.tasks else args.tasks)
+    tasks = None if "all" in args.tasks else args.tasks
+    items = read(args.data, args.root, tasks, args.anywhere)
     return about, items, score, COLUMNS | (JUDGED if ask else {}), None
 
 
@@ -212,7 +208,7 @@ def work_disc_edit(args, embedder, ask):
             task, equals, path = name.partition("=")
             if not equals or os.path.exists(name):
                 task, path = Path(name).absolute().parent.name, name
-            for pair in read_disc_edit(path, task, args.root):
+            for pair in read_disc_edit(path, task, args.root, args.anywhere):
                 samples = (
                     (pair._replace(id=f"{pair.id}/{i}") for i in range(args.samples))
                     if isinstance(pair, Pair)

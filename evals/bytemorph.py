@@ -33,14 +33,13 @@ Notes:
 """
 
 import functools
-import json
 import os
 import re
 import sys
 import typing
 from pathlib import Path
 
-from envs import official
+from envs import official, records
 from envs.records import BadData
 from evals import judge, visual
 from evals.visual import Missing, Row, cosine, read_image
@@ -73,9 +72,9 @@ class Item(typing.NamedTuple):
 # ---- Read ----------------------------------------------------------------------------------------
 
 
-def read(path):
+def read(path, anywhere=False):
     """Yields an Item, or a Missing, for each row of BM-Bench in layout sw: a file, or the folder
-    that holds it."""
+    that holds it. anywhere: see `visual.inside`."""
     files = [path]
     if os.path.isdir(path):
         found = (
@@ -97,7 +96,7 @@ def read(path):
             try:
                 groups = (visual.text(row, "edit_type", place).replace("/", "-"),)
                 known = lambda key: visual.text(row, key, place).strip() if row.get(key) else ""
-                image = lambda key: _image(row, key, os.path.dirname(file), place)
+                image = lambda key: _image(row, key, os.path.dirname(file), place, anywhere)
                 z = known("edit_prompt_rewrite_instruction") or known("edit_prompt")
                 if not z:
                     raise BadData(f"{place}: no edit_prompt_rewrite_instruction and no edit_prompt")
@@ -120,29 +119,33 @@ def _parquet(path):
         ) from None
     n = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=8):
+        file = pyarrow.parquet.ParquetFile(path)
+        groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+        if max((group.total_byte_size for group in groups), default=0) > records.unpacked(path):
+            raise records.too_large(path)
+        for batch in file.iter_batches(batch_size=8):
             for row in batch.to_pylist():
                 n += 1
                 yield n, f"{path}, row {n}", row
     except FileNotFoundError:
         raise BadData(f"{path}: there is no such file; check the path") from None
+    except BadData:
+        raise
     except Exception as error:  # whatever a damaged file makes pyarrow raise
         raise BadData(
             f"{path}: no whole parquet file ({str(error).partition(chr(10))[0]}); download it again"
         ) from None
 
 
-def _image(row, key, folder, place):
+def _image(row, key, folder, place, anywhere):
     """A path, or the bytes of an image file, of what stands in a row: a path, bytes, or {"bytes",
     "path"} as the Hub writes it."""
     value = row.get(key)
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    return (
-        value
-        if isinstance(value, bytes)
-        else os.path.join(folder, visual.text({key: value}, key, place))
-    )
+    if isinstance(value, bytes):
+        return value
+    return visual.inside(folder, visual.text({key: value}, key, place), anywhere)
 
 
 def read_side_by_side(data):
@@ -152,8 +155,8 @@ def read_side_by_side(data):
         groups, sidecar = (file.parent.name,), file.with_suffix(".json")
         try:
             try:
-                row = json.loads(sidecar.read_bytes())
-            except (OSError, ValueError, RecursionError):
+                row = records.from_json(sidecar.read_bytes())
+            except (OSError, ValueError):
                 raise BadData(f"{sidecar}: is not there, or no JSON") from None
             known = lambda key: (
                 visual.text(row, key, sidecar)
@@ -220,9 +223,9 @@ def judged(ask, id, instruction, source, edited, released=False):
 def work(args, embedder, ask):
     """What visual.run needs."""
     def score(item):
-        edited, source = (
-            read_image(image_path(args.generated, item, args.layout, args.released)),
-            read_image(item.source))
+        edited = image_path("", item, args.layout, args.released)
+        edited = read_image(visual.inside(args.generated, edited, args.anywhere))
+        source = read_image(item.source)
         target, at_t = read_image(item.target) if item.target else None, []
         if args.layout == "bm":
             (source, edited), (true_source, target) = halves(edited), halves(source)
@@ -251,7 +254,8 @@ def work(args, embedder, ask):
             ),
         )
 
-    items = read_side_by_side(args.data) if args.layout == "bm" else read(args.data)
+    side_by_side = args.layout == "bm"
+    items = read_side_by_side(args.data) if side_by_side else read(args.data, args.anywhere)
     return (
         {"layout": args.layout},
         items,

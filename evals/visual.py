@@ -18,20 +18,31 @@ Notes:
   3. The two preprocessings are no variants of one another: centre crop (AURORA, WorldPrediction)
      loses the margins, stretching (ByteMorph) the aspect ratio, and torch's bicubic without
      antialias is not Pillow's.
+  4. An image keeps its pixels as they are stored: the rotation that its EXIF asks for is not made,
+     as in the released scripts. 16-bit greys become 8-bit ones.
+  5. Paths that a file names stay inside its folder, or inside --root, --frames and --generated: an
+     image may go to a judge. --anywhere lets them out. Links on the disk are followed.
+  6. An image that unpacks to more than MOST pixels, and to more than TIMES its bytes, is refused.
 """
 import argparse
 import io
+import os
 import sys
 import typing
+import warnings
+from collections import Counter
 from logging import getLogger
 
 import numpy as np
 
+from envs import records
 from envs.official import need
 from envs.records import BadData, fail
 from evals import common, judge
 
 VIT_B_32 = "openai/clip-vit-base-patch32"
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MOST, TIMES = 2**24, 10         # pixels; pixels a byte
 # CLIP's, of red, green, blue
 MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
@@ -73,16 +84,48 @@ def read_image(source):
         ) from None
     name = "an image of the table" if isinstance(source, bytes) else source
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-            image = np.asarray(file.convert("RGB"))
+        size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source,
+                              formats=FORMATS)
+            with file:
+                if file.width * file.height > max(MOST, TIMES * size):
+                    raise BadData(f"{name}: {file.width} x {file.height} pixels from {size} bytes")
+                image = in_8_bit(file)
     except FileNotFoundError:
         raise BadData(f"{name}: there is no such image") from None
+    except BadData:
+        raise
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise BadData(f"{name}: no readable image ({type(error).__name__})") from None
     # its short side at 224 would fill the memory
     if max(image.shape[:2]) > 64 * min(image.shape[:2]):
         raise BadData(f"{name}: a strip of {image.shape[1]} x {image.shape[0]} pixels, no picture")
     return image
+
+
+def in_8_bit(file):
+    """(H, W, 3) uint8 of an opened image."""
+    if not file.mode.startswith("I"):
+        return np.asarray(file.convert("RGB"))
+    # 16 bits a pixel: Pillow would make all greys above 255 white
+    grey = np.asarray(file) // 257
+    return np.stack([grey.clip(0, 255).astype(np.uint8)] * 3, axis=-1)
+
+
+def inside(root, name, anywhere=False):
+    """The path of `name` from the folder root; BadData if it leads out of it, unless `anywhere`."""
+    path = os.path.join(root, name)
+    if not anywhere and leads_out(root, name):
+        raise BadData(f"{path}: leads out of its folder; give --anywhere if you trust the file")
+    return path
+
+
+def leads_out(root, name):
+    """Whether the path `name`, from the folder root, is outside of it."""
+    top, path = os.path.abspath(root), os.path.abspath(os.path.join(root, name))
+    return os.path.commonpath([top, path]) != top
 
 
 def resize(image, width, height, kernel):
@@ -152,6 +195,7 @@ class CLIP:
             model.config.vision_config.image_size,
             model.config.text_config.max_position_embeddings)
         self.name = f"CLIP {name}, {'centre crop' if fit == 'crop' else 'stretched'}"
+        self.cut = set()                                   # texts that are longer
 
     def images(self, images):
         import torch
@@ -164,10 +208,11 @@ class CLIP:
         )
 
     def texts(self, texts):
-        ids = (
+        ids = [
             self.tokenizer(t, truncation=True, max_length=self.longest, return_tensors="pt")
             for t in texts
-        )
+        ]
+        self.cut |= {t for t in texts if len(self.tokenizer(t)["input_ids"]) > self.longest}
         return self._rows(
             self.model.text_model,
             self.model.text_projection,
@@ -190,6 +235,7 @@ class Pixels:
     """The picture itself, 32 x 32. Its cosines are high between any two pictures; compare them
     with those of the copy of x."""
     name = "pixels, 32 x 32"
+    cut = ()
 
     def images(self, images):
         rows = np.stack(
@@ -244,6 +290,11 @@ def parser(doc):
         help="do not judge the copy of x, which doubles the questions",
     )
     p.add_argument(
+        "--anywhere",
+        action="store_true",
+        help="let the paths that a file names lead out of its folder",
+    )
+    p.add_argument(
         "--released",
         action="store_true",
         help="with the quirks of the released scripts; see the notes",
@@ -265,6 +316,7 @@ def run(benchmark, args, work, fit="crop", max_tokens=256, rounded=()):
     of the table. groups: {name: whether it is printed}, or None: in order of appearance. rounded:
     columns whose means of groups are rounded to the table's decimals in the JSON, too.
     """
+    records.show_anything()
     try:
         common.check_json(args.json)
         ask = judge.from_args(args, max_tokens)
@@ -284,20 +336,25 @@ def run(benchmark, args, work, fit="crop", max_tokens=256, rounded=()):
         for what, lines in misses.items():
             if lines:
                 print(
-                    f"warning: {len(lines)} {what}; the first: {' '.join(lines[0].split())}",
+                    f"warning: {len(lines)} {what}; the first: {records.one_line(lines[0])}",
                     file=sys.stderr,
                 )
+        if embedder and embedder.cut:
+            print(f"warning: {len(embedder.cut)} texts are longer than the {embedder.longest} "
+                  "tokens that CLIP reads, and are cut", file=sys.stderr)
         about = {
             "embedder": embedder.name if embedder else None,
             "judge": ask.name if ask else None,
+            "texts_cut": len(embedder.cut) if embedder else 0,
             "released": args.released,
             **about,
         }
         names = list(rows[0].model)
-        scores = {
-            g: summary(names, *([i for i in items if g in i.groups] for items in (rows, missing)))
-            for g in groups
-        }
+        of_group, n_missing = {}, Counter(g for item in missing for g in item.groups)
+        for row in rows:
+            for g in row.groups:
+                of_group.setdefault(g, []).append(row)
+        scores = {g: summary(names, of_group.get(g, []), n_missing[g]) for g in groups}
         for means, c in (
             (row[side], c)
             for row in scores.values()
@@ -305,7 +362,7 @@ def run(benchmark, args, work, fit="crop", max_tokens=256, rounded=()):
             for c in rounded
         ):
             means[c] = None if means[c] is None else round(means[c], columns[c][1])
-        scores["all"] = summary(names, rows, missing)
+        scores["all"] = summary(names, rows, len(missing))
         print(
             f"{benchmark}: "
             + "; ".join(f"{k}: {'no' if v is None or v is False else v}" for k, v in about.items())
@@ -348,13 +405,13 @@ def each(items, score):
     return rows, missing
 
 
-def summary(names, rows, missing):
+def summary(names, rows, n_missing):
     """{"n", "n_missing", "model", "se", "counts", "copy_x", "copy_se", "copy_counts"} of a group.
 
     model, copy_x: {name: plain mean over the rows that have this number, or None}; se, copy_se: its
     standard error, of a share sqrt(p (1 - p) / n); counts, copy_counts: how many rows have it.
     """
-    result = {"n": len(rows), "n_missing": len(missing)}
+    result = {"n": len(rows), "n_missing": n_missing}
     for side, se, counts, dicts in (("model", "se", "counts", [r.model for r in rows]),
                                     ("copy_x", "copy_se", "copy_counts", [r.copy for r in rows])):
         told = {name: np.array([d[name] for d in dicts if d[name] is not None]) for name in names}

@@ -16,8 +16,8 @@ or the samples in a list or one flat object. OUT/UID/metadata.json holds "candid
 "generated_paths"}]; a path that is not there is looked for at OUT/UID/candidate_%02d/step_%02d.png
 (steps from 1).
 
-A frame is the path under its segment_uid in --frame-map (JSON), else frames/ or images/ in
---frames, UID.png, .jpg or .jpeg, where "|" stays, or is _ or /. Cut frames out of videos
+A frame is the path under its segment_uid in --frame-map (JSON; from --frames), else frames/ or
+images/ in --frames, UID.png, .jpg or .jpeg, where "|" stays, or is _ or /. Cut frames out of videos
 beforehand (the released code takes the middle of a segment).
 
 Notes:
@@ -35,12 +35,12 @@ Notes:
 """
 import functools
 import itertools
-import json
 import os
 import sys
 import typing
 from pathlib import Path
 
+from envs import records
 from envs.official import need
 from envs.records import BadData
 from evals import judge, visual
@@ -75,11 +75,11 @@ class Step(typing.NamedTuple):
 def load(path):
     """What a JSON file holds; BadData if it is not there or broken."""
     try:
-        return json.loads(Path(path).read_bytes())
+        return records.from_json(Path(path).read_bytes())
     except OSError as error:
         raise BadData(f"{path}: cannot read it ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise BadData(f"{path}: not valid JSON") from None
+    except ValueError as error:
+        raise BadData(f"{path}: not valid JSON ({error})") from None
 
 
 def read(path, base=None, released=False):
@@ -138,8 +138,8 @@ def _sample(dataset, uid, row, base, released, place):
         return Missing(str(error), groups)
 
 
-def frame(root, frame_map, uid):
-    """The path of a frame, or None."""
+def frame(root, frame_map, uid, anywhere=False):
+    """The path of a frame, or None. anywhere: see `visual.inside`."""
     names = [
         os.path.join(folder, name + ending)
         for folder in ("frames", "images")
@@ -147,14 +147,16 @@ def frame(root, frame_map, uid):
         for name in (uid, uid.replace("|", "_"), uid.replace("|", os.sep))
     ]
     mapped = frame_map.get(uid)
-    paths = (os.path.join(root, name) for name in [mapped] * isinstance(mapped, str) + names)
+    names = [mapped] * isinstance(mapped, str) + names
+    paths = (os.path.join(root, name) for name in names
+             if anywhere or not visual.leads_out(root, name))
     return next(filter(os.path.isfile, paths), None)
 
 
-def generated_paths(folder, sample):
+def generated_paths(root, sample, anywhere=False):
     """[path of the image after each action of the true plan] that a rollout's metadata.json tells,
-    or that its place tells."""
-    folder = os.path.join(folder, sample.uid)
+    or that its place tells. anywhere: see `visual.inside`."""
+    folder = visual.inside(root, sample.uid, anywhere)
     place = os.path.join(folder, "metadata.json")
     for position, entry in enumerate(need(load(place), "candidates", list, place)):
         if isinstance(entry, dict) and entry.get("index", position) == sample.truth:
@@ -164,37 +166,47 @@ def generated_paths(folder, sample):
                 for k in range(len(sample.labels))
             ]
             return [
-                t if isinstance(t, str) and os.path.isfile(t) else h
+                t if isinstance(t, str) and is_there(t, root, anywhere) else h
                 for t, h in itertools.zip_longest(told, here)
             ]
     raise BadData(f"{place}: no candidate has the index {sample.truth}")
 
 
-def steps(sample, folder, root, frame_map, mode):
+def is_there(path, root, anywhere):
+    """Whether a path that a rollout tells is a file, and one in the folder root."""
+    path = os.path.abspath(path)
+    return os.path.isfile(path) and (anywhere or not visual.leads_out(root, path))
+
+
+def steps(sample, folder, root, frame_map, mode, anywhere=False):
     """Yields a Step, a Missing, or None where there is no reference by the rules of `mode`, for
     each action of the true plan."""
     try:
-        paths = generated_paths(folder, sample)
+        paths = generated_paths(folder, sample, anywhere)
     except BadData as error:
         paths = error
+
+    def picture(uid):
+        return frame(root, frame_map, uid, anywhere)
+
     for k in range(len(sample.labels)):
         turn, id = f"T={k + 1}", f"{sample.dataset}/{sample.uid}/step_{k + 1:02d}"
         groups, shifted = (
             (turn, sample.dataset, f"{sample.dataset}, {turn}"), k + (mode == "aligned"))
         reference = (
-            frame(root, frame_map, f"{sample.segments[k]}@end")
+            picture(f"{sample.segments[k]}@end")
             if mode == "aligned" and k < len(sample.segments)
             else None
         )
         if reference is None and shifted >= len(sample.segments):
             yield None
             continue
-        reference = reference or frame(root, frame_map, sample.segments[shifted])
+        reference = reference or picture(sample.segments[shifted])
         if isinstance(paths, BadData) or reference is None:
             yield Missing(
                 str(paths)
                 if isinstance(paths, BadData)
-                else f"{id}: no frame of {sample.segments[shifted]}",
+                else f"{id}: no frame of {sample.segments[shifted]} in {root}",
                 groups,
             )
         else:
@@ -205,7 +217,7 @@ def steps(sample, folder, root, frame_map, mode):
                 k,
                 paths[k],
                 reference,
-                frame(root, frame_map, sample.segments[0]),
+                picture(sample.segments[0]),
             )
 
 
@@ -260,7 +272,7 @@ def work(args, embedder, ask):
             for item in (
                 [sample]
                 if isinstance(sample, Missing)
-                else steps(sample, args.generated, args.frames, frame_map, mode)
+                else steps(sample, args.generated, args.frames, frame_map, mode, args.anywhere)
             ):
                 if item is None:
                     about["steps without reference"] += 1
