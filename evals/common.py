@@ -18,7 +18,8 @@ SPLIT=FILE puts a whole file into a split; a file that is named after a split of
 Notes:
   1. A row is missing if it is no JSON, lacks a text, or has no line across in the other file. A
      text may be empty: that is an answer. Missing rows are counted by split where their split is
-     known. A blank line of --pairs is no row.
+     known. A blank line of --pairs is no row. Pairs that differ only in blanks at the ends, and
+     references in which ROUGE-L finds no token, are scored, and their number is printed.
   2. x of LLaMA-Factory's rows is not taken from "prompt": that holds instructions and z as well.
   3. copy-x and changed-only need an x in every scored pair of a split; else they are null. Presets
      are never mixed: a report has one, and names it, as it names the encoder, the layer and the
@@ -30,8 +31,10 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import typing
+from collections import Counter
 from pathlib import Path
 
 from envs import records
@@ -122,11 +125,11 @@ def read_zipped(predictions, references, split=None):
 
 def _json(raw):
     try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text; save it as UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ValueError("not valid JSON; write one JSON value on each line") from None
+        return records.from_json(raw)
+    except ValueError as error:
+        raise ValueError(
+            f"not valid JSON ({error}); write one JSON value on each line, in UTF-8"
+        ) from None
 
 
 def _text(row, key):
@@ -135,7 +138,7 @@ def _text(row, key):
     if name is None:
         raise ValueError(f"the key \"{key}\" is missing; give it a string")
     if not isinstance(row[name], str):
-        raise ValueError(f"\"{name}\" is {json.dumps(row[name])[:60]}; give a string")
+        raise ValueError(f"\"{name}\" is {records.shown(row[name])}; give a string")
     try:
         row[name].encode("utf-8")
     except UnicodeEncodeError:
@@ -159,10 +162,8 @@ def predict_run(folder, splits=()):
             "(--eval-size)",
             file=sys.stderr,
         )
-    groups = [
-        next((s for s in splits if episodes.get(row, "").startswith(f"test-{s}-")), None)
-        for row in run.uncut
-    ]
+    # test-SPLIT-.., where SPLIT is the name of a file
+    groups = [split_of(episodes.get(row, "--").split("-")[1], splits) for row in run.uncut]
     xs, zs, ys = map(list, zip(*run.test))
     return [
         Pair(y_hat, y, x, group)
@@ -233,19 +234,16 @@ def score(pairs, missing, columns, splits=(), average=False):
             "copy_x_changed": mean(copies, changed),
         }
 
-    found = {p.split for p in pairs} | {m.split for m in missing}
+    members, absent = {}, Counter(m.split for m in missing)
+    for i, p in enumerate(pairs):
+        members.setdefault(p.split, []).append(i)
+    found = {*members, *absent}
     order = [s for s in splits if s in found] + sorted(
         s for s in found - set(splits) if s is not None
     )
-    groups = {
-        s: row([i for i, p in enumerate(pairs) if p.split == s], sum(m.split == s for m in missing))
-        for s in order
-    }
+    groups = {s: row(members.get(s, []), absent[s]) for s in order}
     if order and None in found:
-        groups["no split"] = row(
-            [i for i, p in enumerate(pairs) if p.split is None],
-            sum(m.split is None for m in missing),
-        )
+        groups["no split"] = row(members.get(None, []), absent[None])
     whole = row(range(len(pairs)), len(missing))
     scored = [groups[s] for s in order if s in splits and groups[s]["n"]]
     if not (average and scored):
@@ -388,8 +386,14 @@ def _split(name, splits):
         if splits and split not in splits:
             fail(f"{name}: no split is called {split}; give one of {', '.join(splits)}")
         return split, path
-    stem = Path(name).name.split(".")[0]
-    return stem if stem in splits else None, name
+    return split_of(Path(name).name.split(".")[0], splits), name
+
+
+def split_of(name, splits):
+    """The split that a file's name tells: itself, or what stands before a number (test_task_0);
+    None without one."""
+    name = re.sub(r"_[0-9]+$", "", name) if name not in splits else name
+    return name if name in splits else None
 
 
 def report(benchmark, args, columns, about, splits=(), average=False):
@@ -398,6 +402,7 @@ def report(benchmark, args, columns, about, splits=(), average=False):
 
     columns: {name: Column}. about: {name: what the numbers depend on}, part of the JSON.
     """
+    records.show_anything()
     try:
         check_json(args.json)
         if args.stemmer:
@@ -411,9 +416,13 @@ def report(benchmark, args, columns, about, splits=(), average=False):
             print(
                 f"warning: {len(missing)} of {len(pairs) + len(missing)} rows are missing or "
                 "broken and not scored; the "
-                f"first: {missing[0].why}",
+                f"first: {records.one_line(missing[0].why)}",
                 file=sys.stderr,
             )
+        odd = oddities(pairs)
+        for number, what in zip(odd.values(), ODD):
+            if number:
+                print(f"warning: {number} of {len(pairs)} {what}", file=sys.stderr)
         groups = score(pairs, missing, columns, splits, average)
         absent = (
             [s for s in splits if not groups.get(s, {}).get("n")] if "average" in groups else []
@@ -431,6 +440,7 @@ def report(benchmark, args, columns, about, splits=(), average=False):
             "n_missing": len(missing),
             "first_missing": missing[0].why if missing else None,
             "stemmer": args.stemmer,
+            **odd,
             **about,
             "splits_absent": absent,
             "scores": groups,
@@ -446,6 +456,20 @@ def report(benchmark, args, columns, about, splits=(), average=False):
     except (records.BadData, ImportError) as error:
         fail(error)
     return 0
+
+
+ODD = (
+    "predictions differ from their reference only in blanks at the ends: exact says wrong",
+    "references have no token for ROUGE-L, which knows a-z and 0-9: they score 0",
+)
+
+
+def oddities(pairs):
+    """{what a score hides: number of pairs}, in the order of ODD."""
+    blanks = sum(p.prediction != p.reference and p.prediction.strip() == p.reference.strip()
+                 for p in pairs)
+    empty = sum(not metrics.has_tokens(p.reference) for p in pairs)
+    return {"differ_in_blanks": blanks, "without_rouge_tokens": empty}
 
 
 TITLES = {"bleu": "BLEU", "rouge_l": "ROUGE-L", "bertscore": "BERTScore", "exact": "exact %"}
@@ -497,7 +521,7 @@ def check_json(path):
         try:
             result = json.loads(Path(path).read_text())
             ours = isinstance(result, dict) and "benchmark" in result
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             ours = False
         if not ours:
             raise records.BadData(

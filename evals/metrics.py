@@ -136,6 +136,11 @@ def _rouge_tokens(text, stemmer):
     return tokens
 
 
+def has_tokens(text):
+    """Whether ROUGE-L finds anything in a text."""
+    return re.search("[a-z0-9]", text.lower()) is not None
+
+
 @functools.lru_cache(maxsize=1)
 def _porter():
     try:
