@@ -40,6 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo
 import lm
+from envs import records
 from models import batches, optim
 
 # name: (B, P, T, G, width, layers, V). Tools and pixels are the project's own: a step of the tools
@@ -453,7 +454,10 @@ def main(argv=None):
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--picture", help="draw cost against G and against P into this file")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.error = records.fail
     args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats cannot be {args.repeats}; give at least 1")
     transformers.utils.logging.disable_progress_bar()
     if args.worker:
         return worker(*args.worker)

@@ -102,11 +102,10 @@ def read_rows(run, args):
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw.decode("utf-8-sig"))
+            row = records.from_json(raw)
             to_line(row)
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            raise BadData(f"{args.file}:{number}: no JSON in UTF-8 ({reason}); write one object "
+            raise BadData(f"{args.file}:{number}: no JSON in UTF-8 ({error}); write one object "
                           "on each line") from None
         if args.task == "simulate" and args.steps and isinstance(row, dict) and "z" not in row:
             rng = random.Random(f"{args.seed} {number}")
@@ -220,7 +219,7 @@ def written(run, args):
                 if not raw.endswith(b"\n") and begin.startswith(raw[:len(begin)]):
                     break
                 z = json.loads(raw)["z"] if raw.startswith(begin + b", ") else None
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, RecursionError):
                 z = None
             if z is None:
                 raise BadData(f"{args.out}:{n + 1}: no label of that row of {args.file}; give "
@@ -254,7 +253,7 @@ def walk(run, start, seed):
                 zs.pop()
                 states.pop()
             print(whole_state(states[-1]))
-        elif word == "imagine" and rest.isdecimal():
+        elif word == "imagine" and rest.isdecimal() and len(rest) < 5:
             for _ in range(int(rest)):
                 z = rng.choice(run.test)[1]
                 print(f"> {z}")
@@ -371,6 +370,7 @@ def main(argv=None):
     parser.add_argument("--out", metavar="FILE")
     parser.error = records.fail
     args = parser.parse_args(argv)
+    records.show_anything()
     args.task = next((task for task in ADDS if getattr(args, task)), None)
     args.file = args.task and getattr(args, args.task)
     try:

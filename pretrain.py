@@ -20,7 +20,7 @@ import time
 import torch
 
 import sft
-from envs import made_up
+from envs import made_up, records
 from evals import metrics
 from models import optim, pretrained, tiny
 from models.text import encode
@@ -115,7 +115,10 @@ def main(argv=None):
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.error = records.fail
     args = parser.parse_args(argv)
+    if min(args.steps, args.tokens, args.threads) < 1 or not 0 < args.lr < float("inf"):
+        records.fail("--steps, --tokens, --threads and --lr must be more than 0")
     torch.set_num_threads(args.threads)
     rng = random.Random(args.seed)
     tok = make_tokenizer(rng)

@@ -167,7 +167,7 @@ class Results:
 
     def load(self, table):
         path = self.folder / f"{table}.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return load(path) if path.exists() else {}
 
     def add(self, table, key, row):
         with self.lock:
@@ -177,6 +177,17 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         with records.whole(self.folder / name) as file:
             file.write((text + "\n").encode())
+
+
+def load(path):
+    """The JSON object in a file; one line and exit code 2 if there is none."""
+    try:
+        found = records.from_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        records.fail(f"{path}: {error}; give it back, or remove it")
+    if not isinstance(found, dict):
+        records.fail(f"{path} holds no JSON object; give it back, or remove it")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +238,7 @@ def run(argv):
                               capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"train.py {' '.join(argv)}: {done.stderr.strip()[-300:]}")
-    return json.loads(results.read_text())
+    return load(results)
 
 
 def one_row(row, results, locks):
@@ -456,9 +467,11 @@ def main(argv=None):
     parser.add_argument("--runs", default="runs/reproduce", help="folder of the runs")
     parser.error = records.fail
     args = parser.parse_args(argv)
+    if args.processes < 1:
+        records.fail(f"--processes cannot be {args.processes}; give at least 1")
     folder = HERE / args.results
     chosen = folder / "tuned.json"
-    tuned = json.loads(chosen.read_text()) if chosen.exists() else {}
+    tuned = load(chosen) if chosen.exists() else {}
     if args.quick:
         folder, args.seeds = folder / "quick", args.seeds[:1]
     results = Results(folder)

@@ -174,9 +174,12 @@ def check(cfg):
     fine |= {name: getattr(cfg, name) >= 1 for name in at_least_1}
     fine |= {name: 0 <= getattr(cfg, name) < float("inf") for name in not_negative}
     fine |= {name: 0 <= getattr(cfg, name) <= 1 for name in shares}
-    for name, ok in fine.items():
-        if not ok:
-            rundir.fail(f"--{name.replace('_', '-')} cannot be {getattr(cfg, name)}; see --help")
+    most = {f.name: 2**32 for f in dataclasses.fields(cfg) if f.type is int}
+    most |= {"iterations": 1000, "threads": 1000}
+    for name in most | fine:
+        value = getattr(cfg, name)
+        if not fine.get(name, True) or value > most.get(name, value):
+            rundir.fail(f"--{name.replace('_', '-')} cannot be {value}; see --help")
     if cfg.method == "oracle" and cfg.data:
         rundir.fail("--method oracle needs the true actions of the state-only half; take a world")
     if cfg.busy and cfg.env == "pixels" and not cfg.data:

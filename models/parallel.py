@@ -35,18 +35,25 @@ import sys
 import torch
 import torch.distributed as dist
 
+from envs import records
+
 
 def start():
     """Join the other processes if torchrun started this one. All but rank 0 fall silent, but for
     errors."""
     if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
         return
-    cuda, local = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
-    if cuda and local < torch.cuda.device_count():
-        torch.cuda.set_device(local)  # from now on "cuda" is this rank's own
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1)
-    )
+    try:
+        cuda, local = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+        if cuda and local < torch.cuda.device_count():
+            torch.cuda.set_device(local)  # from now on "cuda" is this rank's own
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1)
+        )
+    except (LookupError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        records.fail(f"the processes cannot meet ({reason}); start them with torchrun, or, if the "
+                     "variables of an old torchrun are left, unset TORCHELASTIC_RUN_ID")
     if rank():
         sys.stdout = open(os.devnull, "w")
 

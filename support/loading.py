@@ -13,6 +13,7 @@ import torch
 
 import lm
 from envs import codebook, images, load_splits, records, test_episodes
+from evals import metrics
 from models import adapters, parallel, pretrained, tiny
 from models import images as image_models
 from models.text import encode, frame, shorten
@@ -190,9 +191,10 @@ def check_start(cfg):
         rundir.fail("--start and --out are one folder; give another --out")
     try:
         config = json.loads((folder / "config.json").read_text())
-        before = config["settings"]
-        found = all((folder / name).exists() for name in ("results.json", "sft/fwm", "sft/idm"))
-    except (OSError, ValueError, LookupError):
+        before = dict(config["settings"])
+        scores = json.loads((folder / "results.json").read_text())["stages"][0]
+        found = all((folder / name).exists() for name in ("sft/fwm", "sft/idm"))
+    except (OSError, ValueError, LookupError, TypeError):
         found = False
     if not found:
         rundir.fail(f"--start {folder}: no finished run with sft/ is there; give one")
@@ -202,7 +204,6 @@ def check_start(cfg):
                         f"{name}={getattr(cfg, name)}; give the same, or leave out --start")
     if config.get("data_sha256") != records.sha256(cfg.data):
         rundir.fail(f"{cfg.data} has changed since the run in {folder}; leave out --start")
-    scores = json.loads((folder / "results.json").read_text())["stages"][0]
     return (folder / "sft").resolve(), scores
 
 
@@ -260,7 +261,7 @@ def check_processes(cfg, device):
 def check_data(net, tok, splits, cfg):
     """(longest y, longest z) to draw, in tokens: the longest in training and a margin. Fails if a
     split has nothing to learn from, or a prompt and its reply do not fit the model."""
-    labelled, _, state_only, _ = splits
+    labelled, _, state_only, test = splits
     name = cfg.data or cfg.env
     check_changes(splits, name)
     states = states_of(splits)
@@ -270,6 +271,7 @@ def check_data(net, tok, splits, cfg):
     longest_z = longest_action(tok, labelled)
     check_context(net, tok, splits, sizes, longest_y, cfg)
     warn_of_lossy(tok, states, name)
+    warn_of_unreadable(tok, test, longest_y, name)
     return longest_y, longest_z
 
 
@@ -296,6 +298,20 @@ def warn_of_lossy(tok, states, name):
             f"warning: {name}: the tokenizer does not give {lost} of {len(states)} states back as "
             "they are; P cannot predict these exactly"
         )
+
+
+def warn_of_unreadable(tok, test, longest_y, name):
+    """Print a line if P cannot write some test states, since they are longer than those of
+    training, and one if ROUGE-L finds nothing to compare in some."""
+    line = frame(tok).line
+    long = sum(len(encode(tok, line + y)) >= longest_y for _, _, y in test)
+    empty = sum(not metrics.has_tokens(y) for _, _, y in test)
+    if long:
+        print(f"warning: {name}: {long} of {len(test)} test states y are longer than P may write "
+              f"({longest_y} tokens, from training); it cannot predict these")
+    if empty:
+        print(f"warning: {name}: {empty} of {len(test)} test states y have no token for ROUGE-L, "
+              "which knows a-z and 0-9; they score 0 there")
 
 
 def longest_action(tok, rows):

@@ -1,4 +1,5 @@
 """Open what `train.py` left: its models and its test transitions."""
+import dataclasses
 import json
 import typing
 from pathlib import Path
@@ -26,26 +27,34 @@ class Opened(typing.NamedTuple):
 def open_run(folder, models=""):
     """Opened. models: "" for the last ones, "sft" for those after the warm-up. BadData if the
     folder holds no finished run, or its transitions file is gone or has changed."""
-    folder = Path(folder)
-    config, n = read_config(folder)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        cfg = Config(**config["settings"])
-        if config.get("data_sha256") != records.sha256(cfg.data):
-            raise records.BadData(f"{folder}: {cfg.data} has changed since this run; give back the "
-                                  "old file, or train again")
-        uncut = load_splits(cfg)
-        net_P, tok = pretrained.load(folder / models / "fwm")
-        net_Q, _ = pretrained.load(folder / models / "idm")
-        check_codebook(codebook(cfg), folder)
+        return load_run(Path(folder), models)
     except records.BadData:
         raise
     except Exception as error:      # whatever a damaged folder makes the loaders raise
         reason = str(error).partition("\n")[0]
         raise records.BadData(f"{folder}: cannot open the run ({reason}); train it again with this "
                               "version, or give another folder") from None
+
+
+def load_run(folder, models):
+    """`open_run`, which raises whatever a damaged folder makes the loaders raise."""
+    config, n = read_config(folder)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg = Config(**config["settings"])
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if not isinstance(value, (float, int) if f.type is float else f.type):
+            raise ValueError(f"its setting {f.name} is {value}")
+    if config.get("data_sha256") != records.sha256(cfg.data):
+        raise records.BadData(f"{folder}: {cfg.data} has changed since this run; give back the "
+                              "old file, or train again")
+    uncut = load_splits(cfg)
+    net_P, tok = pretrained.load(folder / models / "fwm")
+    net_Q, _ = pretrained.load(folder / models / "idm")
+    check_codebook(codebook(cfg), folder)
     splits = loading.shorten_all(tok, uncut, cfg.max_state)
     longest = loading.check_data(net_P, tok, splits, cfg)
     test = affordable(tok, splits[3])
@@ -69,7 +78,7 @@ def read_config(folder):
         finished = (folder / "results.json").is_file()
         results = json.loads((folder / "results.json").read_text()) if finished else None
         n = results["splits"]["test"] if finished else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise records.BadData(f"{folder}: no run's config.json is there, or it is damaged; give a "
                               "folder that train.py wrote") from None
     if not finished:
