@@ -7,10 +7,12 @@ import importlib.util
 import os
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
 
 from models import parallel
 from models.text import frame
+
+MOST_LAYERS = 1000
 
 # Settings for a pretrained model: the paper's rates and batches, and a reward for each token, since
 # its states are long
@@ -36,6 +38,7 @@ def load(name, dtype=torch.float32):
         if not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
             raise ImportError("a GGUF file needs two packages: pip install gguf accelerate")
         name, file = os.path.dirname(name) or ".", {"gguf_file": os.path.basename(name)}
+    check_config(name, file)
     tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **file)
     how = {"use_safetensors": True}
     if file:
@@ -48,6 +51,17 @@ def load(name, dtype=torch.float32):
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token              # harmless: masks never look at ids
     return model.eval(), tok
+
+
+def check_config(name, file):
+    """ValueError if a config asks for more layers than any model has: to build them takes for
+    ever. file: {"gguf_file": name} or {}."""
+    config, _ = PreTrainedConfig.get_config_dict(name, **file)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        for key in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+            if isinstance(part.get(key), (int, float)) and part[key] > MOST_LAYERS:
+                raise ValueError(f"its config asks for more than {MOST_LAYERS} layers ({key})")
 
 
 def save(model, tok, folder):
