@@ -24,8 +24,9 @@ Notes:
   6. Blank lines and extra keys are skipped. An episode of one line is refused, unless its id fixes
      its split (cut windows of a longer record may hold one line) or `min_steps=1`. That y of one
      step is x of the next is not required.
-  7. A small file cannot fill the memory: a line has LONGEST bytes at most, and a .gz unpacks to
-     TIMES its size and SPARE bytes at most. A key that comes twice in an object is refused, since
+  7. A small file cannot fill the memory: a line has LONGEST bytes at most, a text MOST characters,
+     since a tokenizer takes 300 times as much, and a .gz unpacks to TIMES its size and SPARE bytes
+     at most. A key that comes twice in an object is refused, since
      one of its values would be lost.
 """
 
@@ -45,7 +46,7 @@ PRESET = {
     "phase2_steps": 20}
 
 
-LONGEST = 2**28                 # bytes of a line
+LONGEST, MOST = 2**28, 2**20    # bytes of a line, characters of a text
 TIMES, SPARE = 100, 2**24       # what a .gz may unpack to
 
 
@@ -247,6 +248,9 @@ def check(record, source):
                 "leave the key out if the action is unknown" if key == "z" else "give it some text"
             )
             raise BadData(f"{source}: \"{key}\" is empty; {todo}")
+        if len(record[key]) > MOST:
+            raise BadData(f'{source}: "{key}" has {len(record[key])} characters, and a text may '
+                          f"have {MOST}; shorten it")
         try:
             record[key].encode("utf-8")
         # JSON can spell half a character, such as "\ud800"; no tokenizer takes it

@@ -495,12 +495,22 @@ def task(rng, folder):
     if kind == "label" and rng.random() < 0.7:
         done = "".join(json.dumps(row | {"z": "go"}) + "\n" for row in rows)
         (folder / "o.jsonl").write_bytes(broken(rng, done.encode(), 2))
-    return lambda: refusing(lambda: play.convert(small_run(), args))
+
+    def called():
+        with mock.patch.object(play, "fill", filled):
+            refusing(lambda: play.convert(small_run(), args))
+    return called
+
+
+def filled(run, kind, rows):
+    """`play.fill` without a model."""
+    found = {"predict": ("y", 0.0), "label": ("go", 0.0, False), "simulate": (["go"], ["y"])}
+    return [row | dict(zip(play.ADDS[kind], found[kind])) for row in rows]
 
 
 @functools.lru_cache(None)
 def small_run():
-    """What `play` needs of a run: the tiny model, which writes four tokens."""
+    """What `play` needs of a run to check its rows."""
     from swirl_fwm import FWM
     from swirl_idm import IDM
     net, tok = loaded()

@@ -99,6 +99,12 @@ def test_a_small_gz_cannot_fill_the_memory(tmp_path, read, text):
     tracemalloc.stop()
 
 
+def test_a_text_that_would_fill_the_memory_is_refused(tmp_path):
+    row = {"episode": "train-a", "t": 0, "x": "a", "z": "go", "y": "b" * (records.MOST + 1)}
+    with pytest.raises(BadData, match='d.jsonl:1: "y" has 1048577 characters'):
+        records.read(write(tmp_path / "d.jsonl", [row]))
+
+
 def test_a_packed_table_cannot_fill_the_memory(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.Table.from_pylist([{"edit_type": "a" * 2**25}])
