@@ -28,6 +28,7 @@ Departures from the paper and its released scripts
 7. Under torchrun the prompts of a step are divided among the processes; B counts all of them.
 """
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -169,7 +170,8 @@ def step(policy, ref, optimizers, rollouts, R, phase, lr):
 
     N = parallel.total(A.numel())
     A = A.flatten()                                                                   # (N,)
-    parts = micro_batches(net, rollouts, A, phase)
+    broken = parallel.total(not A.isfinite().all())        # then the step is skipped
+    parts = [] if broken else micro_batches(net, rollouts, A, phase)
     total, gaps = 0.0, [0.0]
     for part in parts:
         logp = lm.logprobs(net, *rollouts.take(part), options)                        # (n, T)
@@ -196,6 +198,7 @@ def step(policy, ref, optimizers, rollouts, R, phase, lr):
         "grad_norm": norm,
         "gap": gap,
         "tokens": sum(map(len, rollouts.rows)),
+        "skipped": bool(broken) or not math.isfinite(norm),
     }
     if len(R):
         log["kl"] = None if kl is None else kl.mean().item()
@@ -216,9 +219,10 @@ def micro_batches(net, rollouts, A, phase):
 
 def check_gap(gap, options):
     """Sampler and trainer must see the same distribution, up to rounding. bfloat16 rounds by more
-    than any bound that would be worth a stop."""
+    than any bound that would be worth a stop. A gap of nan has a gradient of nan, which is
+    skipped."""
     limit = float("inf") if options.half else 1e-3 + options.min_p
-    if not gap <= limit:
+    if gap > limit:
         raise RuntimeError(f"sampler and trainer disagree by {gap} nats a token")
 
 

@@ -121,7 +121,7 @@ def oracle(P, Q, lab, stage):
 def em(P, Q, lab, stage):
     """Steps on the ELBO in theta."""
     steps = max(1, lab.cfg.bootstrap_steps // lab.cfg.iterations)
-    P = sft.fit(P, stage.name, em_batches(P, Q, lab, stage), steps, sft.validate_P, lab)
+    P = sft.fit(P, stage.name, Relabelled(P, Q, lab, stage), steps, sft.validate_P, lab)
     return P, Q, steps
 
 
@@ -153,17 +153,23 @@ def pseudo_labels(Q, lab):
     return list(zip(xs, zs, ys))
 
 
-def em_batches(P, Q, lab, stage):
+class Relabelled:
     """Endless batches of labels and of state-only pairs; these get a fresh z ~ Q(. | x, y)."""
-    triples = lab.labelled + [(x, None, y) for x, y in kept_pairs(lab)]
-    rng = rng_of(lab, stage)
-    generator = torch.Generator(Q.net.device).manual_seed(rng.randrange(2**31))
-    for batch in sft.shuffled(triples, lab.cfg.warmup_batch, rng):
+
+    def __init__(self, P, Q, lab, stage):
+        self.P, self.Q = P, Q
+        triples = lab.labelled + [(x, None, y) for x, y in kept_pairs(lab)]
+        rng = rng_of(lab, stage)
+        self.generator = torch.Generator(Q.net.device).manual_seed(rng.randrange(2**31))
+        self.drawn = sft.shuffled(triples, lab.cfg.warmup_batch, rng)
+
+    def __next__(self):
+        batch = next(self.drawn)
         known = [(x, z, y) for x, z, y in batch if z is not None]
         pairs = [(x, y) for x, z, y in batch if z is None]
         xs, ys = columns(pairs, 2)
-        zs = Q.sample(xs, ys, 1, generator)
-        yield P.rows(known + list(zip(xs, zs, ys)))
+        zs = self.Q.sample(xs, ys, 1, self.generator)
+        return self.P.rows(known + list(zip(xs, zs, ys)))
 
 
 def rng_of(lab, stage):

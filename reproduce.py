@@ -30,7 +30,7 @@ from pathlib import Path
 
 from envs import WORLDS, records
 from methods import METHODS
-from support import charts, rundir
+from support import charts, disk, rundir
 
 HERE = Path(__file__).parent
 TEXT_WORLDS = ["tools", "physics", "web"]
@@ -474,6 +474,9 @@ def main(argv=None):
     tuned = load(chosen) if chosen.exists() else {}
     if args.quick:
         folder, args.seeds = folder / "quick", args.seeds[:1]
+    with disk.told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        disk.lock(folder)                                  # another one would write the same rows
     results = Results(folder)
     if args.tune:
         tune(results, args)

@@ -78,6 +78,7 @@ class Config:
     seed: int = setting(0, "everything that is random", group="run and machine")
     out: str = setting("", "folder of the run (default: runs/ENV-MODEL-SEED)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out")
+    save_every: float = setting(2.0, "minutes between two states that are saved inside a stage")
     minutes: float = setting(0.0, "measure, then fix the steps of all stages for so many minutes")
     device: str = setting("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of products; auto: bfloat16 for a real model on a GPU",
@@ -164,7 +165,7 @@ def check(cfg):
         "warmup_batch_idm", "bootstrap_steps", "iterations", "phase1_steps", "phase2_steps",
         "batch")
     not_negative = ("labelled", "state_only", "floor", "minutes", "beta", "beta_fwm", "lora",
-                    "tokens", "threads")
+                    "tokens", "threads", "save_every")
     shares = ("spoiled", "busy")
     fine = {
         "group_size": cfg.group_size >= 2, "min_p": 0 <= cfg.min_p < 1,

@@ -5,12 +5,14 @@ Ascend  E_{(x,z,y) with labels} log P(y | x, z)  in theta, and log Q(z | x, y) i
 Departures from the paper: the rate stays, then falls towards 0 over the last half of the steps, in
 place of a cosine; Muon on the weight matrices (`models/optim.py`).
 """
+import math
 import random
 
 import lm
 from evals import metrics
 from models import batches, optim, parallel, refusals
 from models.batches import columns
+from support import checkpoint
 
 
 def shuffled(rows, size, rng):
@@ -60,8 +62,10 @@ def fit(model, name, endless, steps, validate, lab):
     cfg, run = lab.cfg, lab.run
     decay = 0.1 if cfg.muon else 0.0
     optimizers = optim.make_optimizers(model.net, cfg.warmup_lr, cfg.muon, decay)
+    moving = checkpoint.Moving(
+        model.net, optimizers, endless, getattr(endless, "generator", None))
     bar, every = run.bar(name, steps), max(1, steps // 4)
-    for t in range(1, steps + 1):
+    for t in run.steps(name, steps, lab.tally, moving):
         lr = rate(t, steps, cfg.warmup_lr)
         rows = next(endless)
         loss, norm = step(model, rows, optimizers, lr)
@@ -69,7 +73,8 @@ def fit(model, name, endless, steps, validate, lab):
         lab.tally += {"examples": len(rows), "tokens": tokens}
         share = validate(model, lab) if t % every == 0 else None
         run.log("metrics.jsonl", phase="warmup", model=name, iteration=0, step=t,
-                seconds=run.elapsed(), loss=loss, grad_norm=norm, validation=share)
+                seconds=run.elapsed(), loss=loss, grad_norm=norm, validation=share,
+                skipped=not math.isfinite(norm))
         bar.show(t, loss=loss, validation=share)
     bar.close()
     return model

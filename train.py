@@ -8,7 +8,7 @@
 Splits are by episode. Half of the training episodes keep their actions, for the warm-up. The other
 half lose them: Phase I, Phase II and Bootstrap get their pairs (x, y) and nothing else.
 Every stage has a fixed number of steps, and no number depends on a clock. The same command again
-resumes an unfinished run after its last finished stage.
+goes on with an unfinished run where it was saved (docs/RELIABILITY.md).
 
 Departures from the paper: the models are tiny, and pretrained on made-up worlds only; a phase is
 some dozens of steps, not an epoch over 30,000 pairs. The other departures stand in `swirl_fwm.py`,
@@ -29,10 +29,9 @@ import methods
 import sft
 import swirl_fwm
 import swirl_idm
-from envs import records
 from models import optim, parallel
 from settings import parse
-from support import aside, loading, plan, rundir, tables
+from support import aside, checkpoint, guard, loading, plan, rundir, tables
 from support.evaluate import best_of_8
 from support.results import end_stage, finish
 
@@ -48,6 +47,7 @@ def train(cfg):
     P, Q, lab = loading.open_lab(cfg, device)
     plan.fix_steps(cfg, P, Q, lab)                         # only with --minutes
     run = lab.run = rundir.Run(cfg, started)               # nothing is written before this
+    run.check_room(P, Q, 1 + cfg.has_rivals())
     P, Q = loading.settle(P, Q, lab, device, run.progress["folder"] or start)
     run.save_codebook(lab.book)                            # only of images
     tables.introduce(P, lab)
@@ -73,6 +73,7 @@ def warm_up(P, Q, lab):
     lab.tally.clear()                                      # the row of SFT counts P's
     P = sft.warm_up_P(P, lab)
     Q = beside.result()
+    lab.run.in_order()
     lab.run.keep("sft", P, Q)
     end_stage(methods.Stage("sft"), P, Q, lab, since, lab.cfg.warmup_steps)
     return P, Q
@@ -112,8 +113,9 @@ def run_phase(draw, policy, frozen, phase, stage, lab):
         frozen = lm.frozen(frozen)
     optimizers = optim.make_optimizers(policy.net, phase.peak, muon=False)
     before = weights(frozen)
-    bar, logs = run.bar(run.label + stage.name, phase.steps), []
-    for t in range(1, phase.steps + 1):
+    moving = checkpoint.Moving(policy.net, optimizers, batches, generator)
+    bar = run.bar(run.label + stage.name, phase.steps)
+    for t in run.steps(stage.name, phase.steps, lab.tally, moving):
         since = time.monotonic()
         log, examples = {"reward": None, "kl": None}, []   # where Q reads no action
         drawn = draw(policy, frozen, parallel.share(next(batches)), phase, generator)
@@ -124,7 +126,6 @@ def run_phase(draw, policy, frozen, phase, stage, lab):
             log = grpo.step(policy, some_ref, optimizers, rollouts, R, phase, phase.rate(t))
             lab.tally += {"examples": phase.batch, "tokens": log["tokens"]}
             log["tokens_per_second"] = log.pop("tokens") / (time.monotonic() - since)
-            logs.append(log)
         run.log("metrics.jsonl", phase=stage.kind, iteration=stage.iteration, step=t,
                 seconds=run.elapsed(), **log)
         bar.show(t, reward=log["reward"], kl=log["kl"])
@@ -132,7 +133,7 @@ def run_phase(draw, policy, frozen, phase, stage, lab):
             run.log("samples.jsonl", stage=stage.name, **example)
     bar.close()
     assert all(map(torch.equal, before, weights(frozen))), "the frozen model moved"
-    tables.warn(stage.name, logs)
+    tables.warn(stage.name, run.logged("metrics.jsonl"))
     return phase.steps
 
 
@@ -175,18 +176,12 @@ def begin(cfg):
 def main(argv=None):
     parallel.start()
     cfg = parse(argv)
-    try:
+    with guard.ending(cfg) as end:
         return train(cfg)
-    except records.BadData as error:
-        rundir.fail(error)
-    except KeyboardInterrupt:
-        if parallel.rank() == 0:
-            print(
-                f"\ninterrupted; finished stages are saved in {cfg.out}: the same command (without "
-                "--fresh) resumes after the last one",
-                file=sys.stderr,
-            )
-        return 130
+    if end.again:                                          # with less memory, where it was saved
+        with guard.ending(cfg, last=True) as end:
+            return train(cfg)
+    return end.code
 
 
 if __name__ == "__main__":

@@ -67,9 +67,10 @@ def one_line(message):
 
 
 def show_anything():
-    """Standard output shows ? for a character that it cannot encode, and does not fail."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+    """Print "?" for a character that the terminal cannot show, in place of a crash."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,10 +301,23 @@ def whole(path):
     try:
         with open(unfinished, "wb") as file:
             yield file
+        sync(unfinished)
         os.replace(unfinished, path)
+        sync(os.path.dirname(os.path.abspath(path)))
     finally:
         if os.path.exists(unfinished):
             os.remove(unfinished)
+
+
+def sync(path):
+    """Let a file or folder reach the disk, so that a power cut leaves it."""
+    if os.name == "nt":         # cannot open folders
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def sha256(path):

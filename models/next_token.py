@@ -58,7 +58,8 @@ def draw(logp, at, u):
     """The token of row logp[at[n]] at u[n] in [0, 1), by inversion. All rows lie end to end on one
     line, row b from b to b + 1. The clamp keeps rounding from stepping into the next row."""
     mass = logp.double().exp().cumsum(-1)    # (U, V)
-    mass = mass / mass[:, -1:]
+    # Of logits that are no numbers: any token. Its log p is none, so the step is skipped
+    mass = (mass / mass[:, -1:]).nan_to_num(1.0)
     begin = torch.arange(len(mass), device=logp.device)[:, None]
     line = (begin + mass).flatten()
     u = u.clamp(max=1 - 2**-30)

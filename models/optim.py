@@ -2,6 +2,8 @@
 
 Claim: `Muon` takes the step of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), in float32.
 """
+import math
+
 import torch
 
 from models import parallel
@@ -65,12 +67,13 @@ def orthogonal(M):
 
 def step(net, optimizers, lr, clip=1.0):
     """Sum the gradient over all ranks, clip its norm, step at rate `lr`, clear the gradient.
-    Returns the norm before clipping."""
+    Returns the norm before clipping. If that is not finite, no step is taken."""
     with parallel.reduced(net):
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+        norm = parallel.norm(torch.nn.utils.clip_grad_norm_(net.parameters(), clip))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
+            if math.isfinite(norm):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return parallel.norm(norm)
+    return norm

@@ -211,6 +211,20 @@ def plain(model):
     return out
 
 
+def whole(tensor):
+    """A tensor on the CPU; of all shards, if it is in shards: then every rank must call it."""
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().cpu()
+
+
+def like(value, p):
+    """A whole tensor in shards as those of the parameter p, if p is in shards and of its shape."""
+    if not hasattr(p, "placements") or value.shape != p.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+
+
 def norm(value):
     """A gradient norm as a number; over all shards, if it is in shards."""
     return (value.full_tensor() if hasattr(value, "full_tensor") else value).item()

@@ -7,7 +7,13 @@ import importlib.util
 import os
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedConfig,
+)
 
 from models import parallel
 from models.text import frame
@@ -48,6 +54,10 @@ def load(name, dtype=torch.float32):
     if end is not None:
         tok.eos_token = tok.convert_ids_to_tokens(end)
         model.config.eos_token_id = model.generation_config.eos_token_id = end
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:      # such as a temperature without do_sample, which says nothing
+        model.generation_config = GenerationConfig.from_model_config(model.config)
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token              # harmless: masks never look at ids
     return model.eval(), tok

@@ -5,6 +5,7 @@ instead: the two warm-ups, and the rivals beside Algorithm 1. No number depends 
 runs the same calls one after the other.
 """
 import concurrent.futures
+import concurrent.futures.process
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,9 @@ import time
 
 import torch
 
+from envs import records
 from models import parallel
+from support import checkpoint, disk
 
 
 class Now:
@@ -42,21 +45,58 @@ def start(cfg, f, *args):
     if not possible(cfg):
         return Now(f, args)
     spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(1, spawn, begin, (os.getpid(),))
-    future = pool.submit(f, *args)
+    pool = concurrent.futures.ProcessPoolExecutor(1, spawn, begin, (os.getpid(), cfg.out))
+    later = Later(pool.submit(call, f, *args))
     pool.shutdown(wait=False)
-    return future
+    return later
 
 
-def begin(parent):
-    """In the second process: its threads; ^C ends it without a word, and so does the end of the
-    first process."""
+class Later:
+    """A call in a second process."""
+
+    def __init__(self, future):
+        self.future = future
+
+    def result(self):
+        try:
+            return self.future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            records.fail("the second process was killed, by somebody or for want of memory; the "
+                         "same command goes on after its last checkpoint")
+
+
+def stop():
+    """Let second processes end after the step that is under way, which they save."""
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    try:
+        for child in children:
+            child.join()
+    except KeyboardInterrupt:
+        for child in children:
+            child.kill()
+
+
+def call(f, *args):
+    """f(*args) in the second process, which hears signals as the first one does."""
+    with checkpoint.signals.heard():
+        return f(*args)
+
+
+def begin(parent, folder):
+    """In the second process: its threads. It holds the run's folder, and ends when the first
+    process has ended."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    records.show_anything()
+    disk.lock(folder, child=True)
+    if os.getppid() != parent:
+        os._exit(1)
 
     def watch():
         while os.getppid() == parent:
-            time.sleep(1)
+            time.sleep(0.2)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -38,6 +38,7 @@ spell = encode.__wrapped__      # not cached: the states of a file may be larger
 
 def report(path):
     """The lines to print. BadData, or one line and exit code 2, if the file is bad."""
+    records.show_anything()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     net, tok = pretrained.load(tiny.FOLDER)

@@ -15,8 +15,10 @@ from support.evaluate import evaluate, sampled
 
 
 def end_stage(stage, P, Q, lab, since, steps):
-    """Score the stage on held-out transitions, save it, print it."""
+    """Score the stage on held-out transitions, save both models, print it. Its last step has been
+    saved before."""
     run, name = lab.run, stage.name
+    since -= run.earlier
     seconds = time.monotonic() - since
     run.spend("warmup" if stage.kind == "sft" else stage.kind, since)
     since = time.monotonic()
@@ -57,6 +59,7 @@ def finish(P, Q, lab, beside):
         },
         "baselines": baselines(lab, beside),
         "validation": {"sampled": sampled(P, lab.validation)},
+        "code": run.progress["code"],
         "stages": stages + [stages[-1] | {"name": cfg.method}],
         **bounds(P, Q, lab),
         "presets": {

@@ -1,14 +1,14 @@
 """A run's folder and its clock: what `train.py` writes.
 
 DIR/config.json, metrics.jsonl, samples.jsonl, results.json, fwm/, idm/. A stage that ends is saved
-whole (both models, then progress.json, which names them), so that a cut loses one stage at most and
-nothing half-written is ever read. Of several processes only rank 0 writes.
+whole in checkpoint-a/ or -b/ (both models and the record), then progress.json names it; the stage
+before stays. Inside a stage `support/checkpoint.py` saves. Of several processes only rank 0 writes.
 """
 import dataclasses
 import json
+import math
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -21,23 +21,11 @@ import transformers
 
 from envs import records
 from models import parallel, pretrained
-from support import progress, sinks
+from support import checkpoint, disk, progress, sinks
 
-OURS = {
-    "config.json", "metrics.jsonl", "samples.jsonl", "results.json", "progress.json",
-    "fwm", "idm", "sft", "rivals", "checkpoint-a", "checkpoint-b",
-    "rollout.png", "rollout.gif", "codebook.npz", "curves.png", "report.html",
-}
-OURS |= {name + ".new" for name in OURS}
-FOLDERS = {"fwm", "idm", "adapter", "sft", "rivals", "checkpoint-a", "checkpoint-b", "tensorboard"}
-PICTURE = re.compile(r"picture-(iteration\d+-)?[a-z]+[12]?\.png")
-MODEL_FILE = re.compile(
-    r"(adapter_)?(config|model|generation_config|tokenizer|tokenizer_config|special_tokens_map|"
-    r"added_tokens|vocab|chat_template)[\w.-]*\.(json|safetensors|jinja|model)|merges\.txt|"
-    r"README\.md"
-)
 # Settings that may differ when a run resumes
-FREE = ("tokens", "preset", "tensorboard", "wandb")
+FREE = ("tokens", "preset", "save_every", "tensorboard", "wandb")
+SKIPS = 10      # so many steps in a row without a finite gradient end the run
 
 
 def fail(message):
@@ -54,21 +42,19 @@ class Run:
     def __init__(self, cfg, started, label=""):
         # label: before the names of stages in what is printed
         self.dir, self.label = Path(cfg.out), label
+        self.save_every = 60 * cfg.save_every
+        self.lines = []         # (file, line): what the stage has logged
+        self.skipped = 0        # steps in a row
+        self.earlier = 0.0      # seconds that cut processes have spent on the stage
+        record = None
         try:
             if parallel.rank() == 0:
-                self.prepare(cfg)
+                config = self.prepare(cfg)
+                record = self.last_record(config)
         except OSError as e:
             fail(f"--out {cfg.out}: {e.strerror or e}; give a folder that can be written")
-        # The others read when the folder is ready
-        parallel.agree(None)
-        self.progress = self.load("progress.json") or {
-            "stages": [],
-            "seconds": {},
-            "baselines": {},
-            "folder": None,
-            "elapsed": 0.0,
-            "bytes": {},
-        }
+        # The others go on when the folder is ready
+        self.progress = parallel.agree(record)
         self.begin = started - self.progress["elapsed"]
         self.sinks = None                                  # of --tensorboard and --wandb
         if parallel.rank() == 0:
@@ -80,37 +66,37 @@ class Run:
         return self.__dict__ | {"sinks": None}
 
     def prepare(self, cfg):
-        """Make the folder, with its config.json; or check that it holds the same run."""
+        """Make the folder, with its config.json; or check that it holds the same run. Returns what
+        config.json holds."""
         settings = dataclasses.asdict(cfg)
         del settings["out"], settings["fresh"]
         data = records.sha256(cfg.data)
-        old = self.read_config(cfg.out)
+        old = self.read_config(cfg.out)                    # fails before anything is written
+        self.finished = not cfg.fresh and (self.dir / "results.json").is_file()
+        if not self.finished:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            disk.lock(self.dir)
+            old = self.read_config(cfg.out)                # another process may have been here
         if old and cfg.fresh:
-            self.clear(cfg.out)
+            self.clear(cfg, old["settings"])
             old = None
         if old:
             check_settings(old["settings"], settings, cfg.out)
             check_data(old.get("data_sha256"), data, cfg)
-            return
-        self.dir.mkdir(parents=True, exist_ok=True)
-        versions = {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+            return old
         config = {
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "settings": settings,
             "data_sha256": data,
-            "git": git_revision(),
-            "versions": versions,
+            **code_now(),
         }
         self.write("config.json", config)
+        return config
 
     def read_config(self, out):
         """config.json of the run that is in the folder; None if the folder is new or empty."""
         found = os.listdir(self.dir) if self.dir.exists() else []
-        if found in ([], ["config.json.new"]):      # the second: of a run that was cut as it began
+        if set(found) <= {"config.json.new", "lock"}:      # of a run that was cut as it began
             return None
         if "config.json" not in found:
             fail(f"--out {out} holds files that no run wrote; give another folder")
@@ -119,20 +105,48 @@ class Run:
             fail(f"--out {out} holds a config.json that no run wrote; give another folder")
         return config
 
-    def clear(self, out):
+    def clear(self, cfg, settings):
         """Delete the earlier run; fails if the folder holds a file that no run wrote."""
         # Fails if it is damaged: then it may be somebody else's
         self.load("progress.json")
-        others = foreign(self.dir)
+        others = disk.foreign(self.dir, "run")
+        if settings.get("data") or settings.get("env") != "pixels":
+            others += self.dir.glob("codebook.npz")        # only a run on images writes one
         if others:
             fail(
-                f"--fresh: {out} holds {others[0].relative_to(self.dir)}, which no run "
+                f"--fresh: {cfg.out} holds {others[0].relative_to(self.dir)}, which no run "
                 "wrote; move it away first"
             )
-        shutil.rmtree(self.dir)
+        for path in self.dir.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+        cfg.fresh = False
+
+    def last_record(self, config):
+        """progress.json; or, if the checkpoint that it names is damaged, the record of the other
+        one."""
+        record = self.load("progress.json") or new_record(config)
+        folder = record["folder"]
+        if self.finished:
+            return record
+        if folder and not self.is_whole(folder):
+            other = other_of(folder)
+            before = self.load(f"{other}/progress.json") if self.is_whole(other) else None
+            print(f"{self.dir / folder} is damaged; the run goes on from "
+                  f"{other if before else 'its begin'}")
+            record = before or new_record(config)
+        note_code(record)
+        return record
+
+    def is_whole(self, folder):
+        """Whether a checkpoint is as it was saved. One of earlier code has no sums."""
+        sums, models = self.dir / folder / "sums.json", self.dir / folder / "fwm"
+        return disk.is_whole(self.dir / folder) if sums.exists() else models.exists()
 
     def forget_cut_stage(self):
-        """Delete the lines that an unfinished stage has logged."""
+        """Delete the lines that an unfinished stage has logged; its checkpoint holds them, too."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path, size = self.dir / name, self.progress["bytes"].get(name, 0)
             if path.exists() and path.stat().st_size > size:
@@ -150,16 +164,46 @@ class Run:
         if parallel.rank():
             return
         new = self.dir / (name + ".new")
-        new.write_text(json.dumps(value, indent=1))
-        os.replace(new, self.dir / name)
+        with disk.told(self.dir / name):
+            new.write_text(json.dumps(finite(value), indent=1))
+            records.sync(new)
+            os.replace(new, self.dir / name)
+            records.sync(self.dir)
 
     def log(self, name, **line):
+        """A line more in a file. Numbers that are not finite become null. Ten skipped steps in a
+        row end the run."""
         if parallel.rank():
             return
-        with open(self.dir / name, "a") as f:
+        line = finite(line)
+        self.lines.append((name, line))
+        with disk.told(self.dir / name), open(self.dir / name, "a") as f:
             f.write(json.dumps(line) + "\n")
         if self.sinks:
             self.sinks.send()
+        if "skipped" in line:
+            self.skipped = self.skipped + 1 if line["skipped"] else 0
+        if self.skipped == SKIPS:
+            fail(f"{SKIPS} steps in a row had no finite reward or gradient; lower the rates "
+                 "(--warmup-lr, --lr-fwm, --lr-idm) or give --dtype float32")
+
+    def logged(self, name):
+        """The lines of a file that this stage has logged, before and after a cut."""
+        return [line for file, line in self.lines if file == name]
+
+    def in_order(self):
+        """Sort what the two warm-ups have logged: P's lines, then Q's. Which was written first is a
+        matter of the clock."""
+        path, begin = self.dir / "metrics.jsonl", self.progress["bytes"].get("metrics.jsonl", 0)
+        if parallel.rank() or not path.exists():
+            return
+        if self.sinks:
+            self.sinks.send()
+        with disk.told(path), open(path, "r+b") as file:
+            file.seek(begin)
+            lines = sorted(file.readlines(), key=lambda line: json.loads(line)["model"])
+            file.seek(begin)
+            file.writelines(lines)
 
     def picture(self, draw, name, rows):
         """DIR/name by a function of `pictures`."""
@@ -173,15 +217,24 @@ class Run:
     def save_codebook(self, book):
         """codebook.npz: which patches the codes of images stand for."""
         if book and parallel.rank() == 0:
-            with records.whole(self.dir / "codebook.npz") as file:
+            with disk.told(self.dir), records.whole(self.dir / "codebook.npz") as file:
                 book.save(file)
 
     def bar(self, name, steps):
         """The progress of a stage, on rank 0."""
         return progress.Bar(name, steps, silent=parallel.rank() > 0)
 
+    def steps(self, name, n, tally, moving):
+        """Yields t = 1 .. n, from where a cut run stands; see `checkpoint.steps`."""
+        return checkpoint.steps(self, name, n, tally, moving)
+
     def elapsed(self):
         return time.monotonic() - self.begin
+
+    def go_on(self, elapsed):
+        """Set the clock to what it showed when a cut process saved."""
+        self.begin = min(self.begin, time.monotonic() - elapsed)
+        self.earlier = elapsed - self.progress["elapsed"]
 
     def spend(self, what, since):
         """Add the seconds since `since` to those of `what`."""
@@ -191,41 +244,92 @@ class Run:
     def done(self, stage):
         return any(row["name"] == stage for row in self.progress["stages"])
 
-    def keep(self, name, P, Q):
-        """Both models in DIR/name, to stay."""
-        if parallel.rank() == 0:
-            pretrained.save(P.net, P.tok, self.dir / name / "fwm")
-            pretrained.save(Q.net, Q.tok, self.dir / name / "idm")
+    def check_room(self, P, Q, runs):
+        """Fails if the disk has no room for what so many runs hold: three pairs of models (sft and
+        two checkpoints) and three states of the model that moves."""
+        if parallel.rank():
+            return
+        pair = checkpoint.size(P.net) + checkpoint.size(Q.net)
+        moving = max(checkpoint.size_of_state(model.net) for model in (P, Q))
+        held = sum(path.stat().st_size for path in self.dir.rglob("*") if path.is_file())
+        disk.room(self.dir, runs * 3 * (pair + moving) - held)
+
+    def keep(self, name, P, Q, record=None):
+        """Both models in DIR/name, to stay; and the record of a checkpoint."""
+        if parallel.rank():
+            return
+        size = checkpoint.size(P.net) + checkpoint.size(Q.net)
+        with disk.whole_folder(self.dir / name, size, name) as folder:
+            pretrained.save(P.net, P.tok, folder / "fwm")
+            pretrained.save(Q.net, Q.tok, folder / "idm")
+            if record:
+                (folder / "progress.json").write_text(json.dumps(finite(record), indent=1))
 
     def finish_stage(self, stage, P, Q):
-        """Save both models beside the last ones, then name them in progress.json: a cut loses one
-        stage at most."""
-        last = self.progress["folder"]
-        folder = "checkpoint-b" if last == "checkpoint-a" else "checkpoint-a"
-        if parallel.rank() == 0:
-            shutil.rmtree(self.dir / folder, ignore_errors=True)
-        self.keep(folder, P, Q)
+        """Save both models beside the last ones, then name them in progress.json: a cut loses
+        nothing, and damage one stage."""
+        folder = other_of(self.progress["folder"])
         self.progress["stages"].append(stage)
         self.progress["folder"] = folder
-        self.save_progress()
+        self.measure()
+        self.keep(folder, P, Q, self.progress)
+        self.write("progress.json", self.progress)
+        self.lines, self.earlier = [], 0.0
+        if parallel.rank() == 0 and (self.dir / other_of(folder)).exists():
+            disk.remove(self.dir / "steps", "steps")
 
     def save_progress(self):
-        self.progress["elapsed"] = self.elapsed()
-        logs = self.dir.glob("*.jsonl")
-        self.progress["bytes"] = {path.name: path.stat().st_size for path in logs}
+        self.measure()
         self.write("progress.json", self.progress)
+
+    def measure(self):
+        """The clock and the sizes of the logs, as they stand on the disk."""
+        self.progress["elapsed"] = self.elapsed()
+        if parallel.rank() == 0:
+            logs = list(self.dir.glob("*.jsonl"))
+            for path in logs:
+                records.sync(path)
+            self.progress["bytes"] = {path.name: path.stat().st_size for path in logs}
 
     def finish(self, results):
         """Move the last models to fwm/ and idm/, then write results.json: the run is complete when
         that is there."""
-        for side in ("fwm", "idm"):
-            source = self.dir / self.progress["folder"] / side
-            if source.exists():
-                shutil.rmtree(self.dir / side, ignore_errors=True)
-                os.replace(source, self.dir / side)
+        with disk.told(self.dir):
+            for side in ("fwm", "idm"):
+                source = self.dir / self.progress["folder"] / side
+                if source.exists():
+                    disk.remove(self.dir / side, side)
+                    os.replace(source, self.dir / side)
         self.write("results.json", results)
-        for rest in ("checkpoint-a", "checkpoint-b"):
-            shutil.rmtree(self.dir / rest, ignore_errors=True)
+        for rest in ("checkpoint-a", "checkpoint-b", "steps"):
+            if (self.dir / rest).exists() and not disk.foreign(self.dir / rest, rest):
+                shutil.rmtree(self.dir / rest)
+
+
+def new_record(config):
+    """What progress.json holds before the first stage. code: what computed, in its order."""
+    return {
+        "stages": [],
+        "seconds": {},
+        "baselines": {},
+        "folder": None,
+        "elapsed": 0.0,
+        "bytes": {},
+        "code": [in_words(config)],
+    }
+
+
+def other_of(folder):
+    return "checkpoint-b" if folder == "checkpoint-a" else "checkpoint-a"
+
+
+def finite(value):
+    """The same for JSON, with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- checks of a folder -----------------------------------------------------------------------
@@ -249,25 +353,30 @@ def check_data(old, new, cfg):
         )
 
 
-def foreign(folder):
-    """Files in a run's folder that no run wrote."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name in FOLDERS:
-            found += foreign(path)
-        elif not is_ours(path):
-            found.append(path)
-    return found
+def note_code(record):
+    """Say if another version of the code goes on with the run; results.json names all of them."""
+    now, seen = in_words(code_now()), record.setdefault("code", [])
+    if seen and seen[-1] != now:
+        print(f"note: this run has come so far with {seen[-1]}, and goes on with {now}; one "
+              "version might have found other numbers")
+    if now not in seen[-1:]:
+        seen.append(now)
 
 
-def is_ours(path):
-    """Whether a run may have written this file, by its name."""
-    if path.name in OURS or PICTURE.fullmatch(path.name):
-        return True
-    if path.parent.name == "tensorboard":
-        return path.name.startswith("events.out.tfevents.")
-    in_model = path.parent.name in ("fwm", "idm", "adapter")
-    return in_model and MODEL_FILE.fullmatch(path.name) is not None
+def code_now():
+    """The commit and the versions that compute, as config.json holds them."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {"git": git_revision(), "versions": versions}
+
+
+def in_words(code):
+    """The same as one text."""
+    packages = [f"{name} {version}" for name, version in code["versions"].items()]
+    return ", ".join([f"commit {(code['git'] or 'unknown')[:7]}", *packages])
 
 
 def git_revision():

@@ -34,7 +34,9 @@ def introduce(P, lab):
 
 
 def warn(name, logs):
-    """Print one line if a phase could learn nothing, or lost most of its rewards to the floor."""
+    """Print one line if a phase could learn nothing, or lost most of its rewards to the floor.
+    logs: its lines of metrics.jsonl."""
+    logs = [log for log in logs if log["reward"] is not None]
     floored = sum(log["floored"] for log in logs) / max(1, len(logs))
     if all(log["zero_std_groups"] == 1 for log in logs):
         print(

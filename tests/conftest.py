@@ -211,7 +211,11 @@ def no_curves():
 def small_folder(tmp_path_factory):
     """What whole runs take in place of data/tiny: one layer that has seen some rows, so that they
     end and differ."""
-    folder = tmp_path_factory.mktemp("small") / "model"
+    return make_small(tmp_path_factory.mktemp("small") / "model")
+
+
+def make_small(folder):
+    """The same in a folder of one's own."""
     triples = [row for seed in range(6) for row in tools.episode(random.Random(seed))] + lamp_rows()
     texts = [text for x, z, _ in triples
              for text in ("\n" + x, " " + z, "\nnext:", "\naction: " + z, "\n- ", "\n+ ")]

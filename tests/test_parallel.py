@@ -82,7 +82,8 @@ def lab_of(logged, *argv):
     """A lab without data, whose run logs into a list."""
     bar = types.SimpleNamespace(show=lambda *_, **__: None, close=lambda: None)
     run = types.SimpleNamespace(log=lambda _, **line: logged.append(line), elapsed=lambda: 0.0,
-                                label="", bar=lambda *_: bar)
+                                label="", bar=lambda *_: bar, logged=lambda _: logged,
+                                steps=lambda name, n, *_: range(1, n + 1))
     return types.SimpleNamespace(cfg=train.parse([*argv]), run=run, tok=None,
                                  tally=collections.Counter())
 

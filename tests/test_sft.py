@@ -21,7 +21,8 @@ def lab_of(*argv, **parts):
     """A Lab with the settings of argv, whose run keeps its log in `lines`."""
     lines, bar = [], types.SimpleNamespace(show=lambda *_, **__: None, close=lambda: None)
     run = types.SimpleNamespace(log=lambda _, **line: lines.append(line), elapsed=lambda: 0.0,
-                                bar=lambda name, steps: bar)
+                                bar=lambda name, steps: bar,
+                                steps=lambda name, n, *_: range(1, n + 1))
     return types.SimpleNamespace(cfg=parse([*argv]), run=run, lines=lines,
                                  tally=collections.Counter(), **parts)
 

@@ -362,7 +362,8 @@ def test_run_may_resume_only_with_another_micro_batch(tmp_path, capsys):
     start = lambda *argv: train.rundir.Run(
         train.parse([*SMALL, *argv, "--out", str(tmp_path / "run")]), 0.0
     )
-    start(), start("--tokens", "77")
+    start()
+    start("--tokens", "77")
     with pytest.raises(SystemExit):
         start("--batch", "3")
     assert "batch=" in capsys.readouterr().err
@@ -597,7 +598,9 @@ def run(drawn_and_step, policy=None, frozen=None, seed=0, iteration=1, **phase):
     draw, step = drawn_and_step
     logged, bar = [], types.SimpleNamespace(show=lambda *_, **__: None, close=lambda: None)
     run = types.SimpleNamespace(log=lambda file, **line: logged.append((file, line)),
-                                elapsed=lambda: 0.0, label="", bar=lambda name, steps: bar)
+                                elapsed=lambda: 0.0, label="", bar=lambda name, steps: bar,
+                                steps=lambda name, n, *_: range(1, n + 1),
+                                logged=lambda name: [line for file, line in logged if file == name])
     pairs = [(n, -n - 1) for n in range(40)]
     cfg = train.parse(["--seed", str(seed), "--iterations", "1"])
     lab = types.SimpleNamespace(cfg=cfg, run=run, state_only=pairs, tally=collections.Counter())
@@ -885,7 +888,7 @@ def test_fresh_starts_over(lamps, tmp_path):
     shutil.copytree(lamps.out, tmp_path / "copy")
     argv = [*lamps.argv, "--seed", "5", "--out", str(tmp_path / "copy"), "--fresh"]
     rundir.Run(train.parse(argv), 0.0)
-    assert [p.name for p in (tmp_path / "copy").iterdir()] == ["config.json"]
+    assert {p.name for p in (tmp_path / "copy").iterdir()} == {"config.json", "lock"}
 
 
 def test_packed_data_trains_to_the_end(tmp_path):
