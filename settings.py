@@ -78,7 +78,7 @@ class Config:
     seed: int = setting(0, "everything that is random", group="run and machine")
     out: str = setting("", "folder of the run (default: runs/ENV-MODEL-SEED)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out")
-    save_every: float = setting(2.0, "minutes between two states that are saved inside a stage")
+    save_every: float = setting(2.0, "minutes between saved states of a stage (0: each step)")
     minutes: float = setting(0.0, "measure, then fix the steps of all stages for so many minutes")
     device: str = setting("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of products; auto: bfloat16 for a real model on a GPU",

@@ -51,9 +51,9 @@ def steps(run, name, n, tally, moving):
             if stop or due:
                 begin = time.monotonic()
                 save(run, name, t, tally, moving)
-                # At most a tenth of the time goes to saving
+                # Saving takes at most a tenth of the time; with 0 it comes after each step
                 now = time.monotonic()
-                until = now + max(run.save_every, 9 * (now - begin))
+                until = now + (run.save_every and max(run.save_every, 9 * (now - begin)))
             if stop:
                 raise KeyboardInterrupt(stop)
 
@@ -143,7 +143,8 @@ def last_whole(run, name):
 
 def saved(run, name):
     """The folders of a stage's states, the last one first."""
-    found = (run.dir / "steps").glob(f"{file_name(name)}-*[0-9]")
+    found = (run.dir / "steps").glob(f"{file_name(name)}-*")
+    found = [folder for folder in found if folder.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=step_of, reverse=True)
 
 

@@ -15,7 +15,7 @@ class Bar:
     def __init__(self, name, steps, silent=False):
         self.name, self.steps = name, steps
         self.begin = self.last = time.monotonic()
-        self.numbers, self.done = {}, 0     # steps made here, without those before a cut
+        self.numbers = {}
         terminal = sys.stdout.isatty() and not silent
         # one bar at a time
         self.silent = silent or (terminal and multiprocessing.parent_process() is not None)
@@ -25,7 +25,6 @@ class Bar:
     def show(self, step, **numbers):
         self.numbers |= {key: value for key, value in numbers.items() if value is not None}
         now = time.monotonic()
-        self.done += 1
         if self.tqdm is not None:
             self.tqdm.set_postfix(
                 {key: f"{value:.3f}" for key, value in self.numbers.items()}, refresh=False
@@ -33,7 +32,7 @@ class Bar:
             self.tqdm.update(step - self.tqdm.n)
         elif now - self.last >= EVERY and not self.silent:
             self.last = now
-            left = (now - self.begin) / self.done * (self.steps - step)
+            left = (now - self.begin) / step * (self.steps - step)
             said = ", ".join(f"{key} {value:.3f}" for key, value in self.numbers.items())
             print(
                 f"  {self.name}: step {step} of {self.steps}, {said}, {left:.0f} s left in this "

@@ -463,13 +463,13 @@ def test_memory_that_runs_out_halves_the_micro_batch(argv, tmp_path, monkeypatch
 
     def hungry(policy, *args):
         tokens.append(policy.options.tokens)
-        if not policy.options.tokens or policy.options.tokens > 512:
+        if policy.options.tokens > 512:
             raise error
         return step(policy, *args)
 
     monkeypatch.setattr(grpo, "step", hungry)
     argv = [*argv, "--no-rivals", "--out", str(tmp_path / "run")]
-    assert train.main(argv) == 0 and tokens[:2] == [0, 512]
+    assert train.main(argv) == 0 and tokens[:2] == [1024, 512]
     assert "--tokens 512" in capsys.readouterr().out
     monkeypatch.setattr(grpo, "step", lambda *args: (_ for _ in ()).throw(error))
     assert "out of memory with --tokens 512" in refused(capsys, [*argv[:-1], str(tmp_path / "b")])
