@@ -32,8 +32,8 @@ import train  # noqa: E402
 FLAGS = ["--episodes", "8", "--warmup-steps", "12", "--warmup-steps-idm", "8", "--bootstrap-steps",
          "8", "--iterations", "1", "--phase1-steps", "6", "--phase2-steps", "5", "--group-size",
          "4", "--batch", "6", "--warmup-batch", "8", "--warmup-batch-idm", "4", "--eval-size", "6",
-         "--validation-size", "6", "--threads", "1", "--save-every", "0", "--muon", "--warmup-lr",
-         "2e-3", "--lr-fwm", "4e-4", "--lr-idm", "4e-4"]
+         "--validation-size", "6", "--threads", "1", "--muon", "--warmup-lr", "2e-3", "--lr-fwm",
+         "4e-4", "--lr-idm", "4e-4"]
 TIMES = {"seconds", "tokens_per_second"}
 CALLS = [(os, "fsync"), (os, "replace"), (shutil, "rmtree"), (torch, "save"), (os, "mkdir")]
 
@@ -142,7 +142,7 @@ def terminate(argv, folder, truth, times, rng):
     begin = time.monotonic()
     assert ended(forked(quiet_train, [*argv, "--out", f"{folder}/timed"], log)) == 0
     seconds = time.monotonic() - begin
-    argv = [*argv, "--save-every", "60"]                   # so that only the signal saves
+    argv = [*argv, "--save-every", "60"]                   # only the signal saves
     while sent < times:
         out = folder / f"terminated-{runs}"
         while not (out / "results.json").exists():
@@ -246,7 +246,8 @@ def main(argv=None):
     write_lamps(folder / "lamps.jsonl")
     # In another process, since this one must not have computed anything before it forks
     assert ended(forked(lambda: make_small(folder / "model") and 0)) == 0
-    flags = [*FLAGS, "--data", str(folder / "lamps.jsonl"), "--model", str(folder / "model")]
+    flags = [*FLAGS, "--save-every", "0", "--data", str(folder / "lamps.jsonl"),
+             "--model", str(folder / "model")]
     truth, begin = folder / "truth", time.monotonic()
     counts, runs = kill(flags, folder, truth, args.kills, rng)
     print(f"{counts} of {runs} runs, all as the one that nobody killed: "

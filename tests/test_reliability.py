@@ -33,7 +33,7 @@ ROOT = Path(train.__file__).parent
 
 @pytest.fixture(scope="module")
 def argv(small_folder, tmp_path_factory):
-    """Flags of a small run; each step is saved."""
+    """Flags of a small run, which saves at the end of its stages."""
     data = write_lamps(tmp_path_factory.mktemp("data") / "lamps.jsonl")
     return [*kills.FLAGS, "--data", str(data), "--model", str(small_folder)]
 
@@ -43,6 +43,14 @@ def truth(argv, tmp_path_factory):
     """A run that nobody disturbed."""
     out = tmp_path_factory.mktemp("truth") / "run"
     assert train.main([*argv, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(argv, tmp_path_factory):
+    """A run without rivals that nobody disturbed."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    assert train.main([*argv, "--no-rivals", "--out", str(out)]) == 0
     return out
 
 
@@ -82,30 +90,32 @@ def test_a_killed_run_ends_as_one_that_was_not(argv, truth, tmp_path):
     """Killed -9 inside three saves, which are drawn at random."""
     rng, out = random.Random(1), tmp_path / "run"
     for _ in range(3):
-        number = kills.forked(kills.quiet_train, [*argv, "--out", str(out)], tmp_path / "log",
-                              rng.randint(20, 120))
+        number = kills.forked(kills.quiet_train, [*argv, "--save-every", "0", "--out", str(out)],
+                              tmp_path / "log", rng.randint(20, 120))
         assert kills.ended(number) == -signal.SIGKILL
     finish(argv, truth, out)
 
 
-@pytest.mark.parametrize("line, name, code", [(3, "SIGINT", 130), (15, "SIGTERM", 143),
-                                              (24, "SIGUSR1", 138)])
-def test_a_signal_loses_no_step(argv, truth, tmp_path, monkeypatch, capfd, line, name, code):
-    """In the warm-up of Q, of P, and in the rivals' Bootstrap."""
+SIGNALS = [(3, "SIGINT", 130), (24, "SIGTERM", 143), (15, "SIGUSR1", 138)]
+
+
+@pytest.mark.parametrize("line, name, code", SIGNALS)
+def test_a_signal_loses_no_step(argv, plain, tmp_path, monkeypatch, capfd, line, name, code):
+    """In the warm-up of Q, in Phase I, in the warm-up of P."""
     out = tmp_path / "run"
-    argv = [*argv, "--save-every", "60", "--out", str(out)]
+    argv = [*argv, "--no-rivals", "--out", str(out)]
     with monkeypatch.context() as patch:
         at_line(patch, line, lambda run: os.kill(os.getpid(), getattr(signal, name)))
         assert train.main(argv) == code
     err = capfd.readouterr().err
     assert f"stopped by {name}" in err and "resumes" in err
     assert kills.steps_logged(out) == kills.steps_saved(out)
-    finish(argv, truth, out)
+    finish(argv, plain, out)
 
 
-def test_a_signal_between_steps_stops_at_once(argv, truth, tmp_path, monkeypatch):
+def test_a_signal_between_steps_stops_at_once(argv, plain, tmp_path, monkeypatch):
     """While a stage is scored; its steps are saved already."""
-    out, scored = tmp_path / "run", []
+    argv, out, scored = [*argv, "--no-rivals"], tmp_path / "run", []
 
     def evaluate(*args):
         scored.append(kills.steps_saved(out))
@@ -116,10 +126,8 @@ def test_a_signal_between_steps_stops_at_once(argv, truth, tmp_path, monkeypatch
         patch.setattr("support.results.evaluate", evaluate)
         assert train.main([*argv, "--out", str(out)]) == 143
     assert len(scored[0]) == 20
-    step = sft.step
-    monkeypatch.setattr(sft, "step", lambda *args: pytest.fail("a step is made again")
-                        if not (out / "progress.json").exists() else step(*args))
-    finish(argv, truth, out)
+    monkeypatch.setattr(sft, "step", lambda *args: pytest.fail("a step is made again"))
+    finish(argv, plain, out)
 
 
 def test_a_second_ctrl_c_stops_at_once(monkeypatch):
@@ -137,7 +145,7 @@ def test_the_second_process_saves_its_step_too(argv, truth, tmp_path, monkeypatc
     """A signal to the first one; both warm-ups go on where they stood."""
     monkeypatch.setattr(aside, "possible", lambda cfg: True)
     out = tmp_path / "run"
-    argv = [*argv, "--save-every", "60", "--out", str(out)]
+    argv = [*argv, "--out", str(out)]
     with monkeypatch.context() as patch:
         at_line(patch, 2, lambda run: wait_for_idm(out) or os.kill(os.getpid(), signal.SIGTERM))
         assert train.main(argv) == 143
@@ -151,10 +159,12 @@ def wait_for_idm(out):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("method", ["em", "share", "sft-merge"])
+@pytest.mark.parametrize("method", [
+    "em", pytest.param("share", marks=pytest.mark.slow),
+    pytest.param("sft-merge", marks=pytest.mark.slow)])
 def test_other_methods_go_on_within_a_stage(argv, tmp_path, monkeypatch, method):
     """Their batches, their models that begin again, their shared weights."""
-    argv = [*argv, "--method", method, "--save-every", "60"]
+    argv = [*argv, "--method", method]
     assert train.main([*argv, "--out", str(tmp_path / "truth")]) == 0
     for line in (24, 5):                                       # the second counts from the cut
         with monkeypatch.context() as patch:
@@ -163,31 +173,25 @@ def test_other_methods_go_on_within_a_stage(argv, tmp_path, monkeypatch, method)
     finish(argv, tmp_path / "truth", tmp_path / "run")
 
 
-def test_a_clock_that_runs_backwards_changes_nothing(argv, truth, tmp_path, monkeypatch):
+def test_a_clock_that_runs_backwards_changes_nothing(argv, plain, tmp_path, monkeypatch):
     clock = iter(range(10**9, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: next(clock))
-    finish(argv, truth, tmp_path / "run")
+    finish([*argv, "--no-rivals"], plain, tmp_path / "run")
 
 
 # --- damage -----------------------------------------------------------------------------------
 
 @pytest.fixture
 def cut(argv, tmp_path, monkeypatch):
-    """cut(line): a run that was stopped at this line of metrics.jsonl."""
+    """cut(line): a run that saves each step, and was stopped at this line of metrics.jsonl."""
+    argv = [*argv, "--no-rivals", "--save-every", "0", "--out", str(tmp_path / "run")]
+
     def make(line):
         with monkeypatch.context() as patch:
             at_line(patch, line, lambda run: os.kill(os.getpid(), signal.SIGTERM))
-            assert train.main([*argv, "--no-rivals", "--out", str(tmp_path / "run")]) == 143
+            assert train.main(argv) == 143
         return tmp_path / "run"
     return make
-
-
-@pytest.fixture(scope="module")
-def plain(argv, tmp_path_factory):
-    """A run without rivals that nobody disturbed."""
-    out = tmp_path_factory.mktemp("plain") / "run"
-    assert train.main([*argv, "--no-rivals", "--out", str(out)]) == 0
-    return out
 
 
 def damage(path, how):
@@ -201,7 +205,9 @@ def damage(path, how):
         path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("how", ["cut", "a bit", "gone"])
+@pytest.mark.parametrize("how", [
+    "a bit", pytest.param("cut", marks=pytest.mark.slow),
+    pytest.param("gone", marks=pytest.mark.slow)])
 def test_a_damaged_state_gives_way_to_the_one_before(argv, plain, cut, capsys, how):
     out = cut(24)
     states = sorted((out / "steps").glob("iteration1-phase1-*"), key=checkpoint.step_of)
@@ -212,11 +218,10 @@ def test_a_damaged_state_gives_way_to_the_one_before(argv, plain, cut, capsys, h
     assert f"{states[-1].name} is damaged" in said and "goes on after step 2" in said
 
 
-@pytest.mark.parametrize("how", ["cut", "a bit"])
-def test_a_damaged_checkpoint_gives_way_to_the_other(argv, plain, cut, capsys, how):
+def test_a_damaged_checkpoint_gives_way_to_the_other(argv, plain, cut, capsys):
     out = cut(30)                                              # in Phase II
     folder = out / json.loads((out / "progress.json").read_text())["folder"]
-    damage(folder / "fwm" / "model.safetensors", how)
+    damage(folder / "fwm" / "model.safetensors", "cut")
     finish([*argv, "--no-rivals"], plain, out)
     said = capsys.readouterr().out
     assert f"{folder} is damaged; the run goes on from checkpoint-" in said
@@ -298,11 +303,11 @@ def full(*args, **kwargs):
                                          (records, "sync"), (json, "dumps")])
 def test_a_full_disk_ends_in_one_line(argv, plain, tmp_path, monkeypatch, capsys, place, name):
     """And the run goes on when there is room again."""
-    out, f, count = tmp_path / "run", getattr(place, name), [0]
+    out, f, count, at = tmp_path / "run", getattr(place, name), [0], {torch: 3, pretrained: 1}
 
     def sometimes(*args, **kwargs):
         count[0] += 1
-        return full() if count[0] == 30 or place is pretrained else f(*args, **kwargs)
+        return full() if count[0] == at.get(place, 20) else f(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(place, name, sometimes)
@@ -316,7 +321,7 @@ def test_room_is_checked_before_it_is_needed(argv, plain, tmp_path, monkeypatch,
     out, usage = tmp_path / "run", shutil.disk_usage
     with monkeypatch.context() as patch:
         few = lambda path: usage(path)._replace(free=100)
-        when = {"begin": "run", "save": "FWM-3.new"}[at]
+        when = {"begin": "run", "save": "FWM-12.new"}[at]
         patch.setattr(shutil, "disk_usage",
                       lambda path: few(path) if Path(path).name == when else usage(path))
         err = refused(capsys, [*argv, "--no-rivals", "--out", str(out)])
@@ -327,7 +332,7 @@ def test_room_is_checked_before_it_is_needed(argv, plain, tmp_path, monkeypatch,
 
 def test_a_folder_that_vanishes_ends_in_one_line(argv, tmp_path, monkeypatch, capsys):
     at_line(monkeypatch, 5, lambda run: shutil.rmtree(run.dir))
-    err = refused(capsys, [*argv, "--save-every", "60", "--out", str(tmp_path / "run")])
+    err = refused(capsys, [*argv, "--out", str(tmp_path / "run")])
     assert "No such file or directory" in err and str(tmp_path / "run") in err
 
 
