@@ -63,7 +63,7 @@ def train(cfg):
     beside = aside.start(cfg, rivals, cfg) if cfg.has_rivals() else None
     P, Q = follow(methods.stages(cfg.method, cfg.iterations), P, Q, lab)
     rows = beside.result() if beside else {}
-    return finish(P, Q, lab, rows) if parallel.rank() == 0 else 0
+    return finish(P, Q, lab, rows)
 
 
 def warm_up(P, Q, lab):

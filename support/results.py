@@ -44,6 +44,9 @@ def moved(stage, P, Q):
 def finish(P, Q, lab, beside):
     """Both bounds by sampling, results.json, the last models in fwm/ and idm/, the table."""
     cfg, run = lab.cfg, lab.run
+    validation = {"sampled": sampled(P, lab.validation)}   # of all processes
+    if parallel.rank():
+        return 0
     stages = run.progress["stages"]
     results = {
         "version": 2,
@@ -58,7 +61,7 @@ def finish(P, Q, lab, beside):
             "test": len(lab.test),
         },
         "baselines": baselines(lab, beside),
-        "validation": {"sampled": sampled(P, lab.validation)},
+        "validation": validation,
         "code": run.progress["code"],
         "stages": stages + [stages[-1] | {"name": cfg.method}],
         **bounds(P, Q, lab),
