@@ -137,7 +137,7 @@ class Run:
             print(f"{self.dir / folder} is damaged; the run goes on from "
                   f"{other if before else 'its begin'}")
             record = before or new_record(config)
-        note_code(record)
+        note_code(record, silent=bool(self.label))         # the rivals' run is said with its own
         return record
 
     def is_whole(self, folder):
@@ -353,10 +353,10 @@ def check_data(old, new, cfg):
         )
 
 
-def note_code(record):
+def note_code(record, silent):
     """Say if another version of the code goes on with the run; results.json names all of them."""
     now, seen = in_words(code_now()), record.setdefault("code", [])
-    if seen and seen[-1] != now:
+    if seen and seen[-1] != now and not silent:
         print(f"note: this run has come so far with {seen[-1]}, and goes on with {now}; one "
               "version might have found other numbers")
     if now not in seen[-1:]:
