@@ -4,9 +4,9 @@ its rivals. It is drawn anew at each evaluation. Needs matplotlib (optional).
 Claim: the run does not depend on it. All is saved before, and what fails is told in one line.
 """
 import functools
-import os
 from pathlib import Path
 
+from envs import records
 from models import parallel
 from support import sinks
 
@@ -112,9 +112,8 @@ def draw(folder):
         panels[0][0].set_yscale("log")
     figure.suptitle(Path(folder).resolve().name)
     figure.subplots_adjust(left=0.06, right=0.98, bottom=0.08, hspace=0.5)
-    new = Path(folder) / "curves.png.new"
-    figure.savefig(new, dpi=70, format="png")
-    os.replace(new, Path(folder) / "curves.png")
+    with records.whole(Path(folder) / "curves.png") as file:
+        figure.savefig(file, dpi=70, format="png")
 
 
 def line(panel, name, points, label, style):

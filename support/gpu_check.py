@@ -131,7 +131,7 @@ def models(config, r, half, cfg, device):
         net = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     nets = adapters.pair(net, r) if r else (net, parallel.plain(net).eval())
     nets = [net.to(device) for net in nets]
-    tok = AutoTokenizer.from_pretrained(tiny.FOLDER)
+    tok = AutoTokenizer.from_pretrained(tiny.FOLDER, trust_remote_code=False)
     splits = load_splits(cfg)
     longest = loading.check_data(nets[0], tok, splits, cfg)
     P, Q = loading.wrap(*nets, tok, cfg, half, longest, splits[0][0][0])

@@ -9,7 +9,6 @@ import argparse
 import base64
 import html
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -55,9 +54,8 @@ def write(folder):
     folder = Path(folder)
     config, results = (json.loads((folder / name).read_text())
                        for name in ("config.json", "results.json"))
-    new = folder / "report.html.new"
-    new.write_text(page(folder, config, results), encoding="utf-8")
-    os.replace(new, folder / "report.html")
+    with records.whole(folder / "report.html") as file:
+        file.write(page(folder, config, results).encode())
 
 
 def page(folder, config, results):
