@@ -86,11 +86,12 @@ def test_a_side_that_did_not_move_keeps_its_scores(counted):
 
 
 def test_samples_hold_truth_forecast_and_reward(counted):
-    lab = lab_of()
-    _, sample = evaluate.evaluate(None, Model(), lab, "sft")
+    lab, Q = lab_of(), Model()
+    _, sample = evaluate.evaluate(None, Q, lab, "sft")
     assert sample == dict(x="a", z="go", y="b", y_hat="y", z_hat="z")
     assert lab.samples[2] == dict(stage="sft", x="d", z="go", y="e", y_hat="y", z_hat="z",
-                                  reward=2.0)
+                                  reward=2.0, reward_of_y=2.0)
+    assert [ys[2] for _, _, ys, _ in Q.asked] == ["y", "e"]
 
 
 def test_best_of_8_draws_eight_in_both_directions(monkeypatch):

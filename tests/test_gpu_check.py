@@ -72,7 +72,7 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole_check_in_small(tmp_path):
-    argv = ["--device", "cpu", "--small", "--seconds", "0", "--tokens", "256", "--out",
+    argv = ["--device", "cpu", "--small", "--seconds", "0", "--out",
             str(tmp_path / "gpu")]
     assert gpu_check.main(argv) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
@@ -81,7 +81,7 @@ def test_the_whole_check_in_small(tmp_path):
         assert row["lora"] == r
         for stage in ("sft", "phase1", "phase2"):
             assert row[stage]["steps_a_second"] > 0
-            assert 0.3 < row[stage]["peak"] / row[stage]["planned"] < 3
+            assert 0.5 < row[stage]["peak"] / row[stage]["planned"] < 3
     assert set(found["worlds"]) == {"tools", "physics", "web", "pixels"}
     assert all(0 <= share <= 1 for row in found["worlds"].values() for share in row["sampled"])
     assert (tmp_path / "gpu.md").read_text().count("\n| small |") == 6
