@@ -84,12 +84,13 @@ def sample(net, prefixes, n, longest, options: Options, generator=None):
 
 
 def batch_size(prefixes, n, longest, options):
-    """Prompts at a time: 256 rows, or as many as hold 16 micro-batches of tokens (keys, not
-    activations)."""
+    """Prompts at a time: 256 rows, or as many as the cache may hold; without a number, 16
+    micro-batches of tokens (keys, not activations)."""
     size = 256 // n
-    if options.tokens and prefixes:
+    most = options.cached or 16 * options.tokens
+    if most and prefixes:
         length = max(map(len, prefixes)) + longest
-        size = min(size, 16 * options.tokens // length // n)
+        size = min(size, most // length // n)
     return max(1, size)
 
 

@@ -99,8 +99,21 @@ def continue_(P, Q, lab, stage):
 
 
 def bootstrap(P, Q, lab, stage):
-    """Q labels the state-only pairs once; P goes on with labels and pseudo-labels."""
-    return go_on(P, Q, lab, stage, lab.labelled + pseudo_labels(Q, lab))
+    """Q labels the state-only pairs once; P goes on with labels and pseudo-labels. Pairs that no
+    step would take are not labelled."""
+    labelled, pairs = lab.labelled, kept_pairs(lab)
+    share = rows_taken(lab)
+    if share < 1:
+        rng = rng_of(lab, stage)
+        labelled = rng.sample(labelled, round(share * len(labelled)))
+        pairs = rng.sample(pairs, round(share * len(pairs)))
+    return go_on(P, Q, lab, stage, labelled + pseudo_labels(Q, lab, pairs))
+
+
+def rows_taken(lab):
+    """The share of labels and pairs that Bootstrap's steps take; above 1, some come again."""
+    rows = lab.cfg.bootstrap_steps * lab.cfg.warmup_batch
+    return rows / (len(lab.labelled) + len(kept_pairs(lab)))
 
 
 def merge(P, Q, lab, stage):
@@ -146,9 +159,9 @@ def go_on(P, Q, lab, stage, triples, steps=None):
     return P, Q, steps
 
 
-def pseudo_labels(Q, lab):
-    """[(x, z', y)] of the state-only pairs: what Q reads in each."""
-    xs, ys = columns(kept_pairs(lab))
+def pseudo_labels(Q, lab, pairs=None):
+    """[(x, z', y)] of the state-only pairs (default: all): what Q reads in each."""
+    xs, ys = columns(pairs or kept_pairs(lab))
     zs = parallel.divide(Q.predict, xs, ys)
     return list(zip(xs, zs, ys))
 

@@ -2,7 +2,7 @@
 is `--lr-fwm`.
 
 A preset replaces some defaults: of a world (its file), of your own file (`envs/records.py`), of a
-pretrained model (`models/pretrained.py`), with LoRA (`models/adapters.py`). A flag wins over it.
+real model (`models/presets.py`; some wait, as 0, for its size and the data). A flag wins over it.
 """
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ import torch
 import grpo
 import methods
 from envs import WORLDS, records
-from models import adapters, pretrained
+from models import presets
 from support import rundir, sinks
 
 
@@ -79,6 +79,7 @@ class Config:
     out: str = setting("", "folder of the run (default: runs/ENV-MODEL-SEED)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out")
     save_every: float = setting(2.0, "minutes between saved states of a stage (0: each step)")
+    dry_run: bool = setting(False, "print the plan of the run and write nothing")
     minutes: float = setting(0.0, "measure, then fix the steps of all stages for so many minutes")
     device: str = setting("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     dtype: str = setting("auto", "of products; auto: bfloat16 for a real model on a GPU",
@@ -123,7 +124,7 @@ def parse(argv=None):
     parser = make_parser()
     given = parser.parse_args(argv)
     if given.model != "tiny":
-        preset = pretrained.PRESET | (adapters.PRESET if given.lora else {})
+        preset = presets.PRESET
     elif given.data:
         preset = records.PRESET
     else:
@@ -173,6 +174,7 @@ def check(cfg):
         "max_state": cfg.max_state == 0 or cfg.max_state >= 16}
     fine |= {name: 0 < getattr(cfg, name) < float("inf") for name in positive}
     fine |= {name: getattr(cfg, name) >= 1 for name in at_least_1}
+    fine |= {name: True for name in fine if presets.is_open(cfg, name)}
     fine |= {name: 0 <= getattr(cfg, name) < float("inf") for name in not_negative}
     fine |= {name: 0 <= getattr(cfg, name) <= 1 for name in shares}
     most = {f.name: 2**32 for f in dataclasses.fields(cfg) if f.type is int}

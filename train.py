@@ -31,7 +31,7 @@ import swirl_fwm
 import swirl_idm
 from models import optim, parallel
 from settings import parse
-from support import aside, checkpoint, guard, loading, plan, rundir, tables
+from support import aside, checkpoint, forecast, guard, loading, plan, rundir, tables
 from support.evaluate import best_of_8
 from support.results import end_stage, finish
 
@@ -39,18 +39,20 @@ from support.results import end_stage, finish
 def train(cfg):
     """Algorithm 1: warm up on labels, then Phase I and Phase II in turn on pairs (x, y)."""
     started = time.monotonic()
-    plan.restore(cfg)                                      # only with --minutes
+    plan.restore(cfg)                                      # what an unfinished run was planned with
     if not cfg.fresh and (Path(cfg.out) / "results.json").is_file():
         return tables.report(rundir.Run(cfg, started).load("results.json"))
     device = begin(cfg)
+    bytes_free = forecast.size_up(cfg, device)             # settings of a real model
     start, scores = loading.check_start(cfg)               # only with --start
     P, Q, lab = loading.open_lab(cfg, device)
-    plan.fix_steps(cfg, P, Q, lab)                         # only with --minutes
+    forecast.make(P, Q, lab, bytes_free)                   # prints what the run will do
+    if cfg.dry_run:
+        return 0
     run = lab.run = rundir.Run(cfg, started)               # nothing is written before this
     run.check_room(P, Q, 1 + cfg.has_rivals())
     P, Q = loading.settle(P, Q, lab, device, run.progress["folder"] or start)
     run.save_codebook(lab.book)                            # only of images
-    tables.introduce(P, lab)
     loading.warn_of_long_diffs(lab)                        # only of files
 
     if start and not run.done("sft"):

@@ -36,8 +36,6 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from support import rundir
 
-# Settings with LoRA: ten times the rates (Schulman et al. 2025, LoRA Without Regret)
-PRESET = {"warmup_lr": 2e-4, "lr_fwm": 1e-5, "lr_idm": 1e-5}
 CARDS = 24, 48, 80                                                                 # GiB
 # Qwen2.5
 QWEN = {
@@ -199,8 +197,10 @@ def memory(config, r=0, half=False):
         model = AutoModelForCausalLM.from_config(config)
     n = model.num_parameters()
     h, i = KEPT[half, r > 0]
+    config = config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     token = (
-        config.num_hidden_layers * (h * config.hidden_size + i * config.intermediate_size)
+        config.num_hidden_layers * (h * config.hidden_size + i * inner)
         + (14 if half else 12) * config.vocab_size
     )
     if not r:

@@ -18,6 +18,7 @@ class Options:
     allowed: torch.Tensor | None = None     # (T, V) bool: what token t may be; the last row goes on
     half: bool = False                      # products in bfloat16; weights, log-probs stay float32
     tokens: int = 0                         # tokens at a time. 0: 1024 on a CPU, 16384 on a GPU
+    cached: int = 0                         # tokens that the sampler's cache may hold. 0: 16 times
 
 
 def log_policy(logits, t, options, drawn=None):

@@ -21,10 +21,37 @@ from typing import NamedTuple
 CUT = "[... cut ...]\n"
 
 
-@functools.lru_cache(maxsize=100_000)
-def encode(tok, text):
+def spell(tok, text):
     """Token ids (a tuple) of one segment, without special tokens. "<eos>" in a state stays text."""
     return tuple(tok.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+
+class Spelt:
+    """`spell` with a memory: the texts that were used last, at most so many characters of them.
+    A character takes about ten bytes here."""
+
+    def __init__(self, most=2e7):
+        self.most, self.size = most, 0
+        self.ids = {}                                      # (tok, text): ids, the last used last
+
+    def __call__(self, tok, text):
+        ids = self.ids.pop((tok, text), None)
+        if ids is None:
+            ids = spell(tok, text)
+            self.size += len(text)
+        self.ids[tok, text] = ids
+        while self.size > self.most:
+            oldest = next(iter(self.ids))
+            del self.ids[oldest]
+            self.size -= len(oldest[1])
+        return ids
+
+    def cache_clear(self):
+        self.size = 0
+        self.ids.clear()
+
+
+encode = Spelt()
 
 
 def decode(tok, ids):

@@ -20,7 +20,7 @@ import transformers
 
 from envs import images, records
 from models import pretrained, tiny
-from models.text import encode, frame, shorten
+from models.text import encode, frame, shorten, spell  # spell: holds no text of the file
 from support import loading, rundir
 
 # What SFT reached, from docs/RESULTS.md: (labels, where, % of changes word for word)
@@ -33,7 +33,6 @@ MEASURED = [
 MANY, EQUAL = 250_000, 50_000   # work of an exact diff beyond which note 2 holds
 STEP = 50                       # --max-state is a multiple of it
 
-spell = encode.__wrapped__      # not cached: the states of a file may be larger than memory
 
 
 def report(path):

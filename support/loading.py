@@ -14,7 +14,7 @@ import torch
 import lm
 from envs import codebook, images, load_splits, records, test_episodes
 from evals import metrics
-from models import adapters, parallel, pretrained, tiny
+from models import adapters, memory, parallel, pretrained, probe, tiny
 from models import images as image_models
 from models.text import encode, frame, shorten
 from support import rollouts, rundir
@@ -56,6 +56,7 @@ def open_lab(cfg, device):
     splits = shorten_all(tok, splits, cfg.max_state)
     longest = check_data(net_P, tok, splits, cfg)
     nets = net_P.to(device), net_Q.to(device)
+    check_model(nets[0], tok, splits, longest, cfg)
     P, Q = wrap(*nets, tok, cfg, half, longest, states[0])
     labelled, validation, state_only, test = splits
     test = affordable(tok, test)
@@ -84,11 +85,14 @@ def windows_of(cfg, tok, book, tests):
 
 
 def in_half(cfg, device):
-    """Whether products are bfloat16."""
-    if cfg.dtype == "auto":
-        real = cfg.model != "tiny" and device == "cuda"
-        return real and torch.cuda.is_bf16_supported()
-    return cfg.dtype == "bfloat16"
+    """Whether products are bfloat16: for a real model where the device has such products."""
+    if cfg.dtype != "auto":
+        return cfg.dtype == "bfloat16"
+    if cfg.model == "tiny":
+        return False
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(kind) for kind in ("avx512_bf16", "amx_bf16"))
 
 
 def load_nets(cfg, states, book, half):
@@ -110,14 +114,8 @@ def load_nets(cfg, states, book, half):
             nets = adapters.pair(net, cfg.lora)
         else:
             nets = net, parallel.plain(net).eval()
-        # Says now if its layers cannot do what `lm` does with them
-        prefix, rows = [0, 0], [[0], [1]]
-        lm.score(nets[0], [prefix, prefix], rows, lm.Options(eos=0))
-    except Exception as e:  # whatever a damaged file makes the loaders raise
-        rundir.fail(
-            f"--model {cfg.model}: {str(e).partition(chr(10))[0]}; give tiny, smollm2, a Hub id, "
-            "a folder with safetensors or a .gguf file"
-        )
+    except Exception as error:      # whatever a damaged file makes the loaders raise
+        refuse(cfg, error)
     if tok.eos_token_id is None:
         rundir.fail(
             f"--model {cfg.model}: its tokenizer has no end token; give a causal language model"
@@ -126,6 +124,26 @@ def load_nets(cfg, states, book, half):
         for net in nets:
             net.resize_token_embeddings(max(len(tok), net.config.vocab_size))
     return *nets, tok
+
+
+def refuse(cfg, error):
+    """Fails in one line: the model cannot be used."""
+    reason = str(error).partition("\n")[0]
+    rundir.fail(f"--model {cfg.model}: {reason}; give tiny, smollm2, a Hub id, a folder with "
+                "safetensors or a .gguf file")
+
+
+def check_model(net, tok, splits, longest, cfg):
+    """Fails if the model samples and scores unlike, behind a prompt as long as the data's
+    longest."""
+    if cfg.model == "tiny":
+        return
+    x = max(len(encode(tok, "\n" + state)) for state in states_of(splits))
+    size = min(len(tok), net.config.get_text_config().vocab_size)
+    try:
+        probe.check(net, size, min(x + sum(longest), pretrained.context(net)))
+    except ValueError as error:
+        refuse(cfg, error)
 
 
 def wrap(net_P, net_Q, tok, cfg, half, longest, state):
@@ -143,12 +161,17 @@ def wrap(net_P, net_Q, tok, cfg, half, longest, state):
         known = torch.arange(size) < len(tok)
         for_P = for_Q = known[None]                                        # (1, V)
 
+    longest_y, longest_z = longest
+    cached = 0
+    if cfg.tokens and cfg.model != "tiny":
+        cached = memory.cached(net_P.config, cfg.tokens, longest_y, cfg.lora, half)
+
     def options(allowed):
         if allowed is not None:
             allowed = allowed.to(net_P.device)
-        return lm.Options(tok.eos_token_id, allowed=allowed, half=half, tokens=cfg.tokens)
+        return lm.Options(tok.eos_token_id, allowed=allowed, half=half, tokens=cfg.tokens,
+                          cached=cached)
 
-    longest_y, longest_z = longest
     P = kind_P(net_P, tok, options(for_P), longest_y)
     Q = kind_Q(net_Q, tok, options(for_Q), longest_z, cfg.view)
     return P, Q
@@ -157,14 +180,16 @@ def wrap(net_P, net_Q, tok, cfg, half, longest, state):
 def settle(P, Q, lab, device, folder):
     """P and Q with the weights in a folder of the run, if one is given, on their device and, under
     --shard, divided among the processes."""
-    cfg, nets = lab.cfg, [P.net, Q.net]
+    cfg = lab.cfg
     if folder:
-        folders = [saved_model(lab.run.dir, folder, side) for side in ("fwm", "idm")]
-        if cfg.lora:
-            for net, saved in zip(nets, folders):
-                net.load(saved)                            # on the base that `load_nets` has loaded
-        else:
-            nets = [pretrained.load(saved)[0] for saved in folders]
+        for model, side in ((P, "fwm"), (Q, "idm")):
+            saved = saved_model(lab.run.dir, folder, side)
+            if cfg.lora:
+                model.net.load(saved)                      # on the base that `load_nets` has loaded
+            else:
+                model.net = None                           # memory holds no third model
+                model.net = pretrained.load(saved)[0]
+    nets = [P.net, Q.net]
     if lab.run.progress["stages"]:
         print(f"resuming after {lab.run.label}{lab.run.progress['stages'][-1]['name']}")
     nets = [net.to(device) for net in nets]
@@ -253,7 +278,7 @@ def check_processes(cfg, device):
         rundir.fail("--shard needs several processes: "
                     "torchrun --nproc-per-node N train.py --shard ...")
     for name in ("batch", "warmup_batch", "warmup_batch_idm"):
-        if getattr(cfg, name) < world:
+        if 0 < getattr(cfg, name) < world:
             rundir.fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} cannot be divided among "
                         f"{world} processes; give at least {world}, or start fewer")
 

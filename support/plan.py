@@ -16,7 +16,7 @@ import methods
 import sft
 import swirl_fwm
 import swirl_idm
-from models import optim, parallel
+from models import optim, parallel, presets
 from support import aside
 from support.evaluate import evaluate_P, evaluate_Q
 
@@ -33,10 +33,14 @@ def fix_steps(cfg, P, Q, lab):
 
 
 def restore(cfg):
-    """Set the steps that an earlier run of this folder was planned with."""
-    if cfg.minutes:
-        for name, n in (saved(cfg) or {}).items():
-            setattr(cfg, name, n)
+    """Set what an earlier run of this folder was planned with: the steps of --minutes, and settings
+    of a real model that wait for their value. Free memory decides the micro-batch anew."""
+    old = saved(cfg) or {}
+    planned = {name: value for name, value in old.get("preset", {}).items() if name != "tokens"}
+    presets.fill(cfg, planned)
+    if cfg.minutes and old:
+        for name in STEPS:
+            setattr(cfg, name, old[name])
 
 
 def scaled(cfg, seconds, tests):
@@ -138,11 +142,11 @@ def seconds_of(f, times=3):
 
 
 def saved(cfg):
-    """The steps that an earlier run of this folder was planned with; None without one."""
+    """The settings of the run that this folder holds, if it was planned alike; None without one."""
     try:
         config = (Path(cfg.out) / "config.json").read_text()
         old = json.loads(config)["settings"]
-        same = old["minutes"] == cfg.minutes and not cfg.fresh
-        return {name: old[name] for name in STEPS} if same else None
+        same = (old["minutes"], old["model"]) == (cfg.minutes, cfg.model)
+        return old if same and not cfg.fresh and set(STEPS) <= set(old) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -108,7 +108,8 @@ def bounds(P, Q, lab):
     pairs, in nats, and whether the latent actions collapse."""
     rng = random.Random(lab.cfg.seed)
     generator = torch.Generator(Q.net.device).manual_seed(lab.cfg.seed)
-    n = min(256, len(lab.state_only), len(lab.labelled))
+    most = 256 if lab.cfg.model == "tiny" else len(lab.test)               # drawing is slow
+    n = min(most, len(lab.state_only), len(lab.labelled))
     xs, ys = columns(rng.sample(lab.state_only, n))
     true = [z for _, z, _ in rng.sample(lab.labelled, n)]
     zs = Q.sample(xs, ys, 1, generator)

@@ -69,7 +69,7 @@ class Run:
         """Make the folder, with its config.json; or check that it holds the same run. Returns what
         config.json holds."""
         settings = dataclasses.asdict(cfg)
-        del settings["out"], settings["fresh"]
+        del settings["out"], settings["fresh"], settings["dry_run"]
         data = records.sha256(cfg.data)
         old = self.read_config(cfg.out)                    # fails before anything is written
         self.finished = not cfg.fresh and (self.dir / "results.json").is_file()

@@ -21,7 +21,7 @@ def introduce(P, lab):
     two = ", two processes where stages are independent" if aside.possible(cfg) else ""
     print(
         f"  {millions:.2f}M parameters a model; "
-        f"{torch.get_num_threads()} thread(s) a process{two}; {lab.run.dir}"
+        f"{torch.get_num_threads()} thread(s) a process{two}; {cfg.out}"
     )
     names = [stage.name for stage in methods.stages(cfg.method, cfg.iterations)]
     rivals = "; beside these the rivals" if cfg.has_rivals() else ""

@@ -328,16 +328,6 @@ def test_bad_ranks_and_missing_peft_are_refused(
     assert "pip install peft" in refused(short)
 
 
-def test_adapters_raise_the_rates_of_real_models():
-    full, lora = (
-        train.parse(["--model", "some/model"]),
-        train.parse(["--model", "some/model", "--lora", "8"]))
-    assert (lora.warmup_lr, lora.lr_fwm, lora.lr_idm) == pytest.approx(
-        (10 * full.warmup_lr, 10 * full.lr_fwm, 10 * full.lr_idm)
-    )
-    assert train.parse(["--lora", "8"]).lr_fwm == train.parse([]).lr_fwm and not lora.muon
-
-
 # --- memory ---------------------------------------------------------------------------------------
 
 def config(V=400, h=128, L=3, i=512, tied=True):

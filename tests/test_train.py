@@ -36,13 +36,6 @@ IDM = {"n", "exact", "bleu", "rouge_l", "logp", "refused"}
 
 # --- settings -------------------------------------------------------------------------------------
 
-def test_a_pretrained_model_gets_the_paper_s_rates():
-    cfg, tiny_one = train.parse(["--model", "some/model"]), train.parse([])
-    assert (cfg.warmup_lr, cfg.lr_fwm, cfg.lr_idm) == (2e-5, 1e-6, 1e-6)
-    assert (cfg.warmup_batch, cfg.muon) == (128, False)
-    assert tiny_one.warmup_lr > cfg.warmup_lr and tiny_one.muon
-
-
 @pytest.mark.parametrize("argv", [["--model", "some/model"], ["--env", "pixels"],
                                   ["--data", "some.jsonl"],
                                   ["--model", "some/model", "--lora", "4"]])
@@ -531,7 +524,7 @@ def test_each_fit_gets_its_own_rows_and_steps(noted):
     assert noted["exit code"] == 0
     assert (P.size, P.steps, Q.size, Q.steps, boot.size, boot.steps) == (3, 6, 5, 4, 3, 4)
     assert longest(P.rows) > longest(Q.rows)
-    assert len(set(map(str, boot.rows))) > len(set(map(str, P.rows)))
+    assert set(map(str, boot.rows)) - set(map(str, P.rows))                # pseudo-labels
 
 
 both_runs = pytest.mark.parametrize("label", ["", "bootstrap, "], ids=["run", "rivals"])
