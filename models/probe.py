@@ -2,8 +2,7 @@
 
 Claim: where `check` is silent, three ways to the log-probability of a row agree: as it is drawn
 behind a cached prompt, as it is scored beside others, and by a plain forward pass without cache,
-mask or padding. Models that fail: those whose positions follow from the padding (BLOOM, MPT), and
-those without keys and values to cache (Mamba).
+mask or padding. Models without keys and values to cache (Mamba) cannot be sampled.
 """
 import random
 

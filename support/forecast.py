@@ -23,6 +23,7 @@ from models.batches import columns
 from support import evaluate, loading, plan, rundir, tables
 
 DRAWN = 0.6     # share of rollouts that differ, note 3
+LEAST = 0.5     # of its even share of too few minutes the rest gets at least so much
 GIB = 2**30
 
 
@@ -44,7 +45,8 @@ def size_up(cfg, device):
     on_cpu = device == "cpu"
     presets.fill(cfg, presets.of_size(n, on_cpu, cfg.lora))
     tokens = memory.micro_batch(held, token, found, on_cpu)
-    if not tokens and not cfg.shard:                       # it divides what this arithmetic counts
+    # --shard divides what this arithmetic counts
+    if not tokens and not cfg.shard and presets.is_open(cfg, "tokens"):
         refuse_size(cfg, config, half, found)
     presets.fill(cfg, {"tokens": tokens})
     return found
@@ -257,10 +259,18 @@ def make(P, Q, lab, bytes_free):
 
 
 def fit(cfg, found):
-    """Scale the steps of all stages alike, so that the run takes about cfg.minutes."""
+    """Scale the steps, so that the run takes about cfg.minutes. Where these are few, the warm-up is
+    cut last: without it the phases have nothing to improve."""
     steps, other = map(sum, zip(*found.values()))
-    factor = parallel.agree(max(0.0, cfg.minutes * 60 - other) / steps)
+    warm_up = found["SFT"][0]
+    later = steps - warm_up
+    room = max(0.0, cfg.minutes * 60 - other)
+    rest = room / steps
+    if rest < 1 and later:
+        rest = max(LEAST * rest, (room - warm_up) / later)
+    first = (room - rest * later) / warm_up if warm_up else 0.0
     for name in plan.STEPS:
+        factor = parallel.agree(first if name.startswith("warmup") else rest)
         value = max(1, round(getattr(cfg, name) * factor))
         setattr(cfg, name, value)
         if name in cfg.preset:

@@ -244,17 +244,45 @@ def test_measuring_moves_no_weight(lab):
     assert min(speed) >= 0 and speed.train > 0 and speed.score > 0
 
 
-@pytest.mark.parametrize("minutes", [10, 100])
-def test_steps_are_fitted_into_the_minutes(lab, minutes):
-    cfg = settings.parse(["--model", "some/model", "--minutes", str(minutes)])
-    for name in presets.PLANNED:
-        setattr(cfg, name, 100)
-    cfg.preset = {name: 100 for name in presets.PLANNED}
-    of = dict.fromkeys(seconds_at(lab), 0.5)
-    forecast.fit(cfg, forecast.parts_of(cfg, of))
-    steps, other = map(sum, zip(*forecast.parts_of(cfg, of).values()))
-    assert steps + other == pytest.approx(60 * minutes, rel=0.05)
+@pytest.fixture
+def fitted(lab):
+    """minutes -> (the Config with steps for so many, their seconds); 100 steps of each before."""
+    def fit(minutes):
+        cfg = settings.parse(["--model", "some/model", "--minutes", str(minutes)])
+        for name in presets.PLANNED:
+            setattr(cfg, name, 100)
+            cfg.preset[name] = 100
+        cfg.iterations = 1
+        of = dict.fromkeys(seconds_at(lab), 0.5)
+        forecast.fit(cfg, forecast.parts_of(cfg, of))
+        return cfg, sum(map(sum, forecast.parts_of(cfg, of).values()))
+    return fit
+
+
+@pytest.mark.parametrize("minutes", [4, 6, 20, 90])
+def test_steps_are_fitted_into_the_minutes(fitted, minutes):
+    cfg, seconds = fitted(minutes)
+    assert seconds == pytest.approx(60 * minutes, rel=0.05)
     assert cfg.preset["warmup_steps"] == cfg.warmup_steps
+
+
+def test_the_warm_up_is_cut_last(fitted):
+    for minutes, whole in ((2, False), (5, True)):
+        cfg, _ = fitted(minutes)
+        assert cfg.phase1_steps < cfg.warmup_steps
+        assert (cfg.warmup_steps == 100) == whole
+    cfg, _ = fitted(90)
+    assert cfg.phase1_steps == cfg.warmup_steps > 100
+
+
+@pytest.mark.parametrize("flags", [["--method", "sft"], ["--start", "run"]])
+def test_what_has_no_steps_is_not_fitted(lab, flags):
+    cfg = settings.parse(["--model", "some/model", "--minutes", "9", *flags])
+    for name in presets.PLANNED:
+        setattr(cfg, name, 10)
+    of = dict.fromkeys(seconds_at(lab), 1.0)
+    forecast.fit(cfg, forecast.parts_of(cfg, of))
+    assert min(getattr(cfg, name) for name in forecast.plan.STEPS) >= 1
 
 
 # --- a run ----------------------------------------------------------------------------------------

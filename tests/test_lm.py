@@ -410,8 +410,8 @@ def test_a_cache_with_room_seldom_copies(width):
     assert sum(a != b for a, b in zip(places, places[1:])) < 16
 
 
-def test_sliding_window_wider_than_the_text_is_inert():
-    """The tree of a group is longer than the window; each of its branches is not."""
+def test_a_sliding_window_shorter_than_the_text_is_kept():
+    """Rows drawn behind a cached prompt see what a plain forward pass sees."""
     torch.manual_seed(0)
     model = sharpen(
         MistralForCausalLM(
@@ -422,13 +422,14 @@ def test_sliding_window_wider_than_the_text_is_inert():
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                sliding_window=16,
+                sliding_window=4,
+                max_position_embeddings=256,
                 eos_token_id=EOS,
             )
         ).eval(),
         12.0,
     )
-    assert pretrained.context(model) == 16
+    assert pretrained.context(model) == 256
     rows, logps = sample(
         model, [RAGGED[1][:6], RAGGED[2]], 8, 8, EOS, generator=torch.Generator().manual_seed(0)
     )
