@@ -20,7 +20,7 @@ EPOCHS = 3
 RATES = ((2e8, 2e-4, 3e-5, 2e-5), (1e9, 5e-5, 5e-6, 5e-6), (math.inf, 2e-5, 1e-6, 1e-6))
 LORA = 10
 # On a CPU: parameters times rows that a stage trains on, and parameters times test transitions
-CPU_ROWS, CPU_TESTS = 6.5e10, 1.1e10
+CPU_ROWS, CPU_TESTS = 1e11, 1.1e10
 
 # Fixed for all real models: AdamW, and a reward for each token, since states are long
 FIXED = {"muon": False, "reward_form": "mean", "floor": 10.0}
