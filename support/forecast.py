@@ -254,7 +254,8 @@ def make(P, Q, lab, bytes_free):
         found = parts_of(cfg, seconds(cfg, lab, P, Q, speed))
     show(P, lab, found)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in held.items())
-    print(f"  memory     {used / GIB:.1f} of {bytes_free / GIB:.1f} GiB that are free: {parts}")
+    print(f"  memory     {used / GIB:.1f} of {bytes_free / GIB:.1f} GiB that are free:\n"
+          f"             {parts}", flush=True)
     return None
 
 
@@ -288,7 +289,7 @@ def in_memory(P, Q, lab, bytes_free):
     if used > memory.USED * bytes_free and not cfg.shard:
         rundir.fail(f"a row of {longest} tokens needs {work / GIB:.1f} GiB beside the models, and "
                     "so much is not free; give --max-state or a smaller --model")
-    return held | {f"{max(longest, cfg.tokens)} tokens at a time": work}, used
+    return held | {f"{max(longest, cfg.tokens)} tokens": work}, used
 
 
 def show(P, lab, found):
