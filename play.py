@@ -130,6 +130,8 @@ def wrong(run, task, row):
     for key, text in [*zip("xy", states), *(("z", z) for z in zs)]:
         if not isinstance(text, str) or not text.strip():
             return f'"{key}" is missing, empty or no string; give it a text'
+        if len(text) > records.MOST:
+            return f'"{key}" has more than {records.MOST} characters; shorten it'
     size, known = len(images.patches(run.test[0][0]) or ""), run.P.tok.get_added_vocab
     for state in states if size else []:
         codes = images.patches(state) or []

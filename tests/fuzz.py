@@ -394,7 +394,7 @@ def table(rng, rows):
 @target(5)
 def plans(rng, folder):
     """python -m evals.worldprediction"""
-    uid, other = rng.choice(["u", "u", "..", "../..", "/etc", "a|b"]), {}
+    uid, other = rng.choice([*8 * ["u"], "..", "../..", "/etc", "a|b"]), {}
     names = ["s1", "s2"]
     row = {"states": {"segment_uid": uid}, "ground_truth": 1, "candidates": [names],
            "action_segments": {name: {"action_label": "go"} for name in names},
@@ -597,8 +597,10 @@ FLAGS = [
     (convert.main, ["--check", "--from-csv", "--from-folder", "--out", "--force"], ()),
     (cloud.main, ["--episodes", "--seed"], ("--out", "nowhere/o.jsonl", "--episodes", "x")),
     (scienceworld.main, ["--tasks", "--episodes", "--slips"], ("--out", "o.txt")),
-    (aurora.main, ["--data", "--disc-edit", "--root", "--tasks", "--samples"], ()),
-    (bytemorph.main, ["--data", "--layout", "--released"], ("--generated", "nowhere")),
+    (aurora.main, ["--data", "--disc-edit", "--root", "--tasks", "--samples"],
+     ("--generated", "nowhere", "--embedder", "pixels")),
+    (bytemorph.main, ["--data", "--layout", "--released"],
+     ("--generated", "nowhere", "--embedder", "pixels")),
     (worldprediction.main, ["--data", "--frames", "--mode", "--base"], ("--embedder", "pixels")),
     (export.main, ["--run", "--out"], ()), (rollout.main, ["--run", "--steps", "--json"], ()),
     (verify.main, ["--run", "--n", "--tests"], ()), (adapters.main, ["--lora"], ("--lora", "0")),

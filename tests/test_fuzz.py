@@ -5,7 +5,7 @@ import pytest
 
 @pytest.mark.parametrize("name", fuzz.shares(1))
 def test_malformed_inputs_end_in_one_line(name):
-    assert fuzz.run_all({name: fuzz.shares(700)[name]}) == []
+    assert fuzz.run_all({name: fuzz.shares(1200)[name]}) == []
 
 
 @pytest.mark.slow
