@@ -306,7 +306,7 @@ def test_fresh_deletes_adapters_but_no_foreign_file(short, resumed, tmp_path, ca
     assert "note" in capsys.readouterr().err and note.read_text() == "mine"
     note.unlink()
     rundir.Run(fresh, 0.0)
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "lock"}
 
 
 def test_bad_ranks_and_missing_peft_are_refused(
