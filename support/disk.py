@@ -144,7 +144,7 @@ def room(folder, size):
     with told(folder):
         free = shutil.disk_usage(folder).free
     if free < size:
-        records.fail(f"{folder}: {size / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free;"
+        records.fail(f"{folder}: {size / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free;"
                      " make room, then the same command goes on")
 
 

@@ -326,7 +326,7 @@ def test_room_is_checked_before_it_is_needed(argv, plain, tmp_path, monkeypatch,
         patch.setattr(shutil, "disk_usage",
                       lambda path: few(path) if Path(path).name == when else usage(path))
         err = refused(capsys, [*argv, "--no-rivals", "--out", str(out)])
-    assert "MB are needed and 0 MB are free" in err
+    assert "MB are needed and 0.0 MB are free" in err
     assert (out / "steps").exists() == (at == "save")
     finish([*argv, "--no-rivals"], plain, out)
 
