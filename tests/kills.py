@@ -207,15 +207,18 @@ def kill_two(argv, folder, kills, rng):
             return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT,
                                     env=os.environ | {"OMP_NUM_THREADS": "1"})
 
+    agent = start(truth)
+    wait_for_a_line(truth, agent, 0)
     begin = time.monotonic()
-    assert start(truth).wait() == 0
+    assert agent.wait() == 0
     seconds = time.monotonic() - begin
     while done < kills:
         out = folder / f"two-{runs}"
         while not (out / "results.json").exists():
-            agent = start(out)
+            begin, agent = time.time(), start(out)
             if done < kills:
-                time.sleep(rng.uniform(seconds / 3, seconds))
+                wait_for_a_line(out, agent, begin)
+                time.sleep(rng.uniform(0, seconds))
                 workers = children(agent.pid)
                 some = workers[:] if rng.random() < 0.5 else [rng.choice(workers or [0])]
                 for number in some if workers and agent.poll() is None else []:
@@ -225,6 +228,13 @@ def kill_two(argv, folder, kills, rng):
         check(truth, out)
         runs += 1
     return done, runs
+
+
+def wait_for_a_line(out, agent, since):
+    """Until a process has logged a step."""
+    path = out / "metrics.jsonl"
+    while agent.poll() is None and not (path.exists() and path.stat().st_mtime > since):
+        time.sleep(0.05)
 
 
 def children(number):
