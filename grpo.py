@@ -91,7 +91,7 @@ def advantages(R, scale="mean"):
     # Eq. 4: A_k = R_k - mean_j R_j
     A = R - R.mean(1, keepdim=True)
     # Rewards that are equal up to rounding give exactly 0: Adam would blow the noise up to a step
-    A = A.masked_fill(flat(R)[:, None], 0.0)
+    A = unless_flat(A, R)
     if scale == "std":
         return A / (R.std(1, keepdim=True) + 1e-4)
     if scale == "loo":
@@ -104,6 +104,11 @@ def advantages(R, scale="mean"):
 def flat(R):
     """(B,) whether the rewards of a group are equal, up to rounding. R (B, G)."""
     return R.amax(1) - R.amin(1) < 1e-5
+
+
+def unless_flat(A, R):
+    """A (B, G), with 0 in the groups whose rewards R (B, G) are equal."""
+    return A.masked_fill(flat(R)[:, None], 0.0)
 
 
 def shape(R, rows, phase):
@@ -152,29 +157,58 @@ def step(policy, ref, optimizers, rollouts, R, phase, lr):
     """One GRPO step on rollouts with rewards R (B, G). Returns a dict to log: `kl` is the KL of a
     whole row to ref, in nats (None without ref); `gap` is the largest difference of a token's
     log-prob between sampler and trainer. ref may be None if beta is 0."""
-    net, options, R = policy.net, rollouts.options, R.cpu()
-    kl, logp_ref, shaped = None, None, R
-    if ref is not None and len(R):
-        # What pi may draw, ref may draw: min_p is off for ref
-        wide = dataclasses.replace(options, min_p=0.0)
-        logp_ref = score(ref.net, rollouts, wide)                                     # (N, T)
-        kl = k1(logp_of(policy, rollouts), logp_ref.sum(1))
-        kl = kl.view(R.shape)                                                         # (B, G)
-        if phase.kl == "reward":
-            # Eq. 5: R - beta * log(pi / pi_ref)
-            shaped = R - phase.beta * kl
+    net, R = policy.net, R.cpu()
+    shaped, kl, logp_ref = with_kl(policy, ref, rollouts, R, phase)
     A = advantages(shaped, phase.scale)                                               # (B, G)
     if phase.scale == "std":
         # A flat reward says nothing: only the noise of the KL would be blown up to 1
-        A = A.masked_fill(flat(R)[:, None], 0.0)
-
-    N = parallel.total(A.numel())
+        A = unless_flat(A, R)
     A = A.flatten()                                                                   # (N,)
     broken = parallel.total(not A.isfinite().all())        # then the step is skipped
     parts = [] if broken else micro_batches(net, rollouts, A, phase)
+    loss, gap = backward(net, rollouts, A, logp_ref, parts, phase)
+    check_gap(gap, rollouts.options)
+    norm = 0.0
+    if parallel.total(len(parts)):                                    # all ranks step, or none
+        norm = optim.step(net, optimizers, lr, phase.max_norm)
+
+    log = {
+        "loss": loss,
+        "grad_norm": norm,
+        "gap": gap,
+        "tokens": sum(map(len, rollouts.rows)),
+        "skipped": bool(broken) or not math.isfinite(norm),
+    }
+    if len(R):
+        log["kl"] = None if kl is None else kl.mean().item()
+        log |= summary(R, rollouts, phase)
+    return parallel.merge(log, len(R))
+
+
+def with_kl(policy, ref, rollouts, R, phase):
+    """(R (B, G) less the KL if it belongs there, the KL of each row (B, G), ref's token log-probs
+    (N, T)). The last two are None without ref."""
+    if ref is None or not len(R):
+        return R, None, None
+    # What pi may draw, ref may draw: min_p is off for ref
+    wide = dataclasses.replace(rollouts.options, min_p=0.0)
+    logp_ref = score(ref.net, rollouts, wide)                                         # (N, T)
+    kl = k1(logp_of(policy, rollouts), logp_ref.sum(1))
+    kl = kl.view(R.shape)                                                             # (B, G)
+    if phase.kl == "reward":
+        # Eq. 5: R - beta * log(pi / pi_ref)
+        R = R - phase.beta * kl
+    return R, kl, logp_ref
+
+
+def backward(net, rollouts, A, logp_ref, parts, phase):
+    """Add the gradient of the loss: the sum over the rollouts in `parts` (lists of their numbers,
+    one micro-batch each), divided by the number of all rollouts, A (N,), of all ranks. Returns
+    (loss, gap)."""
+    N = parallel.total(A.numel())
     total, gaps = 0.0, [0.0]
     for part in parts:
-        logp = lm.logprobs(net, *rollouts.take(part), options)                        # (n, T)
+        logp = lm.logprobs(net, *rollouts.take(part), rollouts.options)               # (n, T)
         drawn, live = batches.as_tensor([rollouts.logps[k] for k in part])            # (n, T)
         gap = logp.detach().cpu() - drawn
         gaps.append(gap.abs().max().item())
@@ -187,23 +221,7 @@ def step(policy, ref, optimizers, rollouts, R, phase, lr):
         loss = loss / N
         loss.backward()
         total += loss.item()
-    gap = torch.tensor(gaps).max().item()                                             # of nan, nan
-    check_gap(gap, options)
-    norm = 0.0
-    if parallel.total(len(parts)):                                    # all ranks step, or none
-        norm = optim.step(net, optimizers, lr, phase.max_norm)
-
-    log = {
-        "loss": total,
-        "grad_norm": norm,
-        "gap": gap,
-        "tokens": sum(map(len, rollouts.rows)),
-        "skipped": bool(broken) or not math.isfinite(norm),
-    }
-    if len(R):
-        log["kl"] = None if kl is None else kl.mean().item()
-        log |= summary(R, rollouts, phase)
-    return parallel.merge(log, len(R))
+    return total, torch.tensor(gaps).max().item()                                     # of nan, nan
 
 
 def micro_batches(net, rollouts, A, phase):
