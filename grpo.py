@@ -143,9 +143,9 @@ def surrogate(logp, logp_old, A, clip):
     return torch.minimum(ratio * A, clipped * A)
 
 
-def loss_sum(logp, logp_old, logp_ref, A, live, phase):
-    """Sum of the loss over rows and their tokens. logp, logp_old, logp_ref, live (N, T); A (N,)."""
-    loss = -surrogate(logp, logp_old, A[:, None], phase.clip)                         # (N, T)
+def loss_sum(objective, logp, logp_ref, live, phase):
+    """Sum of the loss over rows and their tokens. objective, logp, logp_ref, live (N, T)."""
+    loss = -objective
     if phase.kl == "loss" and phase.beta:
         loss = loss + phase.beta * k3(logp, logp_ref)
     return (loss * live).sum()
@@ -216,9 +216,9 @@ def backward(net, rollouts, A, logp_ref, parts, phase):
         if logp_ref is not None:
             ref_part = logp_ref[part, :logp.shape[1]].to(logp)
         # One step a batch: pi_old is pi, the ratio is 1, and the clip never acts
-        logp_old, A_part = logp.detach(), A[part].to(logp)
-        loss = loss_sum(logp, logp_old, ref_part, A_part, live.to(logp), phase)
-        loss = loss / N
+        A_part = A[part].to(logp)[:, None]                                            # (n, 1)
+        objective = surrogate(logp, logp.detach(), A_part, phase.clip)                # (n, T)
+        loss = loss_sum(objective, logp, ref_part, live.to(logp), phase) / N
         loss.backward()
         total += loss.item()
     return total, torch.tensor(gaps).max().item()                                     # of nan, nan

@@ -98,7 +98,9 @@ def gradient(name, args, at):
 def loss_sum(logps, A, live, phase):
     """(loss, its gradient in logp). logps: logp, logp_old, logp_ref."""
     logp = logps[0].clone().requires_grad_()
-    loss = grpo.loss_sum(logp, *logps[1:], A, live, grpo.Phase(**phase))
+    old, ref, phase = logps[1], logps[2], grpo.Phase(**phase)
+    objective = grpo.surrogate(logp, old, A[:, None], phase.clip)
+    loss = grpo.loss_sum(objective, logp, ref, live, phase)
     loss.backward()
     return loss, logp.grad
 

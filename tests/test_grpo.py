@@ -87,7 +87,8 @@ def expected_update(
     groups = torch.tensor(list(itertools.product(range(len(p)), repeat=G)))        # (K^G, G)
     A = grpo.advantages(reward[groups], cfg.scale) * p[groups].prod(1, keepdim=True)
     n = groups.flatten()
-    loss = grpo.loss_sum(logp[n], logp[n].detach(), None, A.flatten(), live=live[n], phase=cfg)
+    objective = grpo.surrogate(logp[n], logp[n].detach(), A.flatten()[:, None], cfg.clip)
+    loss = grpo.loss_sum(objective, logp[n], None, live[n], cfg)
     loss.div(G).neg().backward()
     return theta.grad
 
@@ -342,7 +343,8 @@ def test_loss_counts_live_tokens_only():
         logp.grad = None
         A = torch.tensor([1., -1., 2.])
         old = logp.detach()
-        grpo.loss_sum(logp, old, old - 1, A, live=live, phase=cfg).backward()
+        objective = grpo.surrogate(logp, old, A[:, None], cfg.clip)
+        grpo.loss_sum(objective, logp, old - 1, live, cfg).backward()
         assert (logp.grad[~live] == 0).all() and (logp.grad[live] != 0).all()
 
 

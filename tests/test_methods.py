@@ -159,7 +159,7 @@ def test_six_calls_lead_from_main_to_the_surrogate(small_folder, tmp_path, monke
     monkeypatch.setattr(grpo, "surrogate", noting)
     argv = [*SMALL, "--model", str(small_folder), "--data", str(tmp_path / "lamps.jsonl")]
     assert train.main([*argv, "--no-rivals", "--out", str(tmp_path / "run")]) == 0
-    assert ways == {("main", "train", "follow", "run_phase", "step", "loss_sum")}
+    assert ways == {("main", "train", "follow", "run_phase", "step", "backward")}
 
 
 def test_share_trains_one_model_in_both_roles(job):

@@ -44,13 +44,13 @@ def surrogate(logp, logp_old, A, clip):
     return torch.where(stopped, edge, ratio) * A
 
 
-def loss_sum(logp, logp_old, logp_ref, A, live, phase):
+def loss_sum(objective, logp, logp_ref, live, phase):
     total = logp.new_zeros(())
     for i in range(len(logp)):
         for t in range(logp.shape[1]):
             if not live[i, t]:
                 continue
-            total = total - surrogate(logp[i, t], logp_old[i, t], A[i], phase.clip)
+            total = total - objective[i, t]
             if phase.kl == "loss" and phase.beta != 0:
                 total = total + phase.beta * k3(logp[i, t], logp_ref[i, t])
     return total
@@ -68,7 +68,8 @@ def backward(net, rollouts, A, logp_ref, parts, phase):
             then = torch.tensor(rollouts.logps[k])
             widest = max(widest, (logp[i, :n].detach().cpu() - then).abs().max().item())
         ref = None if logp_ref is None else logp_ref[part][:, :logp.shape[1]]
-        loss = loss_sum(logp, logp.detach(), ref, A[part], live, phase) * share
+        aim = surrogate(logp, logp.detach(), A[part].unsqueeze(1), phase.clip)
+        loss = loss_sum(aim, logp, ref, live, phase) * share
         loss.backward()
         everything += float(loss)
     return everything, widest
