@@ -739,6 +739,9 @@ def pseudo_labels(student, rng):
         labelled, pairs, read = some_pairs(rng)
         found = student("probes.likelihood", "pseudo_labels", labelled, pairs, 0)
         claim(found == read, "(x, what Q reads, y) of each pair that changes")
+        some = [[x, y] for x, _, y in read[:2]]
+        found = student("probes.likelihood", "pseudo_labels", labelled, pairs, 0, some)
+        claim(found == read[:2], "(x, what Q reads, y) of the pairs that are given")
 
 
 def check_stage(student, rng, name, with_labels, steps, net):

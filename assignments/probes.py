@@ -356,9 +356,9 @@ def weight(model):
 
 # --- the rival --------------------------------------------------------------------------------
 
-def likelihood(name, labelled, state_only, batches):
+def likelihood(name, labelled, state_only, batches, some=None):
     """What a stage of methods.py trains on: {"rows" of some batches, "steps", "net", "returned"}.
-    Q reads "z of x, y"."""
+    Q reads "z of x, y". some: pairs that pseudo_labels is to label."""
     import methods
     seen = {}
 
@@ -373,7 +373,7 @@ def likelihood(name, labelled, state_only, batches):
                  state_only=[tuple(pair) for pair in state_only],
                  fresh_net=lambda device: "fresh")
     if name == "pseudo_labels":
-        return methods.pseudo_labels(Q, lab)
+        return methods.pseudo_labels(Q, lab, *([some] if some else []))
     with mock.patch.object(sft, "fit", fit):
         found = function("methods." + name)(P, Q, lab, methods.Stage(name))
     kept = found[0] is P and found[1] is Q

@@ -8,8 +8,9 @@ def stages(method, iterations):
     return [Stage(kind, 0) for kind in once] + turns
 
 
-def pseudo_labels(Q, lab):
-    pairs = kept_pairs(lab)
+def pseudo_labels(Q, lab, pairs=None):
+    if pairs is None:
+        pairs = kept_pairs(lab)
     read = Q.predict([pair[0] for pair in pairs], [pair[1] for pair in pairs])
     return [(pair[0], z, pair[1]) for pair, z in zip(pairs, read)]
 
