@@ -76,13 +76,13 @@ class Config:
     lora: int = setting(0, "rank of LoRA adapters on one frozen base (0: all weights learn)")
 
     seed: int = setting(0, "everything that is random", group="run and machine")
-    out: str = setting("", "folder of the run (default: runs/ENV-MODEL-SEED)")
+    out: str = setting("", "folder of the run (default: runs/NAME-MODEL-SEED)")
     fresh: bool = setting(False, "start over: delete what an earlier run wrote to --out")
     save_every: float = setting(2.0, "minutes between saved states of a stage (0: each step)")
     dry_run: bool = setting(False, "print the plan of the run and write nothing")
     minutes: float = setting(0.0, "measure, then fix the steps of all stages for so many minutes")
     device: str = setting("auto", "where to compute", choices=["auto", "cpu", "cuda"])
-    dtype: str = setting("auto", "of products; auto: bfloat16 for a real model on a GPU",
+    dtype: str = setting("auto", "of products; auto: bfloat16 for real models where it is native",
                          choices=["auto", "float32", "bfloat16"])
     threads: int = setting(0, "CPU threads (0: for tiny two processes of one thread each)")
     tokens: int = setting(0, "tokens of a micro-batch: bounds memory, changes no gradient")
