@@ -2,6 +2,7 @@
 
 It runs your tree as it stands, so a problem may fail since an earlier one is wrong.
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -14,8 +15,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    wanted = [int(n) for n in argv if n.isdecimal()] or list(problems.TITLES)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("problem", type=int, nargs="*", metavar="N", help="1 to 16 [all]")
+    wanted = parser.parse_args(argv).problem or list(problems.TITLES)
+    if not set(wanted) <= set(problems.TITLES):
+        parser.error(f"there are problems 1 to {len(problems.TITLES)}")
     torch.set_num_threads(1)
     failed = 0
     with Server() as server:

@@ -1,8 +1,9 @@
 """python -m assignments.grade TREE [--json FILE]: the points of a student's tree, offline.
 python -m assignments.grade --many FOLDER: those of each subfolder, in FOLDER/grades.csv.
 
-From the tree the grader takes the functions of `problems.py` and nothing else. It puts those of one
-problem into our code, where earlier problems are solved and later ones are blank, so that a mistake
+From the tree the grader takes the functions of `problems.py`, helpers that are new in their files,
+the mended function of problem 13, `envs/mine.py` and `hack.py`. It puts those of one problem into
+our code, where earlier problems are solved and later ones are blank, so that a mistake
 costs its own problem only. They run in a process of their own (`server.py`); what they return is
 judged here (`claims.py`, `oracles.py`, `measured.py`).
 """
