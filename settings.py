@@ -125,6 +125,8 @@ def parse(argv=None):
     given = parser.parse_args(argv)
     if given.model != "tiny":
         preset = presets.PRESET
+        if given.env == "pixels" and not given.data:
+            preset = preset | {"busy": 0.0}
     elif given.data:
         preset = records.PRESET
     else:
@@ -185,6 +187,9 @@ def check(cfg):
             rundir.fail(f"--{name.replace('_', '-')} cannot be {value}; see --help")
     if cfg.method == "oracle" and cfg.data:
         rundir.fail("--method oracle needs the true actions of the state-only half; take a world")
+    if cfg.method in ("share", "sft-merge") and (cfg.lora or cfg.shard):
+        rundir.fail(f"--method {cfg.method} begins again from the pretrained model; leave out "
+                    "--lora and --shard")
     if cfg.busy and cfg.env == "pixels" and not cfg.data:
         rundir.fail("--busy is for the text worlds; leave it out with --env pixels")
     if cfg.device == "cuda" and not torch.cuda.is_available():

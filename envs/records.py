@@ -26,8 +26,7 @@ Notes:
      step is x of the next is not required.
   7. A small file cannot fill the memory: a line has LONGEST bytes at most, a text MOST characters,
      since a tokenizer takes 300 times as much, and a .gz unpacks to TIMES its size and SPARE bytes
-     at most. A key that comes twice in an object is refused, since
-     one of its values would be lost.
+     at most. A key that comes twice in an object is refused, since one of its values would be lost.
 """
 
 import contextlib

@@ -1,7 +1,6 @@
 """Settings of a real model that no flag gives: from its parameters, the device and the data.
 
-Claim: no setting here depends on a clock. Free memory decides `tokens`, which changes no gradient,
-and whether the rivals run.
+Claim: no setting here depends on a clock. Free memory decides `tokens`, which changes no gradient.
 
 1. On a GPU the warm-up makes three epochs over the labelled half, and a phase makes one epoch over
    its share of the state-only pairs. The paper: SFT for several epochs, a phase for one.

@@ -34,7 +34,6 @@ MANY, EQUAL = 250_000, 50_000   # work of an exact diff beyond which note 2 hold
 STEP = 50                       # --max-state is a multiple of it
 
 
-
 def report(path):
     """The lines to print. BadData, or one line and exit code 2, if the file is bad."""
     records.show_anything()

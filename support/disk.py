@@ -23,7 +23,8 @@ except ImportError:         # Windows: no lock
 
 MODEL_FILE = re.compile(
     r"(adapter_)?(config|model|generation_config|tokenizer|tokenizer_config|special_tokens_map|"
-    r"added_tokens|vocab|chat_template)[\w.-]*\.(json|safetensors|jinja|model)|merges\.txt|"
+    r"added_tokens|vocab|chat_template|spiece|tekken|sentencepiece)[\w.-]*"
+    r"\.(json|safetensors|jinja|model|txt)|merges\.txt|"
     r"README\.md"
 )
 RUN_FILE = re.compile(
@@ -31,13 +32,15 @@ RUN_FILE = re.compile(
     r"curves\.png|report\.html)(\.new|\.\d+\.unfinished)?|lock|"
     r"picture-(iteration\d+-)?[a-z]+[12]?\.png"
 )
+TEMPLATES = "additional_chat_templates"                    # of a tokenizer that has several
 SOME = re.compile(r"(progress|sums)\.json"), {"fwm", "idm"}
 RUN = RUN_FILE, {
     "fwm", "idm", "sft", "rivals", "checkpoint-a", "checkpoint-b", "steps", "tensorboard"}
 # What a run writes into a folder of a kind: its files, and folders whose name is their kind
 KINDS = {
     "run": RUN, "rivals": RUN, "sft": SOME, "checkpoint-a": SOME, "checkpoint-b": SOME,
-    "fwm": (MODEL_FILE, {"adapter"}), "idm": (MODEL_FILE, {"adapter"}), "adapter": (MODEL_FILE, {}),
+    "fwm": (MODEL_FILE, {"adapter", TEMPLATES}), "idm": (MODEL_FILE, {"adapter", TEMPLATES}),
+    "adapter": (MODEL_FILE, {}), TEMPLATES: (re.compile(r".*\.jinja"), {}),
     "tensorboard": (re.compile(r"events\.out\.tfevents\..*"), {}),
     "steps": (re.compile("(?!)"), {}), "step": (re.compile(r"state\.pt|sums\.json"), {})}
 HELD = {}       # path of a lock: its open file

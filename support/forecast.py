@@ -266,7 +266,7 @@ def fit(cfg, found):
     warm_up = found["SFT"][0]
     later = steps - warm_up
     room = max(0.0, cfg.minutes * 60 - other)
-    rest = room / steps
+    rest = room / steps if steps else 1.0
     if rest < 1 and later:
         rest = max(LEAST * rest, (room - warm_up) / later)
     first = (room - rest * later) / warm_up if warm_up else 0.0

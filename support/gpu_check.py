@@ -34,7 +34,7 @@ import sft
 import swirl_fwm
 import swirl_idm
 from envs import WORLDS, load_splits, records
-from models import adapters, optim, parallel, tiny
+from models import adapters, memory, optim, parallel, tiny
 from models.batches import columns
 from support import loading, rundir
 
@@ -106,12 +106,11 @@ def case(shape, r, device, tokens, seconds):
     """{"sft", "phase1", "phase2": what a step takes} of a shape."""
     few = ["--warmup-batch", "4", "--batch", "2"] if shape == "small" else []
     cfg = settings.parse([*FLAGS, *few, "--device", device, "--tokens", str(tokens)])
-    half = device == "cuda" and torch.cuda.is_bf16_supported()
+    half = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     config = shape_of(shape)
     parts, token = adapters.memory(config, r, half)
     out = {"shape": shape, "lora": r, "half": half, "tokens": tokens}
-    peak = max(tokens * token, parts["gradients"])
-    total = sum(parts.values()) + peak
+    total = memory.peak(parts, token, tokens)
     room = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else total
     if total > room:
         return out | {"why": f"the plan needs {total / GIB:.0f} GiB of {room / GIB:.0f}"}

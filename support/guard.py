@@ -72,7 +72,8 @@ def out_of_memory(error):
 def less_memory(cfg, last):
     """Halve the micro-batch, for a run that goes on from its last checkpoint; or end it in one line
     if that has been done. Several processes end at once, since they would wait for each other."""
-    tokens = cfg.tokens or (16384 if torch.cuda.is_available() else 1024)
+    on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
+    tokens = cfg.tokens or (16384 if on_gpu else 1024)
     if last or parallel.world() > 1:
         rundir.fail(f"out of memory with --tokens {tokens}; give a smaller --tokens, --batch or "
                     "--group-size, --lora 32, or a smaller --model")

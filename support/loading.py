@@ -39,9 +39,6 @@ class Lab:
 
     def fresh_net(self, device):
         """The net that P began with, before the warm-up."""
-        if self.cfg.lora or self.cfg.shard:
-            rundir.fail(f"--method {self.cfg.method} begins again from the pretrained model; "
-                        "leave out --lora and --shard")
         P, _, _ = open_lab(self.cfg, device)
         return P.net
 

@@ -49,7 +49,8 @@ def scaled(cfg, seconds, tests):
     evaluation = seconds["evaluate"] * tests / min(tests, SOME)
     wanted = {name: seconds[name] * getattr(cfg, name) for name in STEPS}
     steps, scores = path(cfg, wanted, evaluation)
-    factor = parallel.agree(max(0.0, cfg.minutes * 60 - scores) / steps)
+    room = max(0.0, cfg.minutes * 60 - scores)
+    factor = parallel.agree(room / steps if steps else 1.0)
     print(
         f"--minutes {cfg.minutes:g}: about {scores / 60:.1f} go to scores, {steps / 60:.1f} would "
         f"go to the steps as set; now {factor:.2f} times as many"

@@ -38,8 +38,6 @@ def update(run):
     """The last curves and the report of a run, or a line that says why not. The run is complete."""
     if parallel.rank():
         return
-    if run.sinks:
-        run.sinks.close()
     curves.update(run)
     try:
         write(run.dir)

@@ -74,6 +74,8 @@ def finish(P, Q, lab, beside):
     }
     run.finish(results)
     report.update(run)
+    if run.sinks:
+        run.sinks.close()
     return tables.report(results)
 
 

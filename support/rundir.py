@@ -57,7 +57,7 @@ class Run:
         self.progress = parallel.agree(record)
         self.begin = started - self.progress["elapsed"]
         self.sinks = None                                  # of --tensorboard and --wandb
-        if parallel.rank() == 0:
+        if parallel.rank() == 0 and not self.finished:
             self.forget_cut_stage()
             self.sinks = None if label else sinks.start(cfg)
 
@@ -246,13 +246,13 @@ class Run:
 
     def check_room(self, P, Q, runs):
         """Fails if the disk has no room for what so many runs hold: three pairs of models (sft and
-        two checkpoints) and three states of the model that moves."""
+        two checkpoints) and seven states (two of each warm-up, three of a phase as it saves)."""
         if parallel.rank():
             return
         pair = checkpoint.size(P.net) + checkpoint.size(Q.net)
         moving = max(checkpoint.size_of_state(model.net) for model in (P, Q))
         held = sum(path.stat().st_size for path in self.dir.rglob("*") if path.is_file())
-        disk.room(self.dir, runs * 3 * (pair + moving) - held)
+        disk.room(self.dir, runs * (3 * pair + 7 * moving) - held)
 
     def keep(self, name, P, Q, record=None):
         """Both models in DIR/name, to stay; and the record of a checkpoint."""
@@ -336,7 +336,8 @@ def finite(value):
 
 def check_settings(old, new, out):
     """Fails if the run in the folder `out` has other settings."""
-    for name, value in new.items():
+    for name in ("minutes", *new):                         # these set others
+        value = new[name]
         if name not in FREE and old.get(name) != value:
             fail(
                 f"--out {out} holds a run with {name}={old.get(name)}, this one has "

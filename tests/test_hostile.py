@@ -433,7 +433,7 @@ def test_a_walk_takes_no_endless_number_of_steps(monkeypatch):
 
 # --- the code -------------------------------------------------------------------------------------
 
-NEWER = {"file_digest", "tomllib", "ExceptionGroup", "StrEnum", "chdir", "UTC", "Self", "batched"}
+NEWER = {"file_digest", "tomllib", "ExceptionGroup", "StrEnum", "UTC", "Self", "batched"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parts[-2] != "tests"],
