@@ -114,6 +114,7 @@ def test_a_signal_loses_no_step(argv, plain, tmp_path, monkeypatch, capfd, line,
     finish(argv, plain, out)
 
 
+@pytest.mark.slow
 def test_a_signal_between_steps_stops_at_once(argv, plain, tmp_path, monkeypatch):
     """While a stage is scored; its steps are saved already."""
     argv, out, scored = [*argv, "--no-rivals"], tmp_path / "run", []
@@ -173,6 +174,7 @@ def test_other_methods_go_on_within_a_stage(argv, tmp_path, monkeypatch, method)
     finish(argv, tmp_path / "truth", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_clock_that_runs_backwards_changes_nothing(argv, plain, tmp_path, monkeypatch):
     clock = iter(range(10**9, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: next(clock))
@@ -218,6 +220,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(argv, plain, cut, capsys, h
     assert f"{states[-1].name} is damaged" in said and "goes on after step 2" in said
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_other(argv, plain, cut, capsys):
     out = cut(30)                                              # in Phase II
     folder = out / json.loads((out / "progress.json").read_text())["folder"]
@@ -227,6 +230,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_other(argv, plain, cut, capsys):
     assert f"{folder} is damaged; the run goes on from checkpoint-" in said
 
 
+@pytest.mark.slow
 def test_without_any_checkpoint_the_states_are_left(argv, plain, cut, monkeypatch, capsys):
     """The first checkpoint is damaged; no step of the warm-up is made again."""
     out = cut(23)                                              # in Phase I
@@ -262,6 +266,7 @@ def test_what_takes_a_place_has_reached_the_disk(argv, tmp_path, monkeypatch):
         assert ("sync", str(Path(b).parent)) in events[i:], b
 
 
+@pytest.mark.slow
 def test_a_foreign_file_is_never_deleted(argv, plain, cut, tmp_path, capsys):
     """Neither in a checkpoint, nor a codebook of somebody else's."""
     out = cut(24)
@@ -280,6 +285,7 @@ def test_a_foreign_file_is_never_deleted(argv, plain, cut, tmp_path, capsys):
     finish([*argv, "--no-rivals"], plain, out)
 
 
+@pytest.mark.slow
 def test_a_changed_commit_is_said_and_noted(argv, plain, cut, monkeypatch, capsys):
     out = cut(24)
     monkeypatch.setattr(rundir, "git_revision", lambda: "0123456789")
@@ -319,6 +325,7 @@ def test_a_full_disk_ends_in_one_line(argv, plain, tmp_path, monkeypatch, capsys
     finish([*argv, "--no-rivals"], plain, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["begin", "save"])
 def test_room_is_checked_before_it_is_needed(argv, plain, tmp_path, monkeypatch, capsys, at):
     out, usage = tmp_path / "run", shutil.disk_usage
@@ -385,6 +392,7 @@ def test_the_second_process_of_a_run_holds_its_folder(tmp_path, monkeypatch):
     disk.release()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(disk.fcntl is None, reason="no locks here")
 def test_a_second_reproduce_is_refused(tmp_path, capsys):
     code = f"from support import disk; disk.lock({str(tmp_path)!r}); print(flush=True); input()"
@@ -464,6 +472,7 @@ def test_logits_that_are_no_numbers_draw_some_token():
 
 # --- memory -----------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"),
     pytest.param(MemoryError(), marks=pytest.mark.slow),
