@@ -183,6 +183,7 @@ def seconds(cfg, lab, P, Q, s):
         "validate_P": draw_P(len(lab.validation)),
         "validate_Q": draw_Q(len(lab.validation)),
         "labels": draw_Q(min(1, methods.rows_taken(lab)) * len(methods.kept_pairs(lab))),
+        "all_labels": draw_Q(len(methods.kept_pairs(lab))),
         "best_of_8": fwm(best) + idm(best) + draw_P(best, 8) + draw_Q(best, 8 * DRAWN)
         + best * 8 * (row_Q + DRAWN * (size.y + size.z)) * s.score,
         "bounds": draw_P(tests) + draw_Q(tests) + tests * (row_P + row_Q) * s.score
@@ -215,14 +216,12 @@ def parts_of(cfg, of):
 
 def cost(stages, cfg, of):
     """(seconds of steps, other seconds but for scores) of some stages."""
-    steps = other = 0.0
-    for stage in stages:
-        name = {"phase1": "phase1_steps", "phase2": "phase2_steps"}.get(stage.kind)
-        if name is None:
-            name = "bootstrap_steps"
-            other += of["labels"] + 4 * of["validate_P"]
-        steps += getattr(cfg, name) * of[name]
-    return steps, other
+    wanted = {name: of[name] * getattr(cfg, name) for name in plan.STEPS}
+    steps, _ = plan.cost(stages, cfg, wanted)
+    labels = {"bootstrap": of["labels"], "continue": of["all_labels"], "merge": of["all_labels"]}
+    other = sum(labels.get(stage.kind, 0.0) for stage in stages)
+    likelihood = [stage for stage in stages if stage.kind not in ("phase1", "phase2")]
+    return steps, other + 4 * len(likelihood) * of["validate_P"]
 
 
 def scores(kinds, of):

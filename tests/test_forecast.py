@@ -14,7 +14,7 @@ import settings
 import train
 from models import memory, presets, pretrained
 from models.text import Spelt
-from support import forecast, loading
+from support import forecast, loading, plan
 
 
 def parse(*argv):
@@ -81,6 +81,16 @@ def test_lora_has_ten_times_the_rates():
     one, ten = planned(5e8, False), planned(5e8, False, argv=["--lora", "8"])
     for name in ("warmup_lr", "lr_fwm", "lr_idm"):
         assert getattr(ten, name) == pytest.approx(10 * getattr(one, name))
+
+
+def test_images_for_a_real_model_are_never_busy():
+    assert parse("--env", "pixels").busy == 0 and parse("--env", "tools").busy == 0.5
+
+
+def test_a_method_that_begins_again_refuses_lora_at_once(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--method", "share", "--lora", "8")
+    assert stop.value.code == 2 and "leave out --lora" in capsys.readouterr().err
 
 
 def test_no_setting_waits_after_the_plan():
@@ -233,6 +243,16 @@ def test_the_parts_of_a_plan_count_each_stage_once(lab):
     for name, times in counted.items():
         found = forecast.parts_of(cfg, of | {name: 1.0})
         assert sum(map(sum, found.values())) == times, name
+
+
+@pytest.mark.parametrize("method, steps", [("em", 2 * (225 + 40)), ("share", 600 + 2 * 90),
+                                           ("sft-merge", 600 + 450)])
+def test_each_method_is_planned_with_its_own_steps(method, steps):
+    cfg = settings.parse(["--method", method])
+    of = dict.fromkeys(plan.STEPS, 1.0)                    # a step takes a second
+    of |= dict.fromkeys(["labels", "all_labels", "validate_P"], 0.0)
+    stages = methods.stages(method, cfg.iterations)
+    assert forecast.cost(stages, cfg, of) == (steps, 0.0)
 
 
 def test_measuring_moves_no_weight(lab):

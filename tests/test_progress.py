@@ -37,6 +37,14 @@ def test_a_line_comes_after_30_s_and_none_before(clock, capsys):
     assert capsys.readouterr().out == line
 
 
+def test_a_resumed_stage_counts_its_own_steps(clock, capsys):
+    bar = progress.Bar("warm-up", 600)
+    for step in range(501, 511):
+        clock[0] += 3.0
+        bar.show(step, loss=1.0)
+    assert "step 510 of 600, loss 1.000, 270 s left" in capsys.readouterr().out
+
+
 def test_a_number_that_is_none_keeps_its_last_value(clock, capsys):
     bar = progress.Bar("warm-up", 60)
     bar.show(1, loss=2.0, validation=0.25)

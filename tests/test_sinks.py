@@ -125,6 +125,12 @@ def test_without_a_flag_nothing_is_opened(tensorboard, wandb, tmp_path):
     assert run.sinks is None and not tensorboard and not wandb
 
 
+def test_a_finished_run_opens_no_sink(tensorboard, tmp_path):
+    log(begin(tmp_path, "--tensorboard"))
+    (tmp_path / "results.json").write_text("{}")
+    assert begin(tmp_path, "--tensorboard").sinks is None
+
+
 def test_a_resumed_run_sends_no_cut_stage(tensorboard, tmp_path):
     run = begin(tmp_path / "run", "--tensorboard")
     log(run, LINES[:3])
