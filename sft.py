@@ -58,7 +58,7 @@ def step(model, rows, optimizers, lr):
 
 def fit(model, name, endless, steps, validate, lab):
     """SFT of an FWM or IDM on endless batches of rows [(prompt, target)]. validate(model, lab) ->
-    share right, called four times on the way."""
+    share right, called about four times on the way."""
     cfg, run = lab.cfg, lab.run
     decay = 0.1 if cfg.muon else 0.0
     optimizers = optim.make_optimizers(model.net, cfg.warmup_lr, cfg.muon, decay)

@@ -207,8 +207,8 @@ def parts_of(cfg, of):
     out[cfg.method] = cost(others, cfg, of)
     if cfg.has_rivals():
         steps, other = cost(methods.stages("bootstrap+swirl", 1), cfg, of)
-        out["rivals"] = steps, other + of["best_of_8"] + scores(["bootstrap", "phase1", "phase2"],
-                                                                 of)
+        kinds = ["sft", "phase1", "phase2"]                # the first one scores both sides
+        out["rivals"] = steps, other + of["best_of_8"] + scores(kinds, of)
     kinds = ["sft", *(stage.kind for stage in stages)]
     out["scores"] = 0.0, scores(kinds, of) + of["bounds"]
     return {name: times for name, times in out.items() if any(times) or name == "SFT"}
@@ -245,6 +245,7 @@ def make(P, Q, lab, bytes_free):
     on_cpu = P.net.device.type == "cpu"
     values = presets.of_data(cfg, P.net.num_parameters(), on_cpu, len(lab.labelled), pairs)
     presets.fill(cfg, values)
+    loading.check_processes(cfg, P.net.device.type)        # now that the batches are known
     held, used = in_memory(P, Q, lab, bytes_free)
     speed = measure(P, lab)
     found = parts_of(cfg, seconds(cfg, lab, P, Q, speed))

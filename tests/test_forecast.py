@@ -235,7 +235,7 @@ def test_the_parts_of_a_plan_count_each_stage_once(lab):
         "warmup_steps": cfg.warmup_steps,
         "bootstrap_steps": cfg.bootstrap_steps,
         "FWM": 1 + cfg.iterations + 2,                     # sft, Phase I, and two of the rivals
-        "IDM": 1 + cfg.iterations + 1,
+        "IDM": 1 + cfg.iterations + 2,                     # the rivals score Q as they begin
         "best_of_8": 1,
         "labels": 1,
         "bounds": 1,
