@@ -298,3 +298,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         records.fail("stopped; nothing was written")
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

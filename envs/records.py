@@ -414,5 +414,5 @@ def shown(value):
 
 
 if __name__ == "__main__":
-    from envs.convert import main  # which imports this file
-    raise SystemExit(main())
+    import runpy
+    runpy.run_module("envs.convert", run_name="__main__")  # which imports this file
