@@ -12,7 +12,8 @@ results/RESULTS.md, means and ranges over seeds, and drawn.
 
 Every method gets about the seconds of SWIRL after SFT, but for two that begin again from the
 pretrained model: sft-merge and share. Rates and lengths were chosen by --tune: the same four tries
-for each method, in physics with seed 7, by the chance of y on the validation transitions.
+for each method, and three more where likelihood and phases have a rate each. It ran in physics with
+seed 7, and took the best chance of y on the validation transitions.
 """
 import argparse
 import concurrent.futures
@@ -28,6 +29,7 @@ import threading
 import time
 from pathlib import Path
 
+import methods
 from envs import WORLDS, records
 from methods import METHODS
 from support import charts, disk, rundir
@@ -145,16 +147,27 @@ def method_flags(method, tuned):
 
 
 def grid(method):
-    """The four tries of --tune: a third of the rate, the rate, three times it; half the steps."""
+    """The tries of --tune: a third of the rates, the rates, three times them; half the steps. What
+    has likelihood and phases, too, may take a third for likelihood, three times for the phases."""
     steps = STEPS.get(method, LIKELIHOOD)
+    changes = {"rate / 3": (1 / 3, 1 / 3), "rate": (1, 1), "rate x 3": (3, 3)}
+    if is_mixed(method):
+        changes |= {"likelihood / 3": (1 / 3, 1), "phases x 3": (1, 3), "both": (1 / 3, 3)}
     rows = {}
-    for label, times in (("rate / 3", 1 / 3), ("rate", 1), ("rate x 3", 3)):
-        rates = {name: float(f"{rate * times:.2g}") for name, rate in RATES.items()}
+    for label, (likelihood, phases) in changes.items():
+        times = {"warmup-lr": likelihood, "lr-fwm": phases, "lr-idm": phases}
+        rates = {name: float(f"{rate * times[name]:.2g}") for name, rate in RATES.items()}
         rows[f"{method}, {label}"] = {"method": method} | steps | rates, {}
     fixed = ("warmup-steps", "iterations")
     half = {name: n if name in fixed else max(1, n // 2) for name, n in steps.items()}
     rows[f"{method}, half the steps"] = {"method": method} | half | RATES, {}
     return rows
+
+
+def is_mixed(method):
+    """Whether a method has stages of likelihood and of GRPO."""
+    phases = {stage.kind in ("phase1", "phase2") for stage in methods.stages(method, 1)}
+    return len(phases) == 2
 
 
 # --- rows -------------------------------------------------------------------------------------

@@ -140,7 +140,8 @@ def test_tuning_keeps_the_best_rate_on_validation(go):
     chosen = json.loads((folder / "tuned.json").read_text())
     assert set(chosen) == set(METHODS) - {"sft"}
     assert all(flags["lr-fwm"] == 3e-4 for flags in chosen.values())       # of the stub above
-    assert len([argv for argv in commands if "--start" in argv]) == 4 * len(chosen)
+    tries = sum(len(reproduce.grid(method)) for method in chosen)
+    assert len([argv for argv in commands if "--start" in argv]) == tries
     assert {after(argv, "--seed") for argv in commands} == {str(reproduce.TUNING_SEED)}
     assert "| swirl, rate x 3 | 60.0 | 60.0 |" in (folder / "RESULTS.md").read_text()
     # What was chosen is used
@@ -148,14 +149,24 @@ def test_tuning_keeps_the_best_rate_on_validation(go):
     assert {after(argv, "--lr-fwm") for argv in commands if "--start" in argv} == {"0.0003"}
 
 
+MIXED = {"share", "em", "em+swirl", "bootstrap+swirl"}
+
+
 def test_each_method_gets_the_same_four_tries():
-    for method in set(METHODS) - {"sft"}:
+    for method in set(METHODS) - {"sft"} - MIXED:
         tries = [flags for flags, _ in reproduce.grid(method).values()]
         rates = sorted({flags["warmup-lr"] for flags in tries})
         assert len(tries) == 4 and rates == [1e-3, 3e-3, 9e-3]
         moved = [name for name in tries[0] if len({flags[name] for flags in tries}) > 1]
         assert [name for name in moved if name.endswith("steps")]
         assert "warmup-steps" not in moved and "iterations" not in moved
+
+
+@pytest.mark.parametrize("method", sorted(MIXED))
+def test_a_mixed_method_may_move_each_rate(method):
+    tries = [flags for flags, _ in reproduce.grid(method).values()]
+    rates = {(flags["warmup-lr"], flags["lr-fwm"]) for flags in tries}
+    assert len(tries) == 7 and {(1e-3, 1e-4), (3e-3, 3e-4), (1e-3, 3e-4)} <= rates
 
 
 @pytest.mark.parametrize("table", list(reproduce.TABLES))
