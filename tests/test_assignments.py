@@ -131,12 +131,14 @@ def test_the_reference_has_all_points(problem, server, solved):
     assert result["points"] == result["of"] > 0 and not result["why"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", WITH_CODE)
 def test_another_layout_has_all_points(problem, server):
     result = grade.grade_problem(server, grade.Tree(LAYOUTS), problem)
     assert result["points"] == result["of"], result["why"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(len(bugs.BUGS)))
 def test_each_planted_bug_costs_problem_13(seed, server, tmp_path):
     make.copy_project(tmp_path / "tree", make.FOLDERS[:-1])
@@ -195,6 +197,7 @@ LONG = {"loops", "sleeps", "eats memory", "imports the project"}
 KINDS = [pytest.param(kind, marks=pytest.mark.slow) if kind in LONG else kind for kind in HOSTILE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hostile_function_has_no_points(kind, server, tmp_path, monkeypatch):
     monkeypatch.setattr(problems, "SECONDS", 1)

@@ -207,6 +207,7 @@ def damage(path, how):
         path.write_bytes(bytes(data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [
     "a bit", pytest.param("cut", marks=pytest.mark.slow),
     pytest.param("gone", marks=pytest.mark.slow)])
@@ -434,6 +435,7 @@ def broken_now_and_then(monkeypatch, bad):
     monkeypatch.setattr(sft.lm, "logprobs", noting)
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_counted_and_leave_json(argv, tmp_path, monkeypatch):
     broken_now_and_then(monkeypatch, lambda call: call % 4 == 0)
     assert train.main([*argv, "--no-rivals", "--out", str(tmp_path / "run")]) == 0
