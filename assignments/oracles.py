@@ -505,26 +505,31 @@ def elbo_slack(student, rng):
 
 # --- 10 and 11: the phases ----------------------------------------------------------------------
 
+READ = ["turn off", "open the door", "lamp"]               # an action for each of PAIRS
+
+
+def reward_is(student, name, model, prompts, targets, said):
+    """The reward `name` of PAIRS and READ is log p of each target behind its prompt."""
+    xs, ys = map(list, zip(*PAIRS))
+    R = student("probes.reward", name, 2, xs, READ, ys)
+    with torch.no_grad():
+        for prompt, target, r in zip(prompts, targets, R):
+            logp = naive(model.net, prompt, target).sum()
+            claim(close(r, logp, 1e-4), said)
+
+
 def phase1_reward(student, rng):
     _, Q = probes.models(2)
-    zs = ["turn off", "open the door", "lamp"]
-    xs, ys = map(list, zip(*PAIRS))
-    R = student("probes.reward", "phase1_reward", 2, xs, zs, ys)
-    with torch.no_grad():
-        for x, z, y, r in zip(xs, zs, ys, R):
-            logp = naive(Q.net, Q.prompt(x, y), Q.target(z)).sum()
-            claim(close(r, logp, 1e-4), "log Q(z | x, y_hat), with the end of z")
+    prompts = [Q.prompt(x, y) for x, y in PAIRS]
+    reward_is(student, "phase1_reward", Q, prompts, map(Q.target, READ),
+              "log Q(z | x, y_hat), with the end of z")
 
 
 def phase2_reward(student, rng):
     P, _ = probes.models(2)
-    zs = ["turn off", "open the door", "lamp"]
-    xs, ys = map(list, zip(*PAIRS))
-    R = student("probes.reward", "phase2_reward", 2, xs, zs, ys)
-    with torch.no_grad():
-        for x, z, y, r in zip(xs, zs, ys, R):
-            logp = naive(P.net, P.prompt(x, z), P.target(y)).sum()
-            claim(close(r, logp, 1e-4), "log P(y | x, z), with the end of y")
+    prompts = [P.prompt(x, z) for (x, _), z in zip(PAIRS, READ)]
+    reward_is(student, "phase2_reward", P, prompts, (P.target(y) for _, y in PAIRS),
+              "log P(y | x, z), with the end of y")
 
 
 # A min_p so small that it drops nothing still has to arrive

@@ -222,11 +222,10 @@ def memory(config, r=0, half=False):
     ), token
 
 
-def qwen(name):
-    """The shape of a Qwen2.5, without weights."""
-    hidden, layers, heads, kv, intermediate = QWEN[name]
+def shape(hidden, layers, heads, kv, intermediate, vocab_size=151936):
+    """The config of a Qwen2.5 of these sizes."""
     return Qwen2Config(
-        vocab_size=151936,
+        vocab_size=vocab_size,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -253,7 +252,7 @@ def main(argv=None):
         + "".join(f"{card:>9} GB" for card in CARDS)
     )
     for name in QWEN:
-        config = qwen(name)
+        config = shape(*QWEN[name])
         for way, rank, half in (("full, float32", 0, False), ("full, bfloat16", 0, True),
                                 (f"LoRA {r}, float32", r, False), (f"LoRA {r}, bfloat16", r, True)):
             parts, token = memory(config, rank, half)

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
 import lm
@@ -43,6 +43,7 @@ TEST_SECONDS, CASE_SECONDS = 120, 100                      # at most, on a GPU
 GIB = 2**30
 # On a CPU what is freed goes back at once, so that the peak is what was needed
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+SMALL = 128, 2, 4, 2, 512, 2048                            # the sizes of the shape "small"
 # What both ways of a shape are measured with
 FLAGS = ["--env", "tools", "--episodes", "24", "--no-muon", "--warmup-lr", "2e-5", "--reward-form",
          "mean", "--floor", "10", "--warmup-batch", "32"]
@@ -60,17 +61,7 @@ def cases(small):
 
 def shape_of(name):
     """The config of a shape."""
-    if name != "small":
-        return adapters.qwen(name)
-    return Qwen2Config(
-        vocab_size=2048,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=512,
-        tie_word_embeddings=True,
-    )
+    return adapters.shape(*(SMALL if name == "small" else adapters.QWEN[name]))
 
 
 # --- one case, in a process of its own --------------------------------------------------------
