@@ -5,23 +5,25 @@
     python reproduce.py --tables sizes groups        # ablations, in the world physics
     python reproduce.py --tune                       # choose each method's rate and length again
 
-A row of a table is one command of train.py. All rows of a world and a seed start from the same SFT
-models (--start). Two rows run side by side, one thread each. A killed run goes on: a row whose
-command is in results/TABLE.json is not run again. At the end all tables are written to
-results/RESULTS.md, means and ranges over seeds, and drawn.
+A row of a table is one command of train.py; best of 8 is one of evals.verify. All rows of a world
+and a seed start from the same SFT models (--start). Two rows run side by side, one thread each. A
+killed run goes on: a row whose command is in results/TABLE.json is not run again, and a row that
+two tables share runs once. At the end all tables are written to results/RESULTS.md, means and
+ranges over seeds, and drawn.
 
 Every method gets about the seconds of SWIRL after SFT, but for two that begin again from the
 pretrained model: sft-merge and share. Rates and lengths were chosen by --tune: the same four tries
 for each method, and three more where likelihood and phases have a rate each. It ran in physics with
-seed 7, and took the best chance of y on the validation transitions.
+seed 7, and took the best chance of y on the validation transitions. For pixels every method has
+the settings of that world.
 """
 import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,7 @@ import time
 from pathlib import Path
 
 import methods
+import settings
 from envs import WORLDS, records
 from support import charts, disk, rundir
 
@@ -37,6 +40,8 @@ HERE = Path(__file__).parent
 TEXT_WORLDS = ["tools", "physics", "web"]
 SEEDS = [40, 41, 42]        # nothing was chosen on these
 TUNING_SEED = 7
+ALL = 0                     # of --state-only and --labelled
+BEST_OF_8 = "best of 8"     # no method of train.py
 AFTER_SFT = [method for method in methods.METHODS if method != "sft"]
 
 # About the seconds of SWIRL, two times Phase I and Phase II. Phase I takes nine tenths of them.
@@ -60,17 +65,19 @@ QUICK_STEPS = {"warmup-steps": 80, "warmup-steps-idm": 40, "bootstrap-steps": 24
 # --- the tables: {label: (flags of the row, flags of its SFT models)} --------------------------
 
 def methods_table(tuned):
-    """Every method from the same SFT models."""
-    return {method: (method_flags(method, tuned), {}) for method in AFTER_SFT}
+    """Every method from the same SFT models. Best of 8 is test-time verification of these, one draw
+    a transition: it stands under changed and under sampled."""
+    rows = {method: (method_flags(method, tuned), {}) for method in AFTER_SFT}
+    return {"best of 8": ({"method": BEST_OF_8}, {})} | rows
 
 
 def sizes_table(tuned):
     """RL against likelihood as the state-only half grows."""
     rows = {}
-    for n in (210, 420, 840, 1680):
+    for n in (210, 420, 840, ALL):
         for method in ("sft-continue", "sft-merge", "bootstrap", "swirl"):
             flags = method_flags(method, tuned) | {"state-only": n}
-            rows[f"{method}, {n} pairs"] = flags, {}
+            rows[f"{method}, {n or 'all'} pairs"] = flags, {}
     return rows
 
 
@@ -90,20 +97,20 @@ def map_table(tuned):
     """When does Eq. 3 beat likelihood on pseudo-labels? By how often somebody else acts as well,
     and by the number of state-only pairs."""
     rows = {}
-    for busy in (0.0, 0.33, 0.67, 1.0):
-        for n in (105, 420, 1680):
+    for busy in (0.0, 0.25, 0.5, 0.75, 1.0):
+        for n in (105, 420, ALL):
             for method in ("bootstrap", "swirl"):
                 flags = method_flags(method, tuned) | {"state-only": n}
-                rows[f"{method}, busy {busy}, {n} pairs"] = flags, {"busy": busy}
+                rows[f"{method}, busy {busy}, {n or 'all'} pairs"] = flags, {"busy": busy}
     return rows
 
 
 def labelled_table(tuned):
     """How many transitions have labels."""
     rows = {}
-    for n in (80, 160, 400, 800):
+    for n in (80, 200, 600, ALL):
         for method in ("sft", "bootstrap", "swirl", "bootstrap+swirl"):
-            rows[f"{method}, {n} labels"] = method_flags(method, tuned), {"labelled": n}
+            rows[f"{method}, {n or 'all'} labels"] = method_flags(method, tuned), {"labelled": n}
     return rows
 
 
@@ -141,9 +148,11 @@ TABLES = {"methods": methods_table, "sizes": sizes_table, "groups": groups_table
 
 
 def method_flags(method, tuned):
-    """A method with its steps, and with the rates and steps that were chosen for it."""
-    flags = {"method": method} | STEPS.get(method, LIKELIHOOD)
-    return flags | tuned.get(method, {})
+    """A method with its steps, and with the rates and steps that were chosen for it. tuned is None
+    for a world whose own settings are taken."""
+    if tuned is None:
+        return {"method": method}
+    return {"method": method} | STEPS.get(method, LIKELIHOOD) | tuned.get(method, {})
 
 
 def grid(method):
@@ -220,21 +229,33 @@ class Row:
         return f"{self.world}, seed {self.seed}, {self.label}"
 
     def sft_command(self):
-        return self.command("sft", {"method": "sft"})
+        return self.train("sft", {"method": "sft"})
 
-    def method_command(self):
-        start = self.sft_command()[-1]
-        return self.command(f"{self.table} {self.label}", self.flags, ["--start", start])
+    def command(self):
+        """Arguments of python: what makes the row from its SFT models."""
+        sft = self.sft_command()[-1]
+        if self.flags["method"] == BEST_OF_8:
+            return ["-m", "evals.verify", "--run", sft, "--n", "8", "--tests", "1000",
+                    "--json", f"{sft}/best-of-8.json"]
+        if self.flags["method"] == "sft":
+            return self.sft_command()
+        return self.train(self.flags["method"], self.flags, ["--start", sft])
 
-    def command(self, name, flags, more=()):
+    def train(self, name, flags, more=()):
         """Arguments of train.py; the last one is the folder, another one for other flags."""
-        argv = ["--env", self.world, "--seed", str(self.seed), "--threads", "1", "--no-rivals"]
-        argv += [*words(flags), *words(self.data), *more]
+        given = self.not_default(flags | self.data)
+        argv = ["train.py", "--env", self.world, "--seed", str(self.seed), "--threads", "1",
+                "--no-rivals", *words(given), *more]
         if self.quick:
             argv += QUICK + words(QUICK_STEPS)
         digest = hashlib.sha256(" ".join(argv).encode()).hexdigest()[:6]
-        name = re.sub(r"[^\w.]+", "-", name)
         return [*argv, "--out", f"{self.runs}/{self.world}-{self.seed}/{name}-{digest}"]
+
+    def not_default(self, flags):
+        """The flags without those that say what holds anyway: equal rows have equal commands."""
+        default = vars(settings.parse(["--env", self.world]))
+        return {name: value for name, value in flags.items()
+                if name == "method" or value != default.get(name.replace("-", "_"))}
 
 
 def words(flags):
@@ -242,34 +263,48 @@ def words(flags):
     return [word for name, value in flags.items() for word in (f"--{name}", str(value)) if word]
 
 
-def run(argv):
-    """One command of train.py on one thread, in results.json's terms. RuntimeError if it fails."""
-    results = HERE / argv[-1] / "results.json"
-    if not results.exists():
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "train.py", *argv], cwd=HERE, env=environment,
-                              capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"train.py {' '.join(argv)}: {done.stderr.strip()[-300:]}")
-    return load(results)
+def run(argv, path, locks):
+    """One command on one thread, and what it left in a file: the command does not run again, if
+    the file is there. RuntimeError if it fails."""
+    path = HERE / path
+    with locks.setdefault(path, threading.Lock()):
+        if not path.exists():
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run([sys.executable, *argv], cwd=HERE, env=environment,
+                                  capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"python {' '.join(argv)}: {done.stderr.strip()[-300:]}")
+        return load(path)
 
 
 def one_row(row, results, locks):
     """Run a row and keep what it found."""
-    argv = row.sft_command() if row.flags["method"] == "sft" else row.method_command()
-    command = " ".join(["train.py", *argv])
+    argv = row.command()
+    command = " ".join(argv)
     if results.load(row.table).get(row.key, {}).get("command") == command:
         return
-    with locks.setdefault(row.sft_command()[-1], threading.Lock()):
-        sft = run(row.sft_command())
-    found = run(argv)
+    folder = row.sft_command()[-1]
+    sft = run(row.sft_command(), f"{folder}/results.json", locks)
+    if row.flags["method"] == BEST_OF_8:
+        best = run(argv, argv[-1], locks)["scores"]["8"]
+        found = sft | {"stages": with_best(sft["stages"][0], best)}
+    else:
+        found = run(argv, f"{argv[-1]}/results.json", locks)
     results.add(row.table, row.key, {
         "world": row.world, "seed": row.seed, "label": row.label, "command": command,
-        "flags": row.flags | row.data, "data": " ".join(words(row.data)),
+        "flags": row.flags | row.data, "data": " ".join(words(row.not_default(row.data))),
         "sft": sft["stages"][0], "stages": found["stages"],
         "copy_x": found["baselines"]["copy_x"], "validation": found["validation"],
         "collapse": found["collapse"], "splits": found["splits"], "hardware": found["hardware"],
         "commit": (rundir.git_revision() or "unknown")[:7]})
+
+
+def with_best(sft, best):
+    """The stages of a row of best of 8, which trains nothing. It is a draw: its share of right y is
+    `sampled`, too."""
+    fwm = best["fwm"] | {"sampled": best["fwm"]["exact_changed"]}
+    stage = {"name": BEST_OF_8, "fwm": fwm, "idm": best["idm"]}
+    return [sft, stage, stage]
 
 
 def run_all(rows, results, processes):
@@ -418,7 +453,8 @@ def who_wins(rows):
         cell.setdefault(flags["method"], []).append(100 * last(row)["fwm"]["sampled"])
     gains = {key: statistics.mean(cell["swirl"]) - statistics.mean(cell["bootstrap"])
              for key, cell in cells.items() if len(cell) == 2}
-    across, up = sorted({busy for busy, _ in gains}), sorted({n for _, n in gains})
+    across = sorted({busy for busy, _ in gains})
+    up = sorted({n for _, n in gains}, key=lambda n: n or math.inf)        # ALL is the most
     return across, up, [[gains.get((busy, n)) for busy in across] for n in up]
 
 
@@ -426,7 +462,7 @@ def progress(row):
     """[(seconds after SFT, sampled)] at the end of each stage."""
     seconds, points = 0.0, [(0.0, row["sft"]["fwm"]["sampled"])]
     for stage in row["stages"][1:-1]:
-        seconds += stage["seconds"]
+        seconds += stage.get("seconds", 0)
         points.append((seconds, stage["fwm"]["sampled"]))
     return points
 
@@ -444,20 +480,26 @@ def mean(values):
 
 # --- the command --------------------------------------------------------------------------------
 
-def rows_of(table, labels, args):
-    """The Rows of a table. Side by side stand different worlds: none waits for the other's SFT."""
+def labels_of(table, tuned, args):
+    """{world: {label: (flags, flags of its data)}} of a table."""
     several = table == "methods" and not args.quick
     worlds = args.worlds or (TEXT_WORLDS if several else ["physics"])
+    return {world: TABLES[table](None if world == "pixels" else tuned) for world in worlds}
+
+
+def rows_of(table, labels, args):
+    """The Rows of a table. Side by side stand different worlds: none waits for the other's SFT."""
     runs = args.runs + "/quick" * args.quick
-    return [Row(table, world, seed, label, *labels[label], args.quick, runs)
-            for seed in args.seeds for label in labels for world in worlds]
+    names = list(dict.fromkeys(label for of_world in labels.values() for label in of_world))
+    return [Row(table, world, seed, label, *labels[world][label], args.quick, runs)
+            for seed in args.seeds for label in names for world in labels]
 
 
 def tune(results, args):
     """Run the grid of every method; keep the flags with the best chance of y on validation."""
     best = {}
     args.worlds, args.seeds = ["physics"], [TUNING_SEED]
-    grids = {method: rows_of("grid", grid(method), args) for method in AFTER_SFT}
+    grids = {method: rows_of("grid", {"physics": grid(method)}, args) for method in AFTER_SFT}
     run_all([row for rows in grids.values() for row in rows], results, args.processes)
     found = results.load("grid")
     for method, rows in grids.items():
@@ -495,7 +537,7 @@ def main(argv=None):
         tune(results, args)
         results.write("RESULTS.md", report(results))
         return 0
-    rows = {table: rows_of(table, TABLES[table](tuned), args) for table in args.tables}
+    rows = {table: rows_of(table, labels_of(table, tuned, args), args) for table in args.tables}
     run_all([row for of_table in rows.values() for row in of_table], results, args.processes)
     for table in args.tables:
         found = results.load(table)

@@ -50,7 +50,7 @@ def heat(path, across, up, gains):
         for j, gain in enumerate(row):
             panel.text(j, i, "" if gain is None else f"{gain:+.1f}", ha="center", va="center")
     panel.set_xticks(range(len(across)), across)
-    panel.set_yticks(range(len(up)), up)
+    panel.set_yticks(range(len(up)), [n or "all" for n in up])
     panel.set_xlabel("share of transitions in which somebody else acts as well")
     panel.set_ylabel("state-only pairs")
     figure.colorbar(image, label="points")
