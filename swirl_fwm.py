@@ -34,6 +34,7 @@ import grpo
 import lm
 from models import parallel
 from models.batches import columns, dicts, repeat, take_best
+from models.next_token import PAPER
 from models.text import decode, encode, frame
 
 # --- P as a language model -------------------------------------------------------------------
@@ -97,9 +98,9 @@ class FWM:
         rows, logps = self.draw(prompts, n, options, generator, guess or xs)
         return grpo.Rollouts(prompts, rows, logps, options)
 
-    def sample(self, xs, zs, n=1, generator=None):
+    def sample(self, xs, zs, n=1, generator=None, options=None):
         """n futures y_hat for each (x, z); those of one pair are side by side."""
-        rollouts = self.rollouts(xs, zs, n, self.options, generator)
+        rollouts = self.rollouts(xs, zs, n, options or self.options, generator)
         return list(map(self.read, rollouts.rows))
 
     def predict(self, xs, zs):
@@ -110,8 +111,10 @@ class FWM:
 
 
 def best_of_n(P, Q, xs, zs, n=8, generator=None):
-    """The future, among n drawn, in which Q reads z best: the paper's test-time verification."""
-    y_hats = P.sample(xs, zs, n, generator)
+    """The future, among n drawn as the paper draws, in which Q reads z best: the paper's test-time
+    verification."""
+    options = dataclasses.replace(P.options, **PAPER)
+    y_hats = P.sample(xs, zs, n, generator, options)
     z_rows = map(Q.target, zs)
     R = phase1_reward(Q, repeat(xs, n), repeat(z_rows, n), y_hats)                    # (B * n,)
     return take_best(y_hats, R.view(-1, n))

@@ -37,6 +37,7 @@ import grpo
 import lm
 from models import refusals
 from models.batches import columns, dicts, repeat, take_best
+from models.next_token import PAPER
 from models.refusals import REFUSAL
 from models.text import decode, encode, frame
 
@@ -147,9 +148,9 @@ class IDM:
         whole = ids[-1] == self.tok.eos_token_id
         return whole and self.read(ids) != REFUSAL
 
-    def sample(self, xs, ys, n=1, generator=None):
-        """n actions for each (x, y), side by side. Q may not refuse."""
-        rollouts = self.rollouts(xs, ys, n, self.no_refusal(), generator)
+    def sample(self, xs, ys, n=1, generator=None, options=None):
+        """n actions for each (x, y), side by side. By default Q may not refuse."""
+        rollouts = self.rollouts(xs, ys, n, options or self.no_refusal(), generator)
         return list(map(self.read, rollouts.rows))
 
     def predict(self, xs, ys):
@@ -179,8 +180,9 @@ def line_diff(x, y):
 
 
 def best_of_n(Q, P, xs, ys, n=8, generator=None):
-    """The action, among n drawn, under which P expects y most."""
-    zs = Q.sample(xs, ys, n, generator)
+    """The action, among n drawn as the paper draws, under which P expects y most."""
+    options = dataclasses.replace(Q.no_refusal(), **PAPER)
+    zs = Q.sample(xs, ys, n, generator, options)
     R = phase2_reward(P, repeat(xs, n), zs, repeat(ys, n))                            # (B * n,)
     return take_best(zs, R.view(-1, n))
 

@@ -4,7 +4,8 @@
     python -m evals.verify --run runs/tools-tiny-0 --stage sft --n 1 8 32 --json scores.json
 
 The same for actions: draw N, keep the one under which P expects y most. With N = 1 nothing is
-chosen: that is a draw. The first --tests test transitions are scored.
+chosen: that is a draw. All are drawn as in the paper: temperature .75, top-p .96. The first --tests
+test transitions are scored.
 """
 import argparse
 import sys

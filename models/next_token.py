@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+PAPER = dict(temperature=0.75, top_p=0.96)      # how the paper draws what it scores
+
 
 @dataclass(frozen=True)
 class Options:

@@ -11,10 +11,9 @@ from envs import images, pixels
 from evals import metrics
 from models import parallel
 from models.batches import columns
+from models.next_token import PAPER
 from models.text import encode
 from support import pictures, rollouts
-
-PAPER = dict(temperature=0.75, top_p=0.96)      # how the paper draws the futures that it scores
 
 
 def evaluate(P, Q, lab, name, moved=("fwm", "idm")):

@@ -578,13 +578,14 @@ def test_best_of_n_is_the_likeliest_under_the_opposite(tok, P, Q, view):
 
     Q, eos = seeing(Q, view, longest=6), tok.eos_token_id
     prompts = [fwm_prompt(tok, x, z) for x, z in zip(XS, ZS)]
-    rows, _ = draw(P.net, prompts, 5, 5, eos, generator=gen())
+    as_paper = dict(temperature=0.75, top_p=0.96)
+    rows, _ = draw(P.net, prompts, 5, 5, eos, generator=gen(), **as_paper)
     drawn = [P.read(r) for r in rows]
     best = [max(drawn[5 * i:5 * i + 5], key=lambda h: logq_z(Q, tok, x, z, h, view=view))
             for i, (x, z) in enumerate(zip(XS, ZS))]
     assert swirl_fwm.best_of_n(P, Q, XS, ZS, n=5, generator=gen()) == best
     prompts, allowed = [idm_prompt(tok, x, y, view) for x, y in PAIRS], not_at_first(Q.net, eos)
-    rows, _ = draw(Q.net, prompts, 5, 6, eos, generator=gen(), allowed=allowed)
+    rows, _ = draw(Q.net, prompts, 5, 6, eos, generator=gen(), allowed=allowed, **as_paper)
     drawn = [Q.read(r) for r in rows]
     best = [max(drawn[5 * i:5 * i + 5], key=lambda z: logp_y(P, tok, x, z, y))
             for i, (x, y) in enumerate(PAIRS)]
