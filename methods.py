@@ -161,7 +161,7 @@ def go_on(P, Q, lab, stage, triples, steps=None):
 
 def pseudo_labels(Q, lab, pairs=None):
     """[(x, z', y)] of the state-only pairs (default: all): what Q reads in each."""
-    xs, ys = columns(pairs or kept_pairs(lab))
+    xs, ys = columns(kept_pairs(lab) if pairs is None else pairs)
     zs = parallel.divide(Q.predict, xs, ys)
     return list(zip(xs, zs, ys))
 

@@ -58,13 +58,13 @@ def step(model, rows, optimizers, lr):
 
 def fit(model, name, endless, steps, validate, lab):
     """SFT of an FWM or IDM on endless batches of rows [(prompt, target)]. validate(model, lab) ->
-    share right, called about four times on the way."""
+    share right, called four times on the way at most."""
     cfg, run = lab.cfg, lab.run
     decay = 0.1 if cfg.muon else 0.0
     optimizers = optim.make_optimizers(model.net, cfg.warmup_lr, cfg.muon, decay)
     moving = checkpoint.Moving(
         model.net, optimizers, endless, getattr(endless, "generator", None))
-    bar, every = run.bar(name, steps), max(1, steps // 4)
+    bar, every = run.bar(name, steps), math.ceil(steps / 4)
     for t in run.steps(name, steps, lab.tally, moving):
         lr = rate(t, steps, cfg.warmup_lr)
         rows = next(endless)
