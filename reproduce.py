@@ -344,20 +344,32 @@ def spread(values, scale=100):
     return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
-HEADER = ["| | exact | changed | sampled | IDM exact | examples | tokens | seconds |",
-          "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+SCORES = ["exact", "changed", "sampled", "IDM exact", "examples", "tokens", "seconds"]
+AHEAD = [f"T = {T}" for T in range(1, 7)]
+COLLAPSE = ["unique", "in truth", "words", "in truth", "perplexity, % of the truth's"]
 
 
 def markdown(table, rows):
-    """A table for each world: a line a label, mean and range over seeds."""
+    """A table for each world: a line a label, mean and range over seeds. The methods also have how
+    far ahead P is right, and whether the actions that Q reads collapse (`mi_bounds.collapse`)."""
     lines = []
     for world in dict.fromkeys(row["world"] for row in rows):
         here = [row for row in rows if row["world"] == world]
-        seeds = {row["seed"] for row in here}
-        lines += [f"\n{table}, {world}, {len(seeds)} seeds\n", *HEADER]
-        for label, stages in by_label(here).items():
-            lines.append(f"| {label} | " + " | ".join(cells(stages)) + " |")
+        labels, seeds = by_label(here), {row["seed"] for row in here}
+        lines += [f"\n{table}, {world}, {len(seeds)} seeds\n", *as_table(SCORES, cells, labels)]
+        if table == "methods":
+            lines += [f"\n{world}: exact T steps ahead, where P reads its own output\n",
+                      *as_table(AHEAD, horizon, labels)]
+            lines += [f"\n{world}: the actions that Q draws\n",
+                      *as_table(COLLAPSE, collapse, of_Q(here))]
     return "\n".join(lines)
+
+
+def as_table(columns, cells, labels):
+    """Lines of markdown: {label: what it holds} as cells(what it holds)."""
+    rows = [["", *columns], ["---"] * (1 + len(columns))]
+    rows += [[label, *cells(held)] for label, held in labels.items()]
+    return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def report(results):
@@ -384,11 +396,11 @@ def title(table, about, rows):
 
 def tries_table(tries):
     """Lines: what each try of a method reached, sampled. Validation chose."""
-    lines = ["| | validation | test |", "| --- | --- | --- |"]
+    lines = {}
     for row in tries:
         chance, test = 100 * row["validation"]["sampled"], 100 * last(row)["fwm"]["sampled"]
-        lines.append(f"| {row['label']} | {chance:.1f} | {test:.1f} |")
-    return lines
+        lines[row["label"]] = f"{chance:.1f}", f"{test:.1f}"
+    return as_table(["validation", "test"], list, lines)
 
 
 def by_label(rows):
@@ -411,6 +423,30 @@ def cells(stages):
     scores.append([stage["idm"]["exact"] for stage in stages if "idm" in stage])
     costs = [[stage.get(name) for stage in stages] for name in ("examples", "tokens", "seconds")]
     return [*map(spread, scores), *map(mean, costs)]
+
+
+def horizon(stages):
+    """The cells of a line: T = 1..6."""
+    exact = [stage["fwm"].get("rollout_exact") or [None] * 6 for stage in stages]
+    return map(spread, zip(*exact))
+
+
+def of_Q(rows):
+    """{label: what `mi_bounds.collapse` found for each seed}: after SFT, and where Q learns on."""
+    found = {}
+    for row in rows:
+        if row["label"] == BEST_OF_8:                      # which left SFT's models as they were
+            found.setdefault("SFT", []).append(row["collapse"])
+        elif "phase2" in row["stages"][-2]["name"]:
+            found.setdefault(row["label"], []).append(row["collapse"])
+    return found
+
+
+def collapse(found):
+    """The cells of a line of COLLAPSE."""
+    shares = [("unique", 100), ("true_unique", 100), ("mean_length", 1), ("true_mean_length", 1),
+              ("perplexity_ratio", 100)]
+    return [spread([one[name] for one in found], scale) for name, scale in shares]
 
 
 def stages_of(row):

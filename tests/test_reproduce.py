@@ -10,8 +10,13 @@ import settings
 from methods import METHODS
 
 
+COLLAPSE = {"unique": 0.2, "mean_length": 4.0, "true_unique": 0.1, "true_mean_length": 3.5,
+            "perplexity_ratio": 1.02}
+
+
 def scores(sampled, changed=0.5):
-    return {"fwm": {"exact": 0.4, "exact_changed": changed, "sampled": sampled},
+    return {"fwm": {"exact": 0.4, "exact_changed": changed, "sampled": sampled,
+                    "rollout_exact": [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]},
             "idm": {"exact": 0.8}, "steps": 5, "examples": 40, "tokens": 7, "seconds": 10.0}
 
 
@@ -42,7 +47,8 @@ def go(monkeypatch, tmp_path):
         out = tmp_path / after(argv, "--out")
         out.mkdir(parents=True)
         (out / "results.json").write_text(json.dumps({
-            "stages": stages, "validation": {"sampled": last["fwm"]["sampled"]}, "collapse": {},
+            "stages": stages, "validation": {"sampled": last["fwm"]["sampled"]},
+            "collapse": COLLAPSE,
             "baselines": {"copy_x": {"exact": 0.1, "exact_changed": 0.0}}, "splits": {},
             "hardware": "a CPU"}))
         return types.SimpleNamespace(returncode=0)
@@ -130,6 +136,8 @@ def test_the_table_has_means_and_ranges(go, capsys):
     assert f"| SFT | 40.0 (40.0 to 40.0) | {same} | 30.0 (30.0 to 30.0) |" in text
     assert f"| swirl | 40.0 (40.0 to 40.0) | {same} | {same} |" in text
     assert "| copy x | 10.0 | 0.0 | - | - | - | - | - |" in text
+    assert f"| swirl | 60.0 (60.0 to 60.0) | {same} | 40.0 (" in text             # T = 1, 2, ..
+    assert "| SFT | 20.0 (20.0 to 20.0) | 10.0 (10.0 to 10.0) | 4.0 (4.0 to 4.0) | 3.5 (" in text
     assert "| 50.0 (50.0 to 50.0) | 80.0 (80.0 to 80.0) | 40 | 7 | 10 |" in text
     assert reproduce.spread([0.1, 0.2, 0.6]) == "30.0 (10.0 to 60.0)"
     assert reproduce.spread([0.25]) == "25.0" and reproduce.spread([None]) == "-"
