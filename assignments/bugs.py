@@ -23,8 +23,8 @@ class Bug(NamedTuple):
 
 BUGS = [
     Bug("swirl_idm.py", "IDM.score",
-        "prompts = list(map(self.prompt, xs, ys))\n        shared",
-        "prompts = list(map(self.prompt, ys, xs))\n        shared",
+        "def score(self, xs, z_rows, ys, options=None):",
+        "def score(self, ys, z_rows, xs, options=None):",
         "Phase I's reward reads the change backwards: P learns to undo what z names."),
     Bug("swirl_fwm.py", "FWM.logp",
         "targets = list(map(self.target, ys))\n        shared",
