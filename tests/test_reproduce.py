@@ -8,7 +8,7 @@ import pytest
 import reproduce
 import settings
 from methods import METHODS
-
+from support import comparison
 
 COLLAPSE = {"unique": 0.2, "mean_length": 4.0, "true_unique": 0.1, "true_mean_length": 3.5,
             "perplexity_ratio": 1.02}
@@ -139,8 +139,8 @@ def test_the_table_has_means_and_ranges(go, capsys):
     assert f"| swirl | 60.0 (60.0 to 60.0) | {same} | 40.0 (" in text             # T = 1, 2, ..
     assert "| SFT | 20.0 (20.0 to 20.0) | 10.0 (10.0 to 10.0) | 4.0 (4.0 to 4.0) | 3.5 (" in text
     assert "| 50.0 (50.0 to 50.0) | 80.0 (80.0 to 80.0) | 40 | 7 | 10 |" in text
-    assert reproduce.spread([0.1, 0.2, 0.6]) == "30.0 (10.0 to 60.0)"
-    assert reproduce.spread([0.25]) == "25.0" and reproduce.spread([None]) == "-"
+    assert comparison.spread([0.1, 0.2, 0.6]) == "30.0 (10.0 to 60.0)"
+    assert comparison.spread([0.25]) == "25.0" and comparison.spread([None]) == "-"
 
 
 def test_each_kind_of_data_has_its_own_sft_line(go):
@@ -171,7 +171,7 @@ def test_four_iterations_have_a_line_each():
     stages = [{"name": name, **scores(0.5)} for name in
               ["sft", "iteration1/phase1", "iteration1/phase2", "iteration2/phase1",
                "iteration2/phase2", "iteration3/phase1", "iteration3/phase2", "swirl"]]
-    lines = reproduce.stages_of({"label": "swirl", "stages": stages})
+    lines = comparison.stages_of({"label": "swirl", "stages": stages})
     assert [label for label, _ in lines] == [f"swirl, iteration{i}" for i in (1, 2, 3)]
     assert lines[0][1]["name"] == "iteration1/phase2"
 
@@ -236,7 +236,7 @@ def test_the_map_says_who_wins():
                 flags = {"method": method, "busy": busy, "state-only": 105}
                 of = scores(sampled + seed / 100)
                 rows.append({"flags": flags, "stages": [of, of, of]})
-    across, up, gains = reproduce.who_wins(rows)
+    across, up, gains = comparison.who_wins(rows)
     assert (across, up) == ([0.0, 1.0], [105])
     assert gains == [pytest.approx([-10.0, 20.0])]
 
@@ -248,3 +248,10 @@ def test_quick_runs_for_real(tmp_path):
     assert reproduce.main(argv) == 0
     rows = json.loads((tmp_path / "quick" / "methods.json").read_text())
     assert len(rows) == len(METHODS) - 1
+
+
+def test_two_iterations_are_one_line():
+    stages = [{"name": name, **scores(0.5)} for name in
+              ["sft", "bootstrap", "iteration1/phase1", "iteration2/phase1", "bootstrap+swirl"]]
+    lines = comparison.stages_of({"label": "bootstrap+swirl", "stages": stages})
+    assert [label for label, _ in lines] == ["bootstrap+swirl"]
