@@ -429,3 +429,18 @@ def test_smollm2_knows_the_capital_of_france(tmp_path):
     assert text.frame(tok2) == frame and math.isclose(
         sum(p.numel() for p in again.parameters()), 134.5e6, rel_tol=0.01
     )
+
+
+def test_neither_model_emits_ids_that_the_tokenizer_cannot_spell():
+    """Such an id decodes to nothing, and a wrong row would count as right."""
+    tok = tiny.make_tokenizer(TEXTS, vocab_size=300)
+    net = make_model("qwen2", len(tok) + 100)
+    with torch.no_grad():
+        net.lm_head.weight[len(tok):] *= 100               # by itself it would draw these
+    P, Q = loading.wrap(net, net, tok, train.parse(["--model", "a/b"]), half=False,
+                        longest=(20, 20), state="a")
+    drawn = P.rollouts(["a b"], ["c"], 20, P.options).rows
+    drawn += Q.rollouts(["a b"], ["b"], 20, Q.no_refusal()).rows
+    assert max(map(max, drawn)) < len(tok)
+    unmasked, _ = lm.sample(net, [P.prompt("a b", "c")], 20, 20, lm.Options(tok.eos_token_id))
+    assert max(map(max, unmasked)) >= len(tok)
