@@ -66,7 +66,7 @@ def methods_table(tuned):
     """Every method from the same SFT models. Best of 8 is test-time verification of these, one draw
     a transition: it stands under changed and under sampled."""
     rows = {method: (method_flags(method, tuned), {}) for method in AFTER_SFT}
-    return {"best of 8": ({"method": BEST_OF_8}, {})} | rows
+    return {BEST_OF_8: ({"method": BEST_OF_8}, {})} | rows
 
 
 def sizes_table(tuned):
@@ -227,7 +227,7 @@ class Row:
         return f"{self.world}, seed {self.seed}, {self.label}"
 
     def sft_command(self):
-        return self.train("sft", {"method": "sft"})
+        return self.train({"method": "sft"})
 
     def command(self):
         """Arguments of python: what makes the row from its SFT models."""
@@ -237,9 +237,9 @@ class Row:
                     "--json", f"{sft}/best-of-8.json"]
         if self.flags["method"] == "sft":
             return self.sft_command()
-        return self.train(self.flags["method"], self.flags, ["--start", sft])
+        return self.train(self.flags, ["--start", sft])
 
-    def train(self, name, flags, more=()):
+    def train(self, flags, more=()):
         """Arguments of train.py; the last one is the folder, another one for other flags."""
         given = self.not_default(flags | self.data)
         argv = ["train.py", "--env", self.world, "--seed", str(self.seed), "--threads", "1",
@@ -247,7 +247,8 @@ class Row:
         if self.quick:
             argv += QUICK + words(QUICK_STEPS)
         digest = hashlib.sha256(" ".join(argv).encode()).hexdigest()[:6]
-        return [*argv, "--out", f"{self.runs}/{self.world}-{self.seed}/{name}-{digest}"]
+        folder = f"{self.runs}/{self.world}-{self.seed}/{flags['method']}-{digest}"
+        return [*argv, "--out", folder]
 
     def not_default(self, flags):
         """The flags without those that say what holds anyway: equal rows have equal commands."""
